@@ -1,0 +1,45 @@
+"""LoRA for PyTorch Lightning: fine-tune any classifier with a few thousand parameters, and see what that changed."""
+
+from lora_lightning.callbacks import ConfusionReport, LoRAFinetuning
+from lora_lightning.data import MNISTDataModule
+from lora_lightning.lora import (
+    LoRAConfig,
+    adapter_parameters,
+    adapter_state,
+    attach,
+    detach,
+    disabled,
+    extract,
+    fingerprint,
+    is_adapted,
+    load_adapter,
+    low_rank,
+    merge,
+    merged,
+    save_adapter,
+)
+from lora_lightning.models import Classifier, RichBoyNet
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Classifier",
+    "ConfusionReport",
+    "LoRAConfig",
+    "LoRAFinetuning",
+    "MNISTDataModule",
+    "RichBoyNet",
+    "adapter_parameters",
+    "adapter_state",
+    "attach",
+    "detach",
+    "disabled",
+    "extract",
+    "fingerprint",
+    "is_adapted",
+    "load_adapter",
+    "low_rank",
+    "merge",
+    "merged",
+    "save_adapter",
+]

@@ -1,0 +1,7 @@
+"""`python -m lora_lightning`."""
+
+import sys
+
+from lora_lightning.cli import main
+
+sys.exit(main())

@@ -1,0 +1,188 @@
+"""`LoRAFinetuning`: turns any training of a LightningModule into LoRA fine-tuning."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from typing_extensions import override
+
+from lora_lightning.callbacks.adapter_checkpoint import AdapterCheckpointIO
+from lora_lightning.checkpoints import ADAPTER_KEY, newest_checkpoint, read_checkpoint
+from lora_lightning.lora import (
+    LoRAConfig,
+    adapted_layers,
+    adapter_parameters,
+    attach,
+    fingerprint,
+    is_adapted,
+    save_adapter,
+)
+from lora_lightning.lora.config import Initialisation
+from lora_lightning.report import free_path
+
+
+class LoRAFinetuning(Callback):
+    """Freezes a trained model, attaches low-rank adapters before the optimizer exists, and trains those alone.
+
+    Works with any `LightningModule` whose layers exist after construction and whose `configure_optimizers` takes the
+    parameters that require gradients, or all of them. Checkpoints hold the adapters, not the base; `ckpt_path` takes
+    them. At the end of `fit` the adapters are written to `<log folder>/adapter` in PEFT's format.
+
+    Args:
+        rank: See `LoRAConfig`, as for all arguments up to `rslora`.
+        alpha: Numerator of the scale; `rank` by default.
+        dropout: On the adapters' inputs.
+        targets: Which layers.
+        exclude: Which of them to leave out.
+        rank_pattern: Ranks that differ, by layer.
+        alpha_pattern: Alphas that differ, by layer.
+        init: Distribution of A.
+        rslora: Whether to scale by alpha / sqrt(rank).
+        base_checkpoint: Lightning checkpoint of the model that is adapted: a file, or a log folder, whose newest
+            checkpoint is taken. `None` adapts the model as it is.
+
+    Raises:
+        ValueError: If a value is out of its range; in `setup`, as `attach` does, or if the checkpoint does not fit.
+        FileNotFoundError: In `setup`, if there is no such checkpoint.
+
+    Example::
+
+        callback = LoRAFinetuning(rank=1, base_checkpoint="logs/pretrain")
+        trainer = Trainer(callbacks=[callback, ConfusionReport()])
+        trainer.fit(Classifier(RichBoyNet()), datamodule=MNISTDataModule(focus=[9]))
+    """
+
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        targets: str | list[str] = "all",
+        exclude: str | list[str] | None = None,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+        init: Initialisation = "kaiming",
+        rslora: bool = False,
+        base_checkpoint: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.config = LoRAConfig(
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            targets=targets,
+            exclude=exclude or [],
+            rank_pattern=rank_pattern or {},
+            alpha_pattern=alpha_pattern or {},
+            init=init,
+            rslora=rslora,
+        )
+        self.base_checkpoint = base_checkpoint
+        self.base_path: Path | None = None
+        self.base_fingerprint = ""
+        self.adapter_folder: Path | None = None
+        self.adapted: nn.Module | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not is_adapted(pl_module):
+            self._adapt(pl_module)
+        elif self.adapted is None:
+            raise ValueError(
+                f"This {type(pl_module).__name__} came with adapters of its own. Give LoRAFinetuning the plain model, "
+                "or leave the callback out."
+            )
+        assert self.adapted is not None
+        strategy = trainer.strategy
+        if not isinstance(strategy.checkpoint_io, AdapterCheckpointIO):
+            strategy.checkpoint_io = AdapterCheckpointIO(
+                strategy.checkpoint_io,
+                pl_module,
+                self.adapted,
+                self.base_fingerprint,
+                str(self.base_path) if self.base_path else None,
+            )
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks that the base is what it was, and writes the adapter folder."""
+        assert self.adapted is not None
+        if fingerprint(self.adapted) != self.base_fingerprint:
+            raise RuntimeError(
+                "The frozen base changed during training: its fingerprint is no longer "
+                f"{self.base_fingerprint[:12]}. Something writes to its parameters or buffers, for example an "
+                "optimizer that was given them by another path."
+            )
+        if trainer.log_dir is None or trainer.fast_dev_run:
+            return
+        self.adapter_folder = trainer.strategy.broadcast(free_path(Path(trainer.log_dir) / "adapter"))
+        if trainer.is_global_zero:
+            save_adapter(self.adapted, self.adapter_folder)
+        rank_zero_info(
+            f"The base is bitwise unchanged (SHA-256 {self.base_fingerprint[:12]}). Adapter: {self.adapter_folder}"
+        )
+
+    def _adapt(self, pl_module: LightningModule) -> None:
+        if self.base_checkpoint is not None:
+            self.base_path = newest_checkpoint(self.base_checkpoint)
+            rank_zero_info(f"Base: {self.base_path}")
+            _load_base(pl_module, self.base_path)
+        self.adapted = holder_of_parameters(pl_module)
+        attach(self.adapted, self.config)
+        self.base_fingerprint = fingerprint(self.adapted)
+        rank_zero_info(self._what_trains(self.adapted))
+
+    def _what_trains(self, adapted: nn.Module) -> str:
+        """One line a layer, and the sum: `6,794 of 2,813,804 parameters train, 0.242 %`."""
+        lines = ["LoRA adapters on:"]
+        for name, layer in adapted_layers(adapted).items():
+            rank, size = layer.lora_A.shape[0], layer.lora_A.numel() + layer.lora_B.numel()
+            lines.append(
+                f"  {name or type(adapted).__name__}: {layer.in_features} -> {layer.out_features}, rank {rank}, "
+                f"scale {layer.lora_scaling:g}, {size:,} parameters"
+            )
+        trained = sum(parameter.numel() for parameter in adapter_parameters(adapted))
+        total = sum(parameter.numel() for parameter in adapted.parameters())
+        added = trained / (total - trained)
+        lines.append(f"{trained:,} of {total:,} parameters train; they add {added:.3%} to the base.")
+        return "\n".join(lines)
+
+
+def holder_of_parameters(module: nn.Module) -> nn.Module:
+    """The part of a LightningModule to adapt: its one child that holds all parameters, else the whole.
+
+    For a `Classifier` this is the backbone, so that an adapter folder has the backbone's own layer names and serves
+    the bare backbone as well.
+    """
+    holders = [child for child in module.children() if any(True for _ in child.parameters())]
+    own = list(module.parameters(recurse=False))
+    return holders[0] if len(holders) == 1 and not own else module
+
+
+def _load_base(pl_module: LightningModule, path: Path) -> None:
+    """Loads a full checkpoint strictly, or leaves the model as it is."""
+    checkpoint = read_checkpoint(path)
+    if ADAPTER_KEY in checkpoint:
+        base = checkpoint[ADAPTER_KEY].get("base_path")
+        raise ValueError(
+            f"{path} holds adapters, not a base model. Give base_checkpoint the checkpoint that they were trained on"
+            f"{f' ({base})' if base else ''}, and these adapters as ckpt_path."
+        )
+    saved: dict[str, Any] = checkpoint["state_dict"]
+    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in saved.items()}
+    expected = {key: tuple(getattr(value, "shape", ())) for key, value in pl_module.state_dict().items()}
+    if shapes != expected:
+        wrong = [key for key in {**expected, **shapes} if shapes.get(key) != expected.get(key)]
+        listed = "; ".join(
+            f"{key} is {shapes.get(key, 'missing')}, expected {expected.get(key, 'none')}" for key in wrong[:5]
+        )
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"{path} does not fit this {type(pl_module).__name__}: {listed}{more}. Configure the model as it was "
+            "trained, or choose another base_checkpoint."
+        )
+    pl_module.load_state_dict(saved)

@@ -1,0 +1,86 @@
+"""The command line: `fit`, `validate`, `test`, `predict` by `LightningCLI`, and `repair` beside them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, auto_cli
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lora_lightning.checkpoints import newest_checkpoint
+
+DEBUG_VARIABLE = "LORA_LIGHTNING_DEBUG"
+_KEYWORDS = ("best", "last", "hpc")
+_DESCRIPTION = (
+    "Train a classifier, fine-tune it with LoRA, and see class by class what that changed. "
+    "Beside the commands below: 'lora-lightning repair', the whole story on MNIST in one command "
+    "('lora-lightning repair --help')."
+)
+
+
+class LoRALightningCLI(LightningCLI):
+    """`LightningCLI` with a fixed default seed, for which a log folder is a checkpoint too: its newest one."""
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"description": _DESCRIPTION, "prog": "lora-lightning"},
+            args=args,
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        path = config.get("ckpt_path")
+        if path is None or path in _KEYWORDS or "://" in str(path):
+            return
+        config.ckpt_path = str(newest_checkpoint(path))
+        if config.ckpt_path != str(path):
+            rank_zero_info(f"Checkpoint: {config.ckpt_path}")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        args: The words after `lora-lightning`; by default those of this process.
+
+    Returns:
+        The exit code: 0, or 1 if the command failed. Errors in the arguments exit with 2.
+    """
+    words = sys.argv[1:] if args is None else args
+    # Adam's moments of weights that get no gradient decay into denormal numbers, on which a CPU is several times
+    # slower. It has to be said before PyTorch starts its threads.
+    torch.set_flush_denormal(True)
+    # In-memory data needs no workers; args given by a caller are not a mistake.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python.*")
+    try:
+        return _run(words, args)
+    except (ValueError, OSError, RuntimeError, MisconfigurationException) as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        message = " ".join(str(error).split())
+        print(f"lora-lightning: error: {message}\n(Set {DEBUG_VARIABLE}=1 for the traceback.)", file=sys.stderr)
+        return 1
+
+
+def _run(words: list[str], args: list[str] | None) -> int:
+    if words[:1] == ["repair"]:
+        from lora_lightning.repair import repair
+
+        outcome: Any = auto_cli(
+            repair, args=words[1:], as_positional=False, parser_class=ArgumentParser, prog="lora-lightning repair"
+        )
+        return int(outcome)
+    LoRALightningCLI(args)
+    return 0

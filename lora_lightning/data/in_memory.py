@@ -1,0 +1,80 @@
+"""A data set that lies in memory and hands out whole batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Inputs and targets as two tensors, from which a batch is taken in one indexing operation.
+
+    Args:
+        inputs: Of shape (N, ...), in their compact form (uint8 pixels).
+        targets: Class indices of shape (N,), int64.
+    """
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        if len(inputs) != len(targets):
+            raise ValueError(f"{len(inputs)} inputs for {len(targets)} targets; expected as many of both.")
+        self.inputs = inputs
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[index], self.targets[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch: `DataLoader` calls this instead of `__getitem__` once a sample."""
+        rows = torch.tensor(indices)
+        return self.inputs[rows], self.targets[rows]
+
+    def select(self, rows: Tensor) -> InMemoryDataset:
+        """The data set of these rows alone."""
+        return InMemoryDataset(self.inputs[rows], self.targets[rows])
+
+
+def batch_loader(
+    dataset: InMemoryDataset, sampler: Sampler[int], batch_size: int, *, drop_last: bool = False
+) -> DataLoader[Any]:
+    """A loader of whole batches; without workers, since indexing memory is quicker than passing batches around."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=drop_last,
+        collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
+
+
+def stratified_split(targets: Tensor, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Splits rows at random so that every class keeps its share, as nearly as whole rows allow.
+
+    Args:
+        targets: Class indices, shape (N,).
+        held_out: How many rows to hold out, from 0 to N.
+        seed: The split is a function of this and of `targets`.
+
+    Returns:
+        `(kept, held_out)`: row numbers, each in ascending order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(targets), generator=generator)
+    by_class = [shuffled[targets[shuffled] == label] for label in targets.unique()]
+    # Row number k of a class with n rows stands at (k + 1/2) / n: taking the lowest of all takes the same share of each.
+    position = torch.cat([(torch.arange(len(rows), dtype=torch.float64) + 0.5) / len(rows) for rows in by_class])
+    chosen = torch.cat(by_class)[position.argsort(stable=True)[:held_out]]
+    mask = torch.zeros(len(targets), dtype=torch.bool)
+    mask[chosen] = True
+    return (~mask).nonzero().flatten(), mask.nonzero().flatten()

@@ -1,0 +1,210 @@
+"""`MNISTDataModule`: MNIST, whole or as a sample, filtered by digit or mixed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from typing_extensions import override
+
+from lora_lightning.data.in_memory import InMemoryDataset, batch_loader, stratified_split
+from lora_lightning.data.mnist_files import Source, prepare, read
+from lora_lightning.data.samplers import ReplaySampler, ShuffledSampler
+
+MEAN, STD = 0.1307, 0.3081
+"""Of MNIST's training pixels, scaled to 0 to 1."""
+
+
+class MNISTDataModule(LightningDataModule):
+    """MNIST as batches of images (B, 1, 28, 28), float32, normalised, and digits (B,), int64.
+
+    The images lie in memory as uint8; a batch is indexed at once, moved to the device and normalised there.
+
+    Args:
+        data_dir: Folder in which torchvision keeps MNIST (`<data_dir>/MNIST/raw`).
+        source: `"full"`, the 70,000 digits, downloaded by torchvision if missing; `"sample"`, 5,000 of them that come
+            with the package; `"auto"`, full where it is on disk or can be downloaded, else the sample.
+        digits: Train on these digits alone. Validation and test keep all ten.
+        focus: Train on batches that hold a fixed share of these digits, the rest from all others (replay).
+        focus_fraction: That share.
+        eval_digits: Validate, test and predict on these digits alone.
+        batch_size: Training samples in a batch, on each device.
+        eval_batch_size: Samples in a batch of validation, test and prediction, on each device.
+        val_fraction: Part of the training digits that is held out for validation, the same share of every class;
+            0 trains on all of them and leaves nothing to validate on.
+        split_seed: Determines which. It is not the seed of a run, so that two runs agree on what was held out.
+        download: Whether a missing database may be downloaded.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    Example::
+
+        data = MNISTDataModule(source="sample", focus=[9], batch_size=100)
+        trainer.fit(Classifier(RichBoyNet()), datamodule=data)
+    """
+
+    class_names = tuple(str(digit) for digit in range(10))
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike[str] = "data",
+        source: Source = "auto",
+        digits: list[int] | None = None,
+        focus: list[int] | None = None,
+        focus_fraction: float = 0.35,
+        eval_digits: list[int] | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int = 1000,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        download: bool = True,
+    ) -> None:
+        super().__init__()
+        if source not in ("auto", "full", "sample"):
+            raise ValueError(f"source={source!r}: expected 'auto', 'full' or 'sample'.")
+        for name, value in {"digits": digits, "focus": focus, "eval_digits": eval_digits}.items():
+            _check_digits(name, value)
+        if digits is not None and focus is not None:
+            raise ValueError(
+                f"digits={digits} and focus={focus} exclude each other: digits filters the training data, focus mixes "
+                "it with all others. Give one of the two."
+            )
+        if focus is not None and len(focus) == 10:
+            raise ValueError(f"focus={focus} leaves no other digit to mix in; name fewer digits.")
+        if not 0 < focus_fraction < 1:
+            raise ValueError(f"focus_fraction={focus_fraction!r}: expected a share above 0 and below 1.")
+        for name, size in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+            if size < 1:
+                raise ValueError(f"{name}={size!r}: expected at least 1.")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction={val_fraction!r}: expected a share of at least 0 and below 1.")
+        self.data_dir = Path(data_dir)
+        self.source: Source = source
+        self.digits = digits
+        self.focus = focus
+        self.focus_fraction = focus_fraction
+        self.eval_digits = eval_digits
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_fraction = val_fraction
+        self.split_seed = split_seed
+        self.download = download
+        self.description = ""
+        self._train: InMemoryDataset | None = None
+        self._val: InMemoryDataset | None = None
+        self._test: InMemoryDataset | None = None
+
+    @override
+    def prepare_data(self) -> None:
+        prepare(self.data_dir, self.source, self.download)
+
+    @override
+    def setup(self, stage: str) -> None:
+        if self._test is not None:
+            return
+        files = read(self.data_dir, self.source)
+        self.description = files.description
+        held_out = round(self.val_fraction * len(files.train))
+        kept, held = stratified_split(files.train.targets, held_out, self.split_seed)
+        train = files.train.select(kept)
+        self._train = _only(train, self.digits, "digits")
+        self._val = _only(files.train.select(held), self.eval_digits, "eval_digits")
+        self._test = _only(files.test, self.eval_digits, "eval_digits")
+        rank_zero_info(
+            f"MNIST: {self.description}: {len(self._train):,} digits to train on"
+            f"{f' (only {self.digits})' if self.digits else ''}, {len(self._val):,} to validate, "
+            f"{len(self._test):,} to test{f' (only {self.eval_digits})' if self.eval_digits else ''}."
+        )
+
+    @override
+    def train_dataloader(self) -> DataLoader[Any]:
+        dataset = _ready(self._train)
+        seed, num_replicas, rank = self._placement()
+        if self.focus is None:
+            shuffled = ShuffledSampler(len(dataset), seed=seed, num_replicas=num_replicas, rank=rank)
+            return batch_loader(dataset, shuffled, self.batch_size)
+        mixed = ReplaySampler(
+            torch.isin(dataset.targets, torch.tensor(self.focus)),
+            batch_size=self.batch_size,
+            focus_fraction=self.focus_fraction,
+            seed=seed,
+            num_replicas=num_replicas,
+            rank=rank,
+        )
+        return batch_loader(dataset, mixed, self.batch_size)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        dataset = _ready(self._val)
+        if len(dataset):
+            return self._eval_loader(dataset)
+        if self.trainer is not None and self.trainer.validating:
+            raise ValueError(f"val_fraction={self.val_fraction} holds nothing out to validate on; set it above 0.")
+        return []
+
+    @override
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._eval_loader(_ready(self._test))
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._eval_loader(_ready(self._test))
+
+    @override
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        images, targets = batch
+        if images.dtype != torch.uint8:
+            return batch
+        # (x / 255 - mean) / std in one pass over new memory and one in place.
+        images = images.unsqueeze(1).to(torch.float32)
+        return images.sub_(255 * MEAN).div_(255 * STD), targets
+
+    def _eval_loader(self, dataset: InMemoryDataset) -> DataLoader[Any]:
+        _, num_replicas, rank = self._placement()
+        sampler: Sampler[int] = SequentialSampler(dataset)
+        if num_replicas > 1:
+            # Lightning's default repeats samples to give every device as many: counts would not be exact.
+            sampler = UnrepeatedDistributedSampler(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+        return batch_loader(dataset, sampler, self.eval_batch_size)
+
+    def _placement(self) -> tuple[int, int, int]:
+        """The run's seed, the number of devices, and which of them this is."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        if self.trainer is None:
+            return seed, 1, 0
+        return seed, self.trainer.world_size, self.trainer.global_rank
+
+
+def _check_digits(name: str, digits: list[int] | None) -> None:
+    if digits is None:
+        return
+    if not digits:
+        raise ValueError(f"{name}=[] selects nothing: name digits from 0 to 9, for example {name}=[9], or leave it out.")
+    for digit in digits:
+        if isinstance(digit, bool) or not isinstance(digit, int) or not 0 <= digit <= 9:
+            raise ValueError(f"{name}={digits}: {digit!r} is not a digit; expected whole numbers from 0 to 9.")
+    if len(set(digits)) < len(digits):
+        raise ValueError(f"{name}={digits} repeats a digit; name each once.")
+
+
+def _only(dataset: InMemoryDataset, digits: list[int] | None, name: str) -> InMemoryDataset:
+    if digits is None:
+        return dataset
+    chosen = torch.isin(dataset.targets, torch.tensor(digits))
+    if len(dataset) and not chosen.any():
+        raise ValueError(f"{name}={digits}: the data has none of these digits.")
+    return dataset.select(chosen)
+
+
+def _ready(dataset: InMemoryDataset | None) -> InMemoryDataset:
+    if dataset is None:
+        raise RuntimeError("MNISTDataModule is not set up: call prepare_data() and setup('fit') first, as Trainer does.")
+    return dataset

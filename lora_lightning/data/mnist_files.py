@@ -1,0 +1,187 @@
+"""The files of MNIST: found, downloaded by torchvision, checked and read; or the sample that comes with the package."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import queue
+import socket
+import struct
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torchvision.datasets import MNIST
+
+from lora_lightning.data.in_memory import InMemoryDataset
+
+Source = Literal["auto", "full", "sample"]
+
+_PARTS = ("train", "t10k")
+_PROBE_SECONDS = 5.0
+_STALL_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class MNISTFiles:
+    """Both parts of the database, checked: images of shape (N, 28, 28), uint8, and their digits, int64."""
+
+    train: InMemoryDataset
+    test: InMemoryDataset
+    description: str
+
+
+def prepare(data_dir: Path, source: Source, download: bool) -> None:
+    """Downloads the whole database where `source` asks for it and it is missing; for one process of a machine.
+
+    Raises:
+        RuntimeError: If `source` is `"full"` and the database is neither there nor to be had.
+    """
+    if source == "sample" or _is_on_disk(data_dir):
+        return
+    reason = _download(data_dir) if download else "download is switched off"
+    if reason and source == "full":
+        raise RuntimeError(
+            f"source=full: the whole MNIST is not in {_raw_folder(data_dir)} and could not be downloaded ({reason}). "
+            "Put its four files there, set data_dir to where they are, or use the embedded digits with source=sample."
+        )
+    if reason:
+        rank_zero_info(f"The whole MNIST is not in {_raw_folder(data_dir)} and could not be downloaded ({reason}).")
+
+
+def read(data_dir: Path, source: Source) -> MNISTFiles:
+    """Reads the database that `source` stands for; call `prepare` before.
+
+    Raises:
+        FileNotFoundError: If `source` is `"full"` and a file is missing.
+        ValueError: If a file is damaged.
+    """
+    if source == "sample" or (source == "auto" and not _is_on_disk(data_dir)):
+        return MNISTFiles(*(_read_sample(part) for part in _PARTS), description="the embedded sample")
+    return MNISTFiles(*(_read_full(data_dir, part) for part in _PARTS), description=f"the whole MNIST in {data_dir}")
+
+
+def _raw_folder(data_dir: Path) -> Path:
+    return data_dir / "MNIST" / "raw"
+
+
+def _file_names(part: str) -> tuple[str, str]:
+    return f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
+
+
+def _is_on_disk(data_dir: Path) -> bool:
+    return all((_raw_folder(data_dir) / name).is_file() for part in _PARTS for name in _file_names(part))
+
+
+def _read_sample(part: str) -> InMemoryDataset:
+    folder = files("lora_lightning.data") / "sample"
+    contents = [gzip.decompress((folder / f"{name}.gz").read_bytes()) for name in _file_names(part)]
+    images, labels = (
+        torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * dimensions)
+        for content, dimensions in zip(contents, (3, 1), strict=True)
+    )
+    return InMemoryDataset(images.view(-1, 28, 28), labels.long())
+
+
+def _read_full(data_dir: Path, part: str) -> InMemoryDataset:
+    paths = [_raw_folder(data_dir) / name for name in _file_names(part)]
+    counts = [_check_size(path, item) for path, item in zip(paths, ((28, 28), ()), strict=True)]
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"{paths[0]} holds {counts[0]} images, but {paths[1]} holds {counts[1]} labels. Remove both and run again "
+            "to download them anew."
+        )
+    mnist = MNIST(data_dir, train=part == "train")
+    _check_digits(mnist.targets, paths[1])
+    return InMemoryDataset(mnist.data, mnist.targets)
+
+
+def _check_size(path: Path, item: tuple[int, ...]) -> int:
+    """The number of items that an IDX file holds, if its header and its size agree.
+
+    The header: two zero bytes, the type (8: unsigned byte), the number of dimensions, then each dimension as a
+    big-endian 32-bit number. torchvision looks at the file's name alone.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; expected the four files of MNIST in {path.parent}.")
+    dimensions = 1 + len(item)
+    with path.open("rb") as file:
+        header = file.read(4 + 4 * dimensions)
+    advice = "Remove it and run again to download it anew."
+    if len(header) < 4 + 4 * dimensions or header[:4] != bytes([0, 0, 8, dimensions]):
+        raise ValueError(f"{path} is no IDX file of {dimensions} dimension(s): it begins with {header[:4]!r}. {advice}")
+    count, *shape = struct.unpack(f">{dimensions}I", header[4:])
+    expected = len(header) + count * math.prod(item)
+    if tuple(shape) != item or count == 0:
+        raise ValueError(f"{path} holds {count} items of shape {tuple(shape)}; expected shape {item}. {advice}")
+    if path.stat().st_size != expected:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes; its header announces {expected}: it is truncated or damaged. "
+            f"{advice}"
+        )
+    return int(count)
+
+
+def _check_digits(targets: Tensor, path: Path) -> None:
+    if int(targets.max()) > 9:
+        raise ValueError(f"{path} holds the label {int(targets.max())}; expected digits from 0 to 9.")
+
+
+def _download(data_dir: Path) -> str:
+    """Downloads by torchvision, with its checksums; returns why not, or nothing."""
+    if reason := _unreachable(MNIST.mirrors):
+        return reason
+    try:
+        with _socket_timeout(_STALL_SECONDS):
+            MNIST(data_dir, download=True)
+    except (RuntimeError, OSError) as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def _unreachable(mirrors: list[str]) -> str:
+    """Why none of the mirrors answers, or nothing if one does: known within `_PROBE_SECONDS`.
+
+    Looking up a name can hang for longer than any socket's timeout, hence the threads.
+    """
+    answers: queue.Queue[str] = queue.Queue()
+
+    def ask(url: str) -> None:
+        try:
+            request = urllib.request.Request(f"{url}{MNIST.resources[3][0]}", method="HEAD")
+            with urllib.request.urlopen(request, timeout=_PROBE_SECONDS):
+                answers.put("")
+        except (OSError, ValueError) as error:
+            answers.put(f"{url}: {getattr(error, 'reason', error)}")
+
+    for mirror in mirrors:
+        threading.Thread(target=ask, args=(mirror,), daemon=True).start()
+    reasons = []
+    for _ in mirrors:
+        try:
+            reason = answers.get(timeout=_PROBE_SECONDS)
+        except queue.Empty:
+            return f"no answer within {_PROBE_SECONDS:.0f} s"
+        if not reason:
+            return ""
+        reasons.append(reason)
+    return "; ".join(reasons)
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """torchvision's download sets no timeout of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

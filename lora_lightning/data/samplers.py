@@ -1,0 +1,104 @@
+"""Orders of training samples: each a function of (seed, epoch) alone, on any number of devices.
+
+Both are `DistributedSampler`s, so Lightning leaves them in place and calls `set_epoch` on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+
+class ShuffledSampler(DistributedSampler[int]):
+    """Every sample once an epoch, shuffled.
+
+    On several devices, the global batch of one step is the batch that a single device would take with a batch size
+    as many times larger.
+
+    Args:
+        size: Number of samples.
+        seed: With the epoch, it determines the order.
+        num_replicas: Number of devices.
+        rank: This device's number.
+    """
+
+    def __init__(self, size: int, *, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(range(size), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(len(self.dataset), generator=_generator(self.seed, self.epoch))  # type: ignore[arg-type]
+        missing = self.total_size - len(order)
+        if missing:
+            # All devices take the same number of steps: the last ones start the order again.
+            order = torch.cat([order, order[:missing]])
+        return iter(order[self.rank :: self.num_replicas].tolist())
+
+
+class ReplaySampler(DistributedSampler[int]):
+    """Batches with a fixed share of focus samples, the rest drawn from all others (replay against forgetting).
+
+    An epoch passes once over the others and takes as many focus samples as that needs, shuffled anew whenever all
+    have been seen. Batches that would stay incomplete are left out.
+
+    Args:
+        is_focus: Which samples are in focus, a boolean tensor of shape (N,).
+        batch_size: Samples in a batch on one device.
+        focus_fraction: Share of focus samples in a batch, rounded to whole samples, at least one of either kind.
+        seed: With the epoch, it determines the order.
+        num_replicas: Number of devices.
+        rank: This device's number.
+
+    Raises:
+        ValueError: If either kind has no sample, or a batch can't hold both.
+    """
+
+    def __init__(
+        self,
+        is_focus: Tensor,
+        *,
+        batch_size: int,
+        focus_fraction: float,
+        seed: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        if not 0 < focus_fraction < 1:
+            raise ValueError(f"focus_fraction={focus_fraction!r}: expected a share above 0 and below 1.")
+        if batch_size < 2:
+            raise ValueError(f"batch_size={batch_size}: a batch of focus and other samples has at least 2.")
+        self.focus_rows = is_focus.nonzero().flatten()
+        self.other_rows = (~is_focus).nonzero().flatten()
+        self.focus_per_batch = min(max(round(batch_size * focus_fraction), 1), batch_size - 1)
+        self.others_per_batch = batch_size - self.focus_per_batch
+        self.batch_size = batch_size
+        steps = len(self.other_rows) // (self.others_per_batch * num_replicas)
+        if not len(self.focus_rows) or not steps:
+            raise ValueError(
+                f"{len(self.focus_rows)} focus and {len(self.other_rows)} other samples do not fill one batch of "
+                f"{self.focus_per_batch} + {self.others_per_batch} on each of {num_replicas} device(s)."
+            )
+        self.steps = steps
+        super().__init__(range(len(is_focus)), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return self.steps * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = _generator(self.seed, self.epoch)
+        batches = self.steps * self.num_replicas
+        others = self.other_rows[torch.randperm(len(self.other_rows), generator=generator)]
+        others = others[: batches * self.others_per_batch].view(batches, -1)
+        wanted = batches * self.focus_per_batch
+        rounds = -(-wanted // len(self.focus_rows))
+        passes = [torch.randperm(len(self.focus_rows), generator=generator) for _ in range(rounds)]
+        focus = self.focus_rows[torch.cat(passes)[:wanted]].view(batches, -1)
+        mixed = torch.cat([focus, others], dim=1)
+        return iter(mixed[self.rank :: self.num_replicas].flatten().tolist())
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    # Neighbouring seeds must not share orders across epochs, as seed + epoch would have it.
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)

@@ -1,0 +1,6 @@
+"""What is trained."""
+
+from lora_lightning.models.classifier import Classifier
+from lora_lightning.models.rich_boy_net import RichBoyNet
+
+__all__ = ["Classifier", "RichBoyNet"]

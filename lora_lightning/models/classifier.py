@@ -1,0 +1,99 @@
+"""`Classifier`: the base `LightningModule`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+
+class Classifier(LightningModule):
+    """Trains a backbone by cross-entropy.
+
+    Its steps return `{"loss", "logits", "targets"}`, which is all that `ConfusionReport` asks of a module.
+
+    Args:
+        backbone: Maps a batch of inputs to logits of shape (B, num_classes).
+        optimizer: Makes the optimizer from the trainable parameters; Adam by default, with PyTorch's fused kernel.
+        lr_scheduler: Makes the learning-rate scheduler from the optimizer; stepped after every training step.
+        num_classes: Size of the last dimension of the logits.
+
+    Example::
+
+        Classifier(RichBoyNet(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-3, fused=True),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes={num_classes}: a classifier has at least 2.")
+        self.backbone = backbone
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.num_classes = num_classes
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.backbone(inputs)
+        return logits
+
+    @override
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._step(batch, "train")
+
+    @override
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._step(batch, "val")
+
+    @override
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._step(batch, "test")
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The logits, from a batch of inputs alone or of inputs and targets."""
+        logits: Tensor = self(batch[0] if isinstance(batch, tuple | list) else batch)
+        return logits
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> dict[str, Tensor]:
+        inputs, targets = batch
+        logits = self(inputs)
+        loss = F.cross_entropy(logits, targets)
+        if stage != "train" or self._logs_this_step():
+            accuracy = (logits.detach().argmax(1) == targets).float().mean()
+            self.log_dict(
+                {f"{stage}/loss": loss.detach(), f"{stage}/accuracy": accuracy},
+                prog_bar=True,
+                batch_size=len(targets),
+                sync_dist=stage != "train",
+            )
+        return {"loss": loss, "logits": logits.detach() if stage == "train" else logits, "targets": targets}
+
+    def _logs_this_step(self) -> bool:
+        """Whether a logger writes this step, or a callback may ask for its numbers at the end of the epoch.
+
+        Logging costs about a millisecond, which is what a whole LoRA step on a small batch takes.
+        """
+        every = self.trainer.log_every_n_steps
+        return self.trainer.is_last_batch or (every > 0 and (self.trainer.global_step + 1) % every == 0)

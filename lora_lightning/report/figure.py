@@ -1,0 +1,73 @@
+"""The confusion figure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_lightning.report.confusion import Report
+
+if TYPE_CHECKING:  # matplotlib takes half a second to import, and most runs never draw
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MOST_ANNOTATED_CLASSES = 20
+
+
+def confusion_figure(report: Report) -> Figure:
+    """The confusion matrix as a picture; with a base: base, adapted, and the difference, side by side.
+
+    Colour follows the errors, which the diagonal would drown out; the numbers are counts. Above 20 classes the
+    numbers are left out.
+    """
+    from matplotlib.figure import Figure
+
+    panels = [("confusion", report.model.matrix)]
+    if report.base is not None:
+        change = report.model.matrix - report.base.matrix
+        panels = [("base", report.base.matrix), ("adapted", report.model.matrix), ("adapted - base", change)]
+    names = report.model.class_names
+    figure = Figure(figsize=(5.2 * len(panels), 5.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    off_diagonal = ~torch.eye(len(names), dtype=torch.bool)
+    most_errors = max(int((matrix * off_diagonal).abs().max()) for _, matrix in panels[:2])
+    for axis, (title, matrix) in zip(axes, panels, strict=True):
+        _draw(axis, title, matrix, names, most_errors, diverging=title == "adapted - base")
+    return figure
+
+
+def _draw(
+    axis: Axes, title: str, matrix: torch.Tensor, names: tuple[str, ...], most_errors: int, *, diverging: bool
+) -> None:
+    size, scale = len(names), max(most_errors, 1)
+    shade = matrix.double()
+    if diverging:
+        # On the diagonal more is better, beside it less is: blue is better, red is worse.
+        shade = torch.where(torch.eye(size, dtype=torch.bool), -shade, shade)
+        axis.imshow(shade, cmap="RdBu_r", vmin=-scale, vmax=scale)
+    else:
+        shade = shade.masked_fill(torch.eye(size, dtype=torch.bool), 0)
+        axis.imshow(shade, cmap="Reds", vmin=0, vmax=scale)
+    axis.set(title=title, xlabel="predicted", ylabel="target")
+    if size > _MOST_ANNOTATED_CLASSES:
+        return
+    axis.set_xticks(range(size), names, rotation=0 if max(map(len, names)) <= 2 else 60)
+    axis.set_yticks(range(size), names)
+    for row in range(size):
+        for column in range(size):
+            count = int(matrix[row, column])
+            if count:
+                dark = abs(float(shade[row, column])) > 0.6 * scale
+                label = f"{count:+d}" if diverging else str(count)
+                weight = "bold" if row == column else "normal"
+                axis.text(
+                    column,
+                    row,
+                    label,
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if dark else "black",
+                    weight=weight,
+                )

@@ -1,0 +1,50 @@
+"""The per-class table in the terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from lora_lightning.report.confusion import Confusion, Report
+
+
+def report_table(report: Report, title: str | None = None) -> Table:
+    """One row a class, one for all: support, errors, recall and precision, before and after where there is a base."""
+    model, base = report.model, report.base
+    names = model.class_names
+    table = Table(title=title, title_justify="left", show_footer=True)
+    changes = [] if base is None else [b - a for a, b in zip(base.errors, model.errors, strict=True)]
+    kind = "digit" if all(name.isdigit() for name in names) else "class"
+
+    table.add_column(kind, "all", justify="right" if kind == "digit" else "left")
+    table.add_column("support", f"{model.total:,}", justify="right")
+    if base is None:
+        table.add_column("errors", f"{sum(model.errors):,}", justify="right")
+    else:
+        table.add_column("errors before", f"{sum(base.errors):,}", justify="right")
+        table.add_column("errors after", f"{sum(model.errors):,}", justify="right")
+        table.add_column("change", _signed(sum(changes)), justify="right")
+    table.add_column("recall", _transition(base, model, "accuracy"), justify="right")
+    table.add_column("precision", "", justify="right")
+
+    for index, name in enumerate(names):
+        cells: list[str | Text] = [name, f"{model.support[index]:,}"]
+        if base is not None:
+            cells += [f"{base.errors[index]:,}", f"{model.errors[index]:,}", _signed(changes[index])]
+        else:
+            cells.append(f"{model.errors[index]:,}")
+        cells += [_transition(base, model, "recall", index), _transition(base, model, "precision", index)]
+        table.add_row(*cells)
+    return table
+
+
+def _signed(change: int) -> Text:
+    style = "green" if change < 0 else "red" if change > 0 else ""
+    return Text(f"{change:+,}" if change else "0", style=style)
+
+
+def _transition(base: Confusion | None, model: Confusion, ratio: str, index: int | None = None) -> str:
+    values = [getattr(confusion, ratio) for confusion in (base, model) if confusion is not None]
+    if index is not None:
+        values = [value[index] for value in values]
+    return " → ".join("–" if value != value else f"{value:.1%}" for value in values)
