@@ -9,6 +9,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import torch
+from lightning.pytorch import LightningModule
 
 ADAPTER_KEY = "lora_lightning"
 """Entry of a checkpoint that holds adapters: their configuration, and the base's fingerprint and path."""
@@ -45,3 +46,32 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"{path} is no Lightning checkpoint: it has no 'state_dict'. Choose another one.")
     return checkpoint
+
+
+def load_base(pl_module: LightningModule, path: Path) -> None:
+    """Loads a full checkpoint into the model, strictly.
+
+    Raises:
+        ValueError: If the file is damaged, holds adapters, or does not fit; the model is then as it was.
+    """
+    checkpoint = read_checkpoint(path)
+    if ADAPTER_KEY in checkpoint:
+        base = checkpoint[ADAPTER_KEY].get("base_path")
+        raise ValueError(
+            f"{path} holds adapters, not a base model. Give base_checkpoint the checkpoint that they were trained on"
+            f"{f' ({base})' if base else ''}, and these adapters as ckpt_path."
+        )
+    saved: dict[str, Any] = checkpoint["state_dict"]
+    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in saved.items()}
+    expected = {key: tuple(getattr(value, "shape", ())) for key, value in pl_module.state_dict().items()}
+    if shapes != expected:
+        wrong = [key for key in {**expected, **shapes} if shapes.get(key) != expected.get(key)]
+        listed = "; ".join(
+            f"{key} is {shapes.get(key, 'missing')}, expected {expected.get(key, 'none')}" for key in wrong[:5]
+        )
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"{path} does not fit this {type(pl_module).__name__}: {listed}{more}. Configure the model as it was "
+            "trained, or choose another base_checkpoint."
+        )
+    pl_module.load_state_dict(saved)

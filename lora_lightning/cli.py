@@ -9,15 +9,25 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lora_lightning.checkpoints import newest_checkpoint
 
 DEBUG_VARIABLE = "LORA_LIGHTNING_DEBUG"
 _KEYWORDS = ("best", "last", "hpc")
+_NOISE = (
+    # Data in memory needs no workers.
+    ".*does not have many workers.*",
+    # Arguments given by a Python caller are no mistake.
+    "LightningCLI's args parameter is intended to run from within Python.*",
+    # A test or a resumed run has a log folder of its own, on purpose.
+    "The dirpath has changed from.*",
+    # Lightning 2.6.6 under PyTorch 2.15; nothing that a user could change.
+    ".*isinstance\\(treespec, LeafSpec\\).*",
+)
 _DESCRIPTION = (
     "Train a classifier, fine-tune it with LoRA, and see class by class what that changed. "
     "Beside the commands below: 'lora-lightning repair', the whole story on MNIST in one command "
@@ -61,9 +71,8 @@ def main(args: list[str] | None = None) -> int:
     # Adam's moments of weights that get no gradient decay into denormal numbers, on which a CPU is several times
     # slower. It has to be said before PyTorch starts its threads.
     torch.set_flush_denormal(True)
-    # In-memory data needs no workers; args given by a caller are not a mistake.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python.*")
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=message)
     try:
         return _run(words, args)
     except (ValueError, OSError, RuntimeError, MisconfigurationException) as error:

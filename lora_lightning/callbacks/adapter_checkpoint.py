@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
@@ -49,7 +49,7 @@ class AdapterCheckpointIO(CheckpointIO):
         self.base_path = base_path
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         kept = {key: value for key, value in checkpoint["state_dict"].items() if not self._is_base(key)}
         description = {
             "config": asdict(attachment(self.adapted).config),
@@ -61,7 +61,7 @@ class AdapterCheckpointIO(CheckpointIO):
         self.checkpoint_io.save_checkpoint(content, path, storage_options)
 
     @override
-    def load_checkpoint(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, *args, **kwargs)
         description = checkpoint.get(ADAPTER_KEY)
         if description is None:
@@ -82,7 +82,7 @@ class AdapterCheckpointIO(CheckpointIO):
         return checkpoint
 
     @override
-    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+    def remove_checkpoint(self, path: str | Path) -> None:
         self.checkpoint_io.remove_checkpoint(path)
 
     @override
@@ -113,7 +113,7 @@ class AdapterCheckpointIO(CheckpointIO):
     def _scaling(self) -> dict[str, float]:
         return {name: layer.lora_scaling for name, layer in adapted_layers(self.pl_module).items()}
 
-    def _refuse_other_adapters(self, path: str | os.PathLike[str], state: dict[str, Any], description: dict[str, Any]) -> None:
+    def _refuse_other_adapters(self, path: str | Path, state: dict[str, Any], description: dict[str, Any]) -> None:
         saved = {key: tuple(value.shape) for key, value in state.items() if is_adapter_key(key)}
         attached = {
             key: tuple(value.shape) for key, value in self.pl_module.state_dict().items() if is_adapter_key(key)

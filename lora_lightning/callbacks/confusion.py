@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ class ConfusionReport(Callback):
         report: The latest `Report` of `test` or `validate`, on every device; `None` before.
     """
 
-    def __init__(self, class_names: list[str] | None = None) -> None:
+    def __init__(self, class_names: list[str] | None = None, verbose: bool = True) -> None:
         self.class_names = class_names
+        self.verbose = verbose
         self.report: Report | None = None
         self._model_counts: MulticlassConfusionMatrix | None = None
         self._base_counts: MulticlassConfusionMatrix | None = None
@@ -69,12 +71,12 @@ class ConfusionReport(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.validating:
+        if trainer.state.fn == "validate":
             self._finish(trainer, "val", trainer.val_dataloaders)
         elif self._model_counts is not None:
             confusion = self._confusion(trainer, self._model_counts)
             recalls = zip(confusion.class_names, confusion.recall, strict=True)
-            self.log_dict({f"val/recall/{name}": recall for name, recall in recalls if recall == recall})
+            pl_module.log_dict({f"val/recall/{name}": recall for name, recall in recalls if not isnan(recall)})
 
     def _count(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         if not isinstance(outputs, dict) or "logits" not in outputs or "targets" not in outputs:
@@ -109,13 +111,15 @@ class ConfusionReport(Callback):
         _warn_of_repeated_samples(trainer, model.total, loaders)
         if not trainer.is_global_zero:
             return
-        get_console().print(report_table(self.report))
+        if self.verbose:
+            get_console().print(report_table(self.report))
         for logger in trainer.loggers:
             logger.log_metrics(_per_class_metrics(self.report), trainer.global_step)
             if isinstance(logger, TensorBoardLogger):
                 figure = confusion_figure(self.report)
                 logger.experiment.add_figure(f"{stage}/confusion", figure, trainer.global_step)
-        if trainer.loggers and not trainer.fast_dev_run and trainer.loggers[0].log_dir is not None:
+        fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+        if trainer.loggers and not fast_dev_run and trainer.loggers[0].log_dir is not None:
             write_report(self.report, Path(trainer.loggers[0].log_dir))
 
     def _confusion(self, trainer: Trainer, counts: MulticlassConfusionMatrix) -> Confusion:
@@ -146,7 +150,7 @@ def _per_class_metrics(report: Report) -> dict[str, float]:
         for prefix, confusion in confusions.items()
         for ratio in ("recall", "precision")
         for name, value in zip(confusion.class_names, getattr(confusion, ratio), strict=True)
-        if value == value
+        if not isnan(value)
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -12,7 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from lora_lightning.callbacks.adapter_checkpoint import AdapterCheckpointIO
-from lora_lightning.checkpoints import ADAPTER_KEY, newest_checkpoint, read_checkpoint
+from lora_lightning.checkpoints import load_base, newest_checkpoint
 from lora_lightning.lora import (
     LoRAConfig,
     adapted_layers,
@@ -117,7 +116,7 @@ class LoRAFinetuning(Callback):
                 f"{self.base_fingerprint[:12]}. Something writes to its parameters or buffers, for example an "
                 "optimizer that was given them by another path."
             )
-        if trainer.log_dir is None or trainer.fast_dev_run:
+        if trainer.log_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined] # Trainer sets it from elsewhere
             return
         self.adapter_folder = trainer.strategy.broadcast(free_path(Path(trainer.log_dir) / "adapter"))
         if trainer.is_global_zero:
@@ -130,7 +129,7 @@ class LoRAFinetuning(Callback):
         if self.base_checkpoint is not None:
             self.base_path = newest_checkpoint(self.base_checkpoint)
             rank_zero_info(f"Base: {self.base_path}")
-            _load_base(pl_module, self.base_path)
+            load_base(pl_module, self.base_path)
         self.adapted = holder_of_parameters(pl_module)
         attach(self.adapted, self.config)
         self.base_fingerprint = fingerprint(self.adapted)
@@ -161,28 +160,3 @@ def holder_of_parameters(module: nn.Module) -> nn.Module:
     holders = [child for child in module.children() if any(True for _ in child.parameters())]
     own = list(module.parameters(recurse=False))
     return holders[0] if len(holders) == 1 and not own else module
-
-
-def _load_base(pl_module: LightningModule, path: Path) -> None:
-    """Loads a full checkpoint strictly, or leaves the model as it is."""
-    checkpoint = read_checkpoint(path)
-    if ADAPTER_KEY in checkpoint:
-        base = checkpoint[ADAPTER_KEY].get("base_path")
-        raise ValueError(
-            f"{path} holds adapters, not a base model. Give base_checkpoint the checkpoint that they were trained on"
-            f"{f' ({base})' if base else ''}, and these adapters as ckpt_path."
-        )
-    saved: dict[str, Any] = checkpoint["state_dict"]
-    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in saved.items()}
-    expected = {key: tuple(getattr(value, "shape", ())) for key, value in pl_module.state_dict().items()}
-    if shapes != expected:
-        wrong = [key for key in {**expected, **shapes} if shapes.get(key) != expected.get(key)]
-        listed = "; ".join(
-            f"{key} is {shapes.get(key, 'missing')}, expected {expected.get(key, 'none')}" for key in wrong[:5]
-        )
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(
-            f"{path} does not fit this {type(pl_module).__name__}: {listed}{more}. Configure the model as it was "
-            "trained, or choose another base_checkpoint."
-        )
-    pl_module.load_state_dict(saved)

@@ -30,7 +30,8 @@ class MNISTDataModule(LightningDataModule):
     Args:
         data_dir: Folder in which torchvision keeps MNIST (`<data_dir>/MNIST/raw`).
         source: `"full"`, the 70,000 digits, downloaded by torchvision if missing; `"sample"`, 5,000 of them that come
-            with the package; `"auto"`, full where it is on disk or can be downloaded, else the sample.
+            with the package; `"auto"`, full where it is on disk or can be downloaded, else the sample. Once set up, the
+            attribute `source` says which of the two is in use.
         digits: Train on these digits alone. Validation and test keep all ten.
         focus: Train on batches that hold a fixed share of these digits, the rest from all others (replay).
         focus_fraction: That share.
@@ -97,21 +98,21 @@ class MNISTDataModule(LightningDataModule):
         self.val_fraction = val_fraction
         self.split_seed = split_seed
         self.download = download
-        self.description = ""
+        self._why_sample = ""
         self._train: InMemoryDataset | None = None
         self._val: InMemoryDataset | None = None
         self._test: InMemoryDataset | None = None
 
     @override
     def prepare_data(self) -> None:
-        prepare(self.data_dir, self.source, self.download)
+        self._why_sample = prepare(self.data_dir, self.source, self.download)
 
     @override
     def setup(self, stage: str) -> None:
         if self._test is not None:
             return
         files = read(self.data_dir, self.source)
-        self.description = files.description
+        self.source = files.source
         held_out = round(self.val_fraction * len(files.train))
         kept, held = stratified_split(files.train.targets, held_out, self.split_seed)
         train = files.train.select(kept)
@@ -119,7 +120,7 @@ class MNISTDataModule(LightningDataModule):
         self._val = _only(files.train.select(held), self.eval_digits, "eval_digits")
         self._test = _only(files.test, self.eval_digits, "eval_digits")
         rank_zero_info(
-            f"MNIST: {self.description}: {len(self._train):,} digits to train on"
+            f"MNIST: {self.description()}: {len(self._train):,} digits to train on"
             f"{f' (only {self.digits})' if self.digits else ''}, {len(self._val):,} to validate, "
             f"{len(self._test):,} to test{f' (only {self.eval_digits})' if self.eval_digits else ''}."
         )
@@ -146,7 +147,7 @@ class MNISTDataModule(LightningDataModule):
         dataset = _ready(self._val)
         if len(dataset):
             return self._eval_loader(dataset)
-        if self.trainer is not None and self.trainer.validating:
+        if self.trainer is not None and self.trainer.state.fn == "validate":
             raise ValueError(f"val_fraction={self.val_fraction} holds nothing out to validate on; set it above 0.")
         return []
 
@@ -167,6 +168,12 @@ class MNISTDataModule(LightningDataModule):
         images = images.unsqueeze(1).to(torch.float32)
         return images.sub_(255 * MEAN).div_(255 * STD), targets
 
+    def description(self) -> str:
+        """Which digits these are, and if the sample stands in for the whole database, why."""
+        if self.source == "sample":
+            return f"the embedded sample ({self._why_sample})" if self._why_sample else "the embedded sample"
+        return f"the whole database in {self.data_dir}"
+
     def _eval_loader(self, dataset: InMemoryDataset) -> DataLoader[Any]:
         _, num_replicas, rank = self._placement()
         sampler: Sampler[int] = SequentialSampler(dataset)
@@ -177,7 +184,7 @@ class MNISTDataModule(LightningDataModule):
 
     def _placement(self) -> tuple[int, int, int]:
         """The run's seed, the number of devices, and which of them this is."""
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         if self.trainer is None:
             return seed, 1, 0
         return seed, self.trainer.world_size, self.trainer.global_rank
@@ -187,7 +194,9 @@ def _check_digits(name: str, digits: list[int] | None) -> None:
     if digits is None:
         return
     if not digits:
-        raise ValueError(f"{name}=[] selects nothing: name digits from 0 to 9, for example {name}=[9], or leave it out.")
+        raise ValueError(
+            f"{name}=[] selects nothing: name digits from 0 to 9, for example {name}=[9], or leave it out."
+        )
     for digit in digits:
         if isinstance(digit, bool) or not isinstance(digit, int) or not 0 <= digit <= 9:
             raise ValueError(f"{name}={digits}: {digit!r} is not a digit; expected whole numbers from 0 to 9.")
@@ -206,5 +215,7 @@ def _only(dataset: InMemoryDataset, digits: list[int] | None, name: str) -> InMe
 
 def _ready(dataset: InMemoryDataset | None) -> InMemoryDataset:
     if dataset is None:
-        raise RuntimeError("MNISTDataModule is not set up: call prepare_data() and setup('fit') first, as Trainer does.")
+        raise RuntimeError(
+            "MNISTDataModule is not set up: call prepare_data() and setup('fit') first, as Trainer does."
+        )
     return dataset

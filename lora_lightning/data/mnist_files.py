@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchvision.datasets import MNIST
 
@@ -36,25 +35,27 @@ class MNISTFiles:
 
     train: InMemoryDataset
     test: InMemoryDataset
-    description: str
+    source: Literal["full", "sample"]
 
 
-def prepare(data_dir: Path, source: Source, download: bool) -> None:
+def prepare(data_dir: Path, source: Source, download: bool) -> str:
     """Downloads the whole database where `source` asks for it and it is missing; for one process of a machine.
+
+    Returns:
+        Why the whole database is not to be had where `"auto"` would have it, else nothing.
 
     Raises:
         RuntimeError: If `source` is `"full"` and the database is neither there nor to be had.
     """
     if source == "sample" or _is_on_disk(data_dir):
-        return
+        return ""
     reason = _download(data_dir) if download else "download is switched off"
     if reason and source == "full":
         raise RuntimeError(
             f"source=full: the whole MNIST is not in {_raw_folder(data_dir)} and could not be downloaded ({reason}). "
             "Put its four files there, set data_dir to where they are, or use the embedded digits with source=sample."
         )
-    if reason:
-        rank_zero_info(f"The whole MNIST is not in {_raw_folder(data_dir)} and could not be downloaded ({reason}).")
+    return f"the whole MNIST is not in {_raw_folder(data_dir)} and could not be downloaded: {reason}" if reason else ""
 
 
 def read(data_dir: Path, source: Source) -> MNISTFiles:
@@ -65,8 +66,8 @@ def read(data_dir: Path, source: Source) -> MNISTFiles:
         ValueError: If a file is damaged.
     """
     if source == "sample" or (source == "auto" and not _is_on_disk(data_dir)):
-        return MNISTFiles(*(_read_sample(part) for part in _PARTS), description="the embedded sample")
-    return MNISTFiles(*(_read_full(data_dir, part) for part in _PARTS), description=f"the whole MNIST in {data_dir}")
+        return MNISTFiles(_read_sample("train"), _read_sample("t10k"), "sample")
+    return MNISTFiles(_read_full(data_dir, "train"), _read_full(data_dir, "t10k"), "full")
 
 
 def _raw_folder(data_dir: Path) -> Path:
@@ -178,7 +179,7 @@ def _unreachable(mirrors: list[str]) -> str:
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """torchvision's download sets no timeout of its own."""
+    """The download of torchvision sets no timeout of its own."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -57,7 +57,7 @@ def attach(module: nn.Module, config: LoRAConfig) -> list[str]:
     module.requires_grad_(False)
     freeze_statistics(module)
     for name, layer in layers.items():
-        layer.__class__ = ADAPTED[type(layer)]
+        object.__setattr__(layer, "__class__", ADAPTED[type(layer)])
         assert isinstance(layer, LoRALinear)
         layer.adapt(config.rank_of(name), config.scaling_of(name), config.dropout, config.init)
     module._lora_attachment = Attachment(config, tuple(layers), trainable)  # type: ignore[assignment]
@@ -73,7 +73,8 @@ def detach(module: nn.Module) -> None:
     trainable = attachment(module).trainable
     for layer in adapted_layers(module).values():
         del layer.lora_A, layer.lora_B, layer.lora_scaling, layer.lora_dropout, layer.lora_active
-        layer.__class__ = next(plain for plain, adapted in ADAPTED.items() if type(layer) is adapted)
+        plain = next(plain for plain, adapted in ADAPTED.items() if type(layer) is adapted)
+        layer.__class__ = plain  # type: ignore[assignment] # LoRALinear is a subclass of it
     thaw_statistics(module)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in trainable)
@@ -185,7 +186,7 @@ def fingerprint(module: nn.Module) -> str:
         if is_adapter_key(key) or not isinstance(value, Tensor):
             continue
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

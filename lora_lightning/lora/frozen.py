@@ -7,11 +7,12 @@ stays in evaluation mode.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+
+_FROZEN: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class FrozenStatistics:
@@ -35,7 +36,7 @@ def freeze_statistics(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, _NormBase) and layer.running_mean is not None:
             mode = layer.training
-            layer.__class__ = _frozen_class(type(layer))
+            object.__setattr__(layer, "__class__", _frozen_class(type(layer)))
             layer.train(mode)
 
 
@@ -50,9 +51,10 @@ def thaw_statistics(module: nn.Module) -> None:
             layer.train(mode)
 
 
-@cache
 def _frozen_class(plain: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Frozen{plain.__name__}", (FrozenStatistics, plain), {})
+    if plain not in _FROZEN:
+        _FROZEN[plain] = type(f"Frozen{plain.__name__}", (FrozenStatistics, plain), {})
+    return _FROZEN[plain]
 
 
 def _rebuild(plain: type[nn.Module]) -> nn.Module:

@@ -92,7 +92,7 @@ def _linear_beside(
 
 
 def _add_product(y: Tensor, low: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """y + s h Bᵀ in y's own memory: no pass over the activations but the product itself."""
+    """Forms y + s h Bᵀ in y's own memory: no pass over the activations but the product itself."""
     y = y.contiguous()
     _rows(y).addmm_(_rows(low), up.t(), alpha=scaling)
     return y

@@ -220,14 +220,14 @@ def _config(description: dict[str, Any], path: Path, names: list[str]) -> LoRACo
 
 
 def _expected_shapes(module: nn.Module, name: str, config: LoRAConfig, folder: Path) -> dict[str, tuple[int, ...]]:
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, tuple(ADAPTED))}
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     if name not in layers:
         raise ValueError(
             f"The adapter in {folder} adapts {name!r}, which this {type(module).__name__} has not. Layers that can be "
             f"adapted: {', '.join(layers) or 'none'}."
         )
     rank = config.rank_of(name)
-    out_features, in_features = layers[name].weight.shape  # type: ignore[union-attr]
+    out_features, in_features = layers[name].weight.shape
     return {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
 
 

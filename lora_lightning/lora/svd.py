@@ -32,7 +32,9 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
             f"Expected a floating-point matrix, got a tensor of shape {tuple(matrix.shape)} and {matrix.dtype}."
         )
     if not 1 <= rank <= min(matrix.shape):
-        raise ValueError(f"rank={rank}: a matrix of shape {tuple(matrix.shape)} has a rank of 1 to {min(matrix.shape)}.")
+        raise ValueError(
+            f"rank={rank}: a matrix of shape {tuple(matrix.shape)} has a rank of 1 to {min(matrix.shape)}."
+        )
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     root = s[:rank].sqrt()

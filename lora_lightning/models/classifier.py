@@ -95,5 +95,5 @@ class Classifier(LightningModule):
 
         Logging costs about a millisecond, which is what a whole LoRA step on a small batch takes.
         """
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         return self.trainer.is_last_batch or (every > 0 and (self.trainer.global_step + 1) % every == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 from torch import Tensor
@@ -105,4 +106,4 @@ def _ratio(part: int, whole: int) -> float:
 
 
 def _or_none(value: float) -> float | None:
-    return None if value != value else value
+    return None if isnan(value) else value

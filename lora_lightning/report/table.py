@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isnan
+
 from rich.table import Table
 from rich.text import Text
 
@@ -9,7 +11,10 @@ from lora_lightning.report.confusion import Confusion, Report
 
 
 def report_table(report: Report, title: str | None = None) -> Table:
-    """One row a class, one for all: support, errors, recall and precision, before and after where there is a base."""
+    """One row a class, one for all: support, errors, recall and precision, before and after where there is a base.
+
+    The last row has the accuracy in place of the recall.
+    """
     model, base = report.model, report.base
     names = model.class_names
     table = Table(title=title, title_justify="left", show_footer=True)
@@ -21,11 +26,11 @@ def report_table(report: Report, title: str | None = None) -> Table:
     if base is None:
         table.add_column("errors", f"{sum(model.errors):,}", justify="right")
     else:
-        table.add_column("errors before", f"{sum(base.errors):,}", justify="right")
-        table.add_column("errors after", f"{sum(model.errors):,}", justify="right")
+        table.add_column("errors\nbefore", f"{sum(base.errors):,}", justify="right")
+        table.add_column("errors\nafter", f"{sum(model.errors):,}", justify="right")
         table.add_column("change", _signed(sum(changes)), justify="right")
-    table.add_column("recall", _transition(base, model, "accuracy"), justify="right")
-    table.add_column("precision", "", justify="right")
+    table.add_column("recall %", _transition(base, model, "accuracy"), justify="right", no_wrap=True)
+    table.add_column("precision %", "", justify="right", no_wrap=True)
 
     for index, name in enumerate(names):
         cells: list[str | Text] = [name, f"{model.support[index]:,}"]
@@ -47,4 +52,5 @@ def _transition(base: Confusion | None, model: Confusion, ratio: str, index: int
     values = [getattr(confusion, ratio) for confusion in (base, model) if confusion is not None]
     if index is not None:
         values = [value[index] for value in values]
-    return " → ".join("–" if value != value else f"{value:.1%}" for value in values)
+    values = [100 * value for value in values]
+    return " → ".join("–" if isnan(value) else f"{value:.1f}" for value in values)
