@@ -23,7 +23,7 @@ from lora_lightning.checkpoints import load_base, newest_checkpoint
 from lora_lightning.data import MNISTDataModule
 from lora_lightning.data.mnist_files import Source
 from lora_lightning.lora import adapter_parameters, fingerprint
-from lora_lightning.models import Classifier, RichBoyNet
+from lora_lightning.models import Classifier, OneCycle, RichBoyNet
 from lora_lightning.report import Confusion, Report
 
 _PRETRAIN_BATCH_SIZE = 64
@@ -98,6 +98,8 @@ def repair(
         replay = MNISTDataModule(
             data_dir, data.source, focus=[focus], focus_fraction=_FOCUS_FRACTION, batch_size=_ADAPT_BATCH_SIZE
         )
+        replay.prepare_data()
+        replay.setup("fit")
         report = _adapt_and_test(runs, replay, callback, steps)
         base_errors = _count(runs, data, base_path, "test").errors
     assert callback.adapted is not None
@@ -187,7 +189,7 @@ class _Runs:
 
 
 def _pretrain(runs: _Runs, data: MNISTDataModule) -> Path:
-    checkpoint = ModelCheckpoint(filename="base")
+    checkpoint = ModelCheckpoint(runs.folder / "base", filename="base")
     runs.trainer("base", checkpoint, max_epochs=1).fit(Classifier(RichBoyNet()), datamodule=data)
     return Path(checkpoint.best_model_path)
 
@@ -203,13 +205,11 @@ def _count(runs: _Runs, data: MNISTDataModule, base_path: Path, what: Literal["v
 
 
 def _adapt_and_test(runs: _Runs, data: MNISTDataModule, callback: LoRAFinetuning, steps: int) -> Report:
-    model = Classifier(
-        RichBoyNet(),
-        optimizer=partial(torch.optim.Adam, lr=_LEARNING_RATE, fused=True),
-        lr_scheduler=partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=_LEARNING_RATE, total_steps=steps),
-    )
-    confusion = ConfusionReport()
-    trainer = runs.trainer("adapted", callback, confusion, max_steps=steps)
+    optimizer = partial(torch.optim.Adam, lr=_LEARNING_RATE, fused=True)
+    model, confusion = Classifier(RichBoyNet(), optimizer, OneCycle), ConfusionReport()
+    checkpoint = ModelCheckpoint(runs.folder / "adapted", filename="adapters")
+    epochs = -(-steps // len(data.train_dataloader()))
+    trainer = runs.trainer("adapted", callback, confusion, checkpoint, max_epochs=epochs, max_steps=steps)
     trainer.fit(model, datamodule=data)
     trainer.test(model, datamodule=data, verbose=False)
     assert confusion.report is not None

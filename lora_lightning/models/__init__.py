@@ -1,6 +1,7 @@
 """What is trained."""
 
 from lora_lightning.models.classifier import Classifier
+from lora_lightning.models.one_cycle import OneCycle
 from lora_lightning.models.rich_boy_net import RichBoyNet
 
-__all__ = ["Classifier", "RichBoyNet"]
+__all__ = ["Classifier", "OneCycle", "RichBoyNet"]

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from lora_lightning.models.one_cycle import OneCycle
+
 
 class Classifier(LightningModule):
     """Trains a backbone by cross-entropy.
@@ -21,6 +23,7 @@ class Classifier(LightningModule):
         backbone: Maps a batch of inputs to logits of shape (B, num_classes).
         optimizer: Makes the optimizer from the trainable parameters; Adam by default, with PyTorch's fused kernel.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer; stepped after every training step.
+            `OneCycle` is told the length of the run.
         num_classes: Size of the last dimension of the logits.
 
     Example::
@@ -72,9 +75,17 @@ class Classifier(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, OneCycle):
+            scheduler.spread_over(self._total_steps())
         if isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ValueError("OneCycle needs to know when the run ends: give the Trainer max_epochs or max_steps.")
+        return int(total)
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> dict[str, Tensor]:
         inputs, targets = batch
