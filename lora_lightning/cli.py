@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from argparse import ArgumentError
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, auto_cli
+from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lora_lightning.checkpoints import newest_checkpoint
+from lora_lightning.errors import explain
 
 DEBUG_VARIABLE = "LORA_LIGHTNING_DEBUG"
 _KEYWORDS = ("best", "last", "hpc")
@@ -42,7 +44,11 @@ class LoRALightningCLI(LightningCLI):
         super().__init__(
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_kwargs={"description": _DESCRIPTION, "prog": "lora-lightning"},
+            parser_kwargs={
+                "description": _DESCRIPTION,
+                "exit_on_error": False,
+                **{command: {"exit_on_error": False} for command in self.subcommands()},
+            },
             args=args,
         )
 
@@ -75,12 +81,12 @@ def main(args: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", message=message)
     try:
         return _run(words, args)
-    except (ValueError, OSError, RuntimeError, MisconfigurationException) as error:
+    except (ArgumentError, ValueError, OSError, RuntimeError, MisconfigurationException) as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        message = " ".join(str(error).split())
-        print(f"lora-lightning: error: {message}\n(Set {DEBUG_VARIABLE}=1 for the traceback.)", file=sys.stderr)
-        return 1
+        print(f"lora-lightning: error: {explain(error)}", file=sys.stderr)
+        print(f"(--help lists what can be said; {DEBUG_VARIABLE}=1 shows the traceback.)", file=sys.stderr)
+        return 2 if isinstance(error, ArgumentError) else 1
 
 
 def _run(words: list[str], args: list[str] | None) -> int:
@@ -88,7 +94,7 @@ def _run(words: list[str], args: list[str] | None) -> int:
         from lora_lightning.repair import repair
 
         outcome: Any = auto_cli(
-            repair, args=words[1:], as_positional=False, parser_class=ArgumentParser, prog="lora-lightning repair"
+            repair, args=words[1:], as_positional=False, prog="lora-lightning repair", exit_on_error=False
         )
         return int(outcome)
     LoRALightningCLI(args)

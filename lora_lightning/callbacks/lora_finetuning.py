@@ -136,7 +136,7 @@ class LoRAFinetuning(Callback):
         rank_zero_info(self._what_trains(self.adapted))
 
     def _what_trains(self, adapted: nn.Module) -> str:
-        """One line a layer, and the sum: `6,794 of 2,813,804 parameters train, 0.242 %`."""
+        """One line a layer, and the sum."""
         lines = ["LoRA adapters on:"]
         for name, layer in adapted_layers(adapted).items():
             rank, size = layer.lora_A.shape[0], layer.lora_A.numel() + layer.lora_B.numel()
@@ -144,11 +144,15 @@ class LoRAFinetuning(Callback):
                 f"  {name or type(adapted).__name__}: {layer.in_features} -> {layer.out_features}, rank {rank}, "
                 f"scale {layer.lora_scaling:g}, {size:,} parameters"
             )
-        trained = sum(parameter.numel() for parameter in adapter_parameters(adapted))
-        total = sum(parameter.numel() for parameter in adapted.parameters())
-        added = trained / (total - trained)
-        lines.append(f"{trained:,} of {total:,} parameters train; they add {added:.3%} to the base.")
+        lines.append(f"Trained: {self.trained_parameters()}.")
         return "\n".join(lines)
+
+    def trained_parameters(self) -> str:
+        """How many parameters train, in words: `6,794 of 2,813,804 parameters, 0.242% of the base`."""
+        assert self.adapted is not None, "nothing is attached before setup"
+        trained = sum(parameter.numel() for parameter in adapter_parameters(self.adapted))
+        total = sum(parameter.numel() for parameter in self.adapted.parameters())
+        return f"{trained:,} of {total:,} parameters, {trained / (total - trained):.3%} of the base"
 
 
 def holder_of_parameters(module: nn.Module) -> nn.Module:

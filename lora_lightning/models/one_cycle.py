@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
@@ -32,7 +33,7 @@ class OneCycle(LRScheduler):
         self.total_steps = total_steps
 
     @override
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         factor = _factor(self.last_epoch / max(self.total_steps - 1, 1))
         return [base * factor for base in self.base_lrs]
 

@@ -1,0 +1,48 @@
+"""One clear message for the command line, out of an error that may be wrapped in several others."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+_UNION = "Does not validate against any of the Union subtypes"
+
+
+def explain(error: BaseException) -> str:
+    """The message of the error that matters, on one line.
+
+    jsonargparse wraps what it finds in one error a level of the configuration, each of which repeats all others and
+    the whole configuration: the first one below that says more than "none of these types" is the one to read.
+    """
+    found: BaseException | None = error
+    while found is not None and _UNION in str(found):
+        error, found = found, found.__cause__ or found.__context__
+    text = " ".join(str(found or error).split())
+    if key := re.match('Parser key "[^"]+": ', " ".join(str(error).split())):
+        text = key[0] + text.removeprefix(key[0])
+    text = re.sub(rf"{_UNION}.*?Errors: - (.*?) - Expected a <class 'NoneType'>.*", r"\1", text)
+    return text + _accepted_options(text)
+
+
+def _accepted_options(text: str) -> str:
+    """For an option that a class does not have: the ones that it has, the most alike first."""
+    if match := re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
+        owner, option = _class(match[1]), match[2]
+    elif match := re.search(r"does not accept option 'trainer\.(\w+)'", text):
+        owner, option = Trainer, match[1]
+    else:
+        return ""
+    names = [name for name in inspect.signature(owner).parameters if name != "self"]
+    alike = difflib.get_close_matches(option, names, n=1)
+    guess = f" Did you mean {alike[0]!r}?" if alike else ""
+    return f".{guess} It takes: {', '.join(names)}."
+
+
+def _class(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)

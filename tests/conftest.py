@@ -1,0 +1,76 @@
+"""What the tests share: where things are, and small models and data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
+
+from lora_lightning.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is the working directory, with the project's configs in it."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def run(workspace: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs the command line in this process; returns the exit code and all that was printed."""
+
+    def run_command(*words: str) -> tuple[int, str]:
+        code = main(list(words))
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run_command
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """A quiet trainer on the CPU that logs below the test's folder."""
+
+    def make(*callbacks: Callback, **arguments: object) -> Trainer:
+        settings: dict[str, object] = {
+            "accelerator": "cpu",
+            "logger": TensorBoardLogger(tmp_path / "logs", name="test"),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+            "callbacks": list(callbacks),
+        }
+        return Trainer(**(settings | arguments))
+
+    return make
+
+
+@pytest.fixture
+def mnist_dir() -> Path:
+    """Where the whole MNIST is, for the tests that want it."""
+    folder = os.environ.get("LORA_LIGHTNING_DATA")
+    if not folder:
+        pytest.skip("LORA_LIGHTNING_DATA does not say where the whole MNIST is")
+    return (ROOT / folder).resolve()
+
+
+@pytest.fixture
+def mlp() -> nn.Sequential:
+    """A small network with a norm layer in it: layers `0` and `3` are linear."""
+    return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))

@@ -1,0 +1,253 @@
+"""The verbs: what they change, and what they leave as it was, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_lightning import (
+    LoRAConfig,
+    RichBoyNet,
+    adapter_parameters,
+    adapter_state,
+    attach,
+    detach,
+    disabled,
+    fingerprint,
+    is_adapted,
+    merge,
+    merged,
+)
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def same(module: nn.Module, before: dict[str, Tensor]) -> bool:
+    now = module.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in before)
+
+
+def stir(module: nn.Module) -> None:
+    """Gives every adapter a B that does something."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter)
+
+
+def test_rank_1_adds_a_quarter_percent_to_the_over_sized_mlp() -> None:
+    net = RichBoyNet()
+    assert sum(p.numel() for p in net.parameters()) == 2_807_010
+    assert attach(net, LoRAConfig(rank=1)) == ["linear1", "linear2", "linear3"]
+    assert sum(p.numel() for p in adapter_parameters(net)) == 6_794
+    assert {p for p in net.parameters() if p.requires_grad} == set(adapter_parameters(net))
+
+
+def test_base_keys_and_types_stay(mlp: nn.Sequential) -> None:
+    keys = set(mlp.state_dict())
+    attach(mlp, LoRAConfig(rank=2))
+    assert set(mlp.state_dict()) - set(adapter_state(mlp)) == keys
+    assert set(adapter_state(mlp)) == {"0.lora_A", "0.lora_B", "3.lora_A", "3.lora_B"}
+    assert isinstance(mlp[0], nn.Linear)
+    assert isinstance(mlp[1], nn.BatchNorm1d)
+
+
+def test_a_plain_checkpoint_loads_into_an_adapted_model(mlp: nn.Sequential) -> None:
+    plain = state(mlp)
+    attach(mlp, LoRAConfig(rank=2))
+    nn.init.zeros_(mlp[0].weight)
+    missing, unexpected = mlp.load_state_dict(plain, strict=False)
+    assert set(missing) == set(adapter_state(mlp))
+    assert not unexpected
+    assert torch.equal(mlp[0].weight, plain["0.weight"])
+
+
+def test_detach_gives_the_module_back_bitwise_trainability_and_mode_too(mlp: nn.Sequential) -> None:
+    mlp[3].bias.requires_grad_(False)
+    before, types = state(mlp), [type(layer) for layer in mlp]
+    trainable = {name: p.requires_grad for name, p in mlp.named_parameters()}
+    attach(mlp, LoRAConfig(rank=2))
+    stir(mlp)
+    mlp.train()
+    mlp(torch.randn(5, 8))
+    detach(mlp)
+    assert same(mlp, before)
+    assert [type(layer) for layer in mlp] == types
+    assert {name: p.requires_grad for name, p in mlp.named_parameters()} == trainable
+    assert all(layer.training for layer in mlp)
+    assert not is_adapted(mlp)
+    assert not any("lora" in name for layer in mlp.modules() for name in vars(layer))
+
+
+def test_training_moves_adapters_alone(mlp: nn.Sequential) -> None:
+    before, digest = state(mlp), fingerprint(mlp)
+    attach(mlp, LoRAConfig(rank=2))
+    optimizer = torch.optim.AdamW(mlp.parameters(), lr=0.1, weight_decay=0.1)
+    mlp.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        mlp(torch.randn(5, 8)).square().sum().backward()
+        optimizer.step()
+    assert all(parameter.abs().sum() > 0 for parameter in adapter_parameters(mlp))
+    assert all(torch.equal(mlp.state_dict()[key], value) for key, value in before.items())
+    assert fingerprint(mlp) == digest
+
+
+def test_frozen_batchnorm_normalises_with_its_statistics_in_train_mode(mlp: nn.Sequential) -> None:
+    x = torch.randn(5, 8)
+    expected = mlp.eval()(x)
+    attach(mlp, LoRAConfig(rank=2))
+    mlp.train()
+    assert torch.equal(mlp(x), expected)
+
+
+def test_disabled_is_the_base_also_after_an_error(mlp: nn.Sequential) -> None:
+    mlp.eval()
+    x = torch.randn(5, 8)
+    base = mlp(x)
+    attach(mlp, LoRAConfig(rank=2))
+    stir(mlp)
+    adapted = mlp(x)
+    assert not torch.equal(adapted, base)
+    with disabled(mlp), disabled(mlp):
+        assert torch.equal(mlp(x), base)
+    with pytest.raises(KeyError), disabled(mlp):
+        raise KeyError
+    assert torch.equal(mlp(x), adapted)
+
+
+def test_merged_agrees_and_gives_the_weights_back_bitwise(mlp: nn.Sequential) -> None:
+    mlp.double().eval()
+    attach(mlp, LoRAConfig(rank=2, alpha=5))
+    stir(mlp)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    before, adapted = state(mlp), mlp(x)
+    with merged(mlp):
+        torch.testing.assert_close(mlp(x), adapted)
+        assert not torch.equal(mlp[0].weight, before["0.weight"])
+        with merged(mlp):
+            torch.testing.assert_close(mlp(x), adapted)
+    assert same(mlp, before)
+    assert torch.equal(mlp(x), adapted)
+
+
+def test_merge_leaves_a_plain_trainable_model_with_the_same_answers(mlp: nn.Sequential) -> None:
+    mlp.double().eval()
+    attach(mlp, LoRAConfig(rank=2, alpha=5))
+    stir(mlp)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    adapted = mlp(x)
+    merge(mlp)
+    torch.testing.assert_close(mlp(x), adapted)
+    assert type(mlp[0]) is nn.Linear
+    assert all(parameter.requires_grad for parameter in mlp.parameters())
+
+
+def test_fingerprint_sees_values_names_dtypes_and_buffers_but_no_adapter(mlp: nn.Sequential) -> None:
+    digest = fingerprint(mlp)
+    attach(mlp, LoRAConfig(rank=2))
+    stir(mlp)
+    assert fingerprint(mlp) == digest
+    with disabled(mlp):
+        assert fingerprint(mlp) == digest
+    with merged(mlp):
+        assert fingerprint(mlp) != digest
+    detach(mlp)
+    assert fingerprint(copy.deepcopy(mlp)) == digest
+    assert fingerprint(copy.deepcopy(mlp).double()) != digest
+    assert fingerprint(nn.Sequential(*list(mlp)[::-1])) != digest
+    mlp[1].running_mean[0] += 1e-6
+    assert fingerprint(mlp) != digest
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_is_adapted_and_independent(mlp: nn.Sequential, copied) -> None:  # noqa: ANN001
+    attach(mlp, LoRAConfig(rank=2))
+    stir(mlp)
+    x = torch.randn(5, 8)
+    other = copied(mlp)
+    assert torch.equal(other(x), mlp(x))
+    detach(other)
+    assert is_adapted(mlp)
+    assert not is_adapted(other)
+    other.train()
+    assert other[1].training
+    assert not mlp[1].training
+
+
+def test_hooks_and_references_survive(mlp: nn.Sequential) -> None:
+    first, calls = mlp[0], []
+    first.register_forward_hook(lambda *_: calls.append("hook"))
+    weight = first.weight
+    attach(mlp, LoRAConfig(rank=2))
+    mlp(torch.randn(2, 8))
+    assert calls == ["hook"]
+    assert mlp[0] is first
+    assert first.weight is weight
+
+
+def test_merging_a_tied_weight_is_refused_and_changes_nothing() -> None:
+    net = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    net["head"].weight = net["embed"].weight
+    attach(net, LoRAConfig(rank=2))
+    stir(net)
+    before = state(net)
+    for verb in (merge, lambda module: merged(module).__enter__()):
+        with pytest.raises(ValueError, match=r"weight of 'head' is shared \(embed.weight, head.weight\)"):
+            verb(net)
+    assert same(net, before)
+
+
+class TestRefusals:
+    """`attach` either does all or changes nothing, and its message names what exists."""
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            (LoRAConfig(targets=["linear9"]), r"Targets \['linear9'\] match no layer .* can be adapted: 0, 3\."),
+            (LoRAConfig(targets=["1"]), r"'1' is a BatchNorm1d"),
+            (LoRAConfig(targets=["0", "no"]), r"Targets \['no'\] match no layer"),
+            (LoRAConfig(targets="conv.*"), r"Targets \['conv.\*'\] match no layer"),
+            (LoRAConfig(rank=1, rank_pattern={"7": 2}), r"Targets \['7'\] match no layer"),
+            (LoRAConfig(exclude=["0", "3"]), r"No layer is left to adapt"),
+            (LoRAConfig(rank=9), r"rank=9 exceeds layer '0', whose weight of shape \(16, 8\) has rank 8 at most"),
+        ],
+    )
+    def test_what_can_not_be_attached(self, mlp: nn.Sequential, config: LoRAConfig, message: str) -> None:
+        before = state(mlp)
+        with pytest.raises(ValueError, match=message):
+            attach(mlp, config)
+        assert same(mlp, before)
+        assert all(parameter.requires_grad for parameter in mlp.parameters())
+        assert type(mlp[0]) is nn.Linear
+        assert type(mlp[1]) is nn.BatchNorm1d
+
+    def test_a_model_without_supported_layers(self) -> None:
+        with pytest.raises(ValueError, match=r"No layer is left to adapt .* can be adapted: none"):
+            attach(nn.Sequential(nn.ReLU()), LoRAConfig())
+
+    def test_attaching_twice(self, mlp: nn.Sequential) -> None:
+        attach(mlp, LoRAConfig(rank=1))
+        with pytest.raises(ValueError, match=r"has adapters already, on \['0', '3'\]"):
+            attach(mlp, LoRAConfig(rank=1))
+
+    def test_detaching_what_is_not_adapted_or_adapted_further_in(self, mlp: nn.Sequential) -> None:
+        with pytest.raises(ValueError, match=r"Sequential has no adapters of its own. Call attach"):
+            detach(mlp)
+        outer = nn.Sequential(mlp)
+        attach(mlp, LoRAConfig(rank=1))
+        with pytest.raises(ValueError, match=r"Its submodule '0' has: use that one"):
+            merge(outer)
+
+    def test_a_layer_whose_adapter_would_be_passed_by(self) -> None:
+        encoder = nn.TransformerEncoderLayer(8, 2, 16)
+        with pytest.raises(ValueError, match=r"'linear1' can't be adapted: in evaluation nn.TransformerEncoderLayer"):
+            attach(encoder, LoRAConfig(rank=1))
+        attention = nn.MultiheadAttention(8, 2)
+        with pytest.raises(ValueError, match="'out_proj' is a NonDynamicallyQuantizableLinear"):
+            attach(attention, LoRAConfig(rank=1, targets=["out_proj"]))

@@ -1,0 +1,149 @@
+"""`LoRALinear` against a dense oracle: a plain layer with the weight W + s B A."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_lightning.lora import LoRAConfig, LoRALinear, attach, disabled
+
+SHAPES = st.lists(st.integers(0, 3), max_size=3)
+
+
+def adapted_linear(
+    rank: int = 2, alpha: float = 3.0, *, bias: bool = True, dtype: torch.dtype = torch.float64, **config: object
+) -> LoRALinear:
+    """A layer of 5 inputs and 4 outputs whose adapter does something."""
+    layer = nn.Linear(5, 4, bias=bias, dtype=dtype)
+    attach(layer, LoRAConfig(rank=rank, alpha=alpha, **config))
+    assert isinstance(layer, LoRALinear)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def dense(layer: LoRALinear, x: Tensor) -> Tensor:
+    weight = layer.weight + layer.lora_scaling * layer.lora_B @ layer.lora_A
+    return F.linear(x, weight, layer.bias)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    batch=SHAPES,
+    rank=st.integers(1, 4),
+    alpha=st.floats(0.1, 10),
+    bias=st.booleans(),
+    needs_input_gradient=st.booleans(),
+)
+def test_output_and_gradients_are_those_of_the_dense_layer(
+    batch: list[int], rank: int, alpha: float, bias: bool, needs_input_gradient: bool
+) -> None:
+    layer = adapted_linear(rank, alpha, bias=bias)
+    x = torch.randn(*batch, 5, dtype=torch.float64, requires_grad=needs_input_gradient)
+    inputs = [layer.lora_A, layer.lora_B, *([x] if needs_input_gradient else [])]
+    y, expected = layer(x), dense(layer, x)
+    torch.testing.assert_close(y, expected)
+    upstream = torch.randn_like(y)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_fresh_adapter_changes_no_bit(bias: bool, shape: tuple[int, ...], grad: bool) -> None:
+    layer = nn.Linear(5, 4, bias=bias)
+    x = torch.randn(shape)
+    before = layer(x)
+    attach(layer, LoRAConfig(rank=2))
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(layer(x), before)
+
+
+def test_second_derivatives_are_right() -> None:
+    layer = adapted_linear()
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"lora_A": down, "lora_B": up}, (x,))
+
+    assert torch.autograd.gradcheck(function, (x, layer.lora_A, layer.lora_B))
+    assert torch.autograd.gradgradcheck(function, (x, layer.lora_A, layer.lora_B))
+
+
+def test_function_transforms_see_the_adapter() -> None:
+    layer = adapted_linear()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), dense(layer, x))
+    jacobian = torch.func.jacrev(layer)(x[0])
+    torch.testing.assert_close(jacobian, layer.weight + layer.delta())
+
+
+def test_a_base_of_low_precision_keeps_its_dtype_beside_a_float32_adapter() -> None:
+    layer = adapted_linear(dtype=torch.bfloat16)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    x = torch.randn(3, 5, dtype=torch.bfloat16)
+    y = layer(x)
+    assert y.dtype == torch.bfloat16
+    expected = F.linear(x.float(), layer.weight.float() + layer.delta(), layer.bias.float())
+    torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), y)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast_runs_both_paths_in_low_precision(grad: bool) -> None:
+    layer = adapted_linear(dtype=torch.float32)
+    x = torch.randn(3, 5)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), dense(layer, x), rtol=0.05, atol=0.05)
+
+
+def test_dropout_touches_the_adapter_path_alone_and_only_in_training() -> None:
+    layer = adapted_linear(dropout=0.5)
+    x = torch.randn(64, 5, dtype=torch.float64)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    torch.testing.assert_close(layer(x), dense(layer, x))
+    layer.train()
+    with disabled(layer):
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    nn.init.zeros_(layer.lora_B)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_gaussian_has_the_seed_notebooks_standard_deviation_at_rank_1() -> None:
+    layer = nn.Linear(20_000, 1)
+    attach(layer, LoRAConfig(rank=1, init="gaussian"))
+    assert isinstance(layer, LoRALinear)
+    assert layer.lora_A.std().item() == pytest.approx(1, abs=0.02)
+    assert not layer.lora_B.any()
+
+
+def test_kaiming_is_uniform_within_one_over_the_root_of_the_inputs() -> None:
+    layer = nn.Linear(400, 8)
+    attach(layer, LoRAConfig(rank=8))
+    assert isinstance(layer, LoRALinear)
+    bound = 400**-0.5
+    assert layer.lora_A.abs().max().item() == pytest.approx(bound, rel=0.01)
+    assert layer.lora_A.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+def test_a_seed_gives_the_same_adapter_whatever_the_dtype_of_the_base() -> None:
+    adapters = []
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = nn.Linear(5, 4, dtype=dtype)
+        torch.manual_seed(7)
+        attach(layer, LoRAConfig(rank=2))
+        adapters.append(copy.deepcopy(layer.lora_A))
+    assert torch.equal(*adapters)
