@@ -23,6 +23,8 @@ _KEYWORDS = ("best", "last", "hpc")
 _NOISE = (
     # Data in memory needs no workers.
     ".*does not have many workers.*",
+    # val_fraction=0 leaves nothing to validate on, on purpose.
+    "Total length of `list` across ranks is zero.*",
     # Arguments given by a Python caller are no mistake.
     "LightningCLI's args parameter is intended to run from within Python.*",
     # A test or a resumed run has a log folder of its own, on purpose.
@@ -46,6 +48,7 @@ class LoRALightningCLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_kwargs={
                 "description": _DESCRIPTION,
+                "prog": "lora-lightning",
                 "exit_on_error": False,
                 **{command: {"exit_on_error": False} for command in self.subcommands()},
             },

@@ -20,11 +20,14 @@ def explain(error: BaseException) -> str:
     the whole configuration: the first one below that says more than "none of these types" is the one to read.
     """
     found: BaseException | None = error
+    key = ""
     while found is not None and _UNION in str(found):
+        if match := re.match(r'Parser key "[^"]+":', str(found)):
+            key = f"{match[0]} "
         error, found = found, found.__cause__ or found.__context__
     text = " ".join(str(found or error).split())
-    if key := re.match('Parser key "[^"]+": ', " ".join(str(error).split())):
-        text = key[0] + text.removeprefix(key[0])
+    if text.startswith("Expected"):
+        text = key + text
     text = re.sub(rf"{_UNION}.*?Errors: - (.*?) - Expected a <class 'NoneType'>.*", r"\1", text)
     return text + _accepted_options(text)
 

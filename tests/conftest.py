@@ -32,13 +32,17 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(workspace: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def run(
+    workspace: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> Callable[..., tuple[int, str]]:
     """Runs the command line in this process; returns the exit code and all that was printed."""
 
     def run_command(*words: str) -> tuple[int, str]:
-        code = main(list(words))
-        captured = capsys.readouterr()
-        return code, captured.out + captured.err
+        with caplog.at_level("INFO"):
+            code = main(list(words))
+        captured, logged = capsys.readouterr(), caplog.text
+        caplog.clear()
+        return code, captured.out + captured.err + logged
 
     return run_command
 
@@ -54,6 +58,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "log_every_n_steps": 1,
+            "max_epochs": 20,
             "callbacks": list(callbacks),
         }
         return Trainer(**(settings | arguments))

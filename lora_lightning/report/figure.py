@@ -45,10 +45,10 @@ def _draw(
     if diverging:
         # On the diagonal more is better, beside it less is: blue is better, red is worse.
         shade = torch.where(torch.eye(size, dtype=torch.bool), -shade, shade)
-        axis.imshow(shade, cmap="RdBu_r", vmin=-scale, vmax=scale)
+        axis.imshow(shade.numpy(), cmap="RdBu_r", vmin=-scale, vmax=scale)
     else:
         shade = shade.masked_fill(torch.eye(size, dtype=torch.bool), 0)
-        axis.imshow(shade, cmap="Reds", vmin=0, vmax=scale)
+        axis.imshow(shade.numpy(), cmap="Reds", vmin=0, vmax=scale)
     axis.set(title=title, xlabel="predicted", ylabel="target")
     if size > _MOST_ANNOTATED_CLASSES:
         return

@@ -166,7 +166,7 @@ def test_fingerprint_sees_values_names_dtypes_and_buffers_but_no_adapter(mlp: nn
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_a_copy_is_adapted_and_independent(mlp: nn.Sequential, copied) -> None:  # noqa: ANN001
+def test_a_copy_is_adapted_and_independent(mlp: nn.Sequential, copied) -> None:
     attach(mlp, LoRAConfig(rank=2))
     stir(mlp)
     x = torch.randn(5, 8)

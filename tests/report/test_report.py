@@ -1,0 +1,111 @@
+"""Per-class numbers, and the table, figure and files made of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from lora_lightning.report import Confusion, Report, confusion_figure, free_path, report_table, write_report
+
+NAMES = ("cat", "dog", "eel")
+BEFORE = Confusion(torch.tensor([[8, 2, 0], [4, 6, 0], [0, 0, 0]]), NAMES)
+AFTER = Confusion(torch.tensor([[9, 1, 0], [1, 9, 0], [0, 0, 0]]), NAMES)
+
+
+def printed(report: Report, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(report_table(report))
+    return console.file.getvalue()
+
+
+def test_numbers_follow_from_the_counts() -> None:
+    assert BEFORE.total == 20
+    assert BEFORE.support == [10, 10, 0]
+    assert BEFORE.errors == [2, 4, 0]
+    assert BEFORE.accuracy == 0.7
+    assert BEFORE.recall[:2] == [0.8, 0.6]
+    assert BEFORE.precision[:2] == [8 / 12, 6 / 8]
+    assert math.isnan(BEFORE.recall[2])
+    assert math.isnan(BEFORE.precision[2])
+
+
+def test_the_weakest_class_is_the_one_of_lowest_recall_that_has_samples() -> None:
+    assert BEFORE.weakest() == 1
+
+
+def test_names_and_matrix_have_to_fit() -> None:
+    with pytest.raises(ValueError, match=r"shape \(3, 3\) for 2 class names"):
+        Confusion(BEFORE.matrix, ("a", "b"))
+
+
+def test_the_table_has_a_row_a_class_and_one_for_all() -> None:
+    text = printed(Report("test", AFTER, BEFORE))
+    rows = [[cell.strip() for cell in line.strip("│ \n").split("│")] for line in text.splitlines() if "│" in line]
+    assert ["cat", "10", "2", "1", "-1", "80.0 → 90.0", "66.7 → 90.0"] in rows
+    assert ["dog", "10", "4", "1", "-3", "60.0 → 90.0", "75.0 → 90.0"] in rows
+    assert ["eel", "0", "0", "0", "0", "– → –", "– → –"] in rows
+    assert ["all", "20", "6", "2", "-4", "70.0 → 90.0"] in [row[:6] for row in rows]
+
+
+def test_the_table_of_ten_digits_fits_80_columns() -> None:
+    digits = tuple(map(str, range(10)))
+    whole = Confusion(torch.eye(10, dtype=torch.int64) * 10_000, digits)
+    text = printed(Report("test", whole, whole))
+    assert "…" not in text
+    assert "digit" in text
+    assert sum("100.0 → 100.0" in line for line in text.splitlines()) == 11
+
+
+def test_the_table_of_a_plain_model_has_one_column_of_errors() -> None:
+    text = printed(Report("val", BEFORE))
+    assert "before" not in text
+    assert "errors" in text
+
+
+@pytest.mark.parametrize("size", [3, 30])
+def test_the_figure_shows_base_adapted_and_difference(size: int, tmp_path: Path) -> None:
+    names = tuple(f"class {index}" for index in range(size))
+    matrix = torch.randint(9, (size, size))
+    figure = confusion_figure(Report("test", Confusion(matrix, names), Confusion(matrix.T, names)))
+    assert [axis.get_title() for axis in figure.axes] == ["base", "adapted", "adapted - base"]
+    texts = [text.get_text() for text in figure.axes[1].texts]
+    assert texts == ([str(int(count)) for count in matrix.flatten() if count] if size == 3 else [])
+    figure.savefig(tmp_path / "figure.png")
+
+
+def test_the_figure_of_a_plain_model_is_one_matrix() -> None:
+    assert [axis.get_title() for axis in confusion_figure(Report("test", BEFORE)).axes] == ["confusion"]
+
+
+def test_files_hold_every_number(tmp_path: Path) -> None:
+    json_path, csv_path = write_report(Report("test", AFTER, BEFORE), tmp_path / "run")
+    content = json.loads(json_path.read_text())
+    assert json_path.name == "confusion.json"
+    assert content["base"]["matrix"] == BEFORE.matrix.tolist()
+    assert content["model"]["classes"][1] == {
+        "name": "dog", "support": 10, "errors": 1, "recall": 0.9, "precision": 0.9,
+    }  # fmt: skip
+    assert content["model"]["classes"][2]["recall"] is None
+    with csv_path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0] == {
+        "class": "cat", "support": "10", "errors_before": "2", "errors_after": "1", "recall_before": "0.8",
+        "recall_after": "0.9", "precision_before": str(8 / 12), "precision_after": "0.9",
+    }  # fmt: skip
+    assert rows[2]["recall_after"] == ""
+
+
+def test_a_second_report_does_not_overwrite_the_first(tmp_path: Path) -> None:
+    first, _ = write_report(Report("test", AFTER), tmp_path)
+    before = first.read_text()
+    second, _ = write_report(Report("test", BEFORE), tmp_path)
+    assert (first.name, second.name) == ("confusion.json", "confusion-v1.json")
+    assert first.read_text() == before
+    assert free_path(tmp_path / "confusion.json").name == "confusion-v2.json"

@@ -1,0 +1,181 @@
+"""The command line, through its own entry point."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torchvision.datasets import MNIST
+
+from tests.conftest import ROOT
+
+Run = Callable[..., tuple[int, str]]
+SAMPLE = ("--data.source", "sample")
+DEV = (*SAMPLE, "--trainer.fast_dev_run", "true")
+CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def pretrained(run: Run) -> Path:
+    """A base for every config that adapts one, where it looks for it."""
+    code, text = run("fit", "-c", "configs/pretrain.yaml", *SAMPLE, "--trainer.max_steps", "20")
+    assert code == 0, text
+    Path("logs/notebook_pretrain").symlink_to("pretrain")
+    return Path("logs/pretrain")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_runs_as_it_is(run: Run, pretrained: Path, config: str) -> None:
+    for command in ("fit", "validate", "test", "predict"):
+        if command == "validate" and "notebook" in config:
+            continue  # the notebook holds nothing out
+        code, text = run(command, "-c", config, *DEV)
+        assert code == 0, text
+
+
+def test_the_documented_sequence_runs_twice_without_editing_a_path(run: Run) -> None:
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^lora-lightning (fit|test) (.*)$", text, re.MULTILINE)
+    assert [command for command, _ in commands] == ["fit", "test", "fit", "test"]
+    for _ in range(2):
+        for command, words in commands:
+            short = ("--trainer.max_steps", "10") if command == "fit" else ()
+            code, printed = run(command, *words.split(), *SAMPLE, *short)
+            assert code == 0, printed
+    assert len(list(Path("logs/pretrain").glob("version_*/checkpoints/*.ckpt"))) == 2
+    assert len(list(Path("logs/adapt").glob("version_*/adapter/adapter_model.safetensors"))) == 2
+    assert len(list(Path("logs").glob("*/version_*/confusion.json"))) == 4
+    assert "before" in printed
+    newest = max(Path("logs/adapt").glob("version_*/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    assert f"Checkpoint: {newest}" in " ".join(printed.split())
+
+
+def test_a_run_keeps_its_resolved_config_and_the_seed_is_0(run: Run, pretrained: Path) -> None:
+    config = yaml.safe_load((pretrained / "version_0" / "config.yaml").read_text())
+    assert config["seed_everything"] == 0
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.003
+    assert config["data"]["init_args"]["val_fraction"] == 0.1
+
+
+def test_without_a_seed_in_the_config_it_is_0(run: Run, workspace: Path) -> None:
+    Path("plain.yaml").write_text(
+        "model: {class_path: lora_lightning.Classifier, init_args: {backbone: {class_path: lora_lightning.RichBoyNet}}}\n"
+        "data: {class_path: lora_lightning.MNISTDataModule, init_args: {source: sample}}\n"
+    )
+    code, text = run("fit", "-c", "plain.yaml", "--trainer.fast_dev_run", "true")
+    assert code == 0, text
+    assert "Seed set to 0" in text
+
+
+def test_a_seed_repeats_a_run_bitwise(run: Run, workspace: Path) -> None:
+    states = []
+    for seed in (1, 1, 2):
+        words = (*SAMPLE, "--trainer.max_steps", "3", "--seed_everything", str(seed))
+        assert run("fit", "-c", "configs/pretrain.yaml", *words)[0] == 0
+        newest = max(Path("logs").rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+        states.append(torch.load(newest, weights_only=True)["state_dict"])
+    first, again, other = states
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["backbone.linear1.weight"], other["backbone.linear1.weight"])
+
+
+class TestBadInput:
+    """One clear message, an exit code that is not zero, and nothing written."""
+
+    @pytest.fixture(autouse=True)
+    def _no_network(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
+
+    @pytest.mark.parametrize(
+        ("words", "code", "message"),
+        [
+            (["--data.digits", "[12]"], 1, "digits=[12]: 12 is not a digit; expected whole numbers from 0 to 9."),
+            (["--data.digits", "[]"], 1, "digits=[] selects nothing: name digits from 0 to 9"),
+            (["--data.digits", "[3,3]"], 1, "digits=[3, 3] repeats a digit; name each once."),
+            (["--data.digits", "[a]"], 2, "Parser key \"digits\": Expected a <class 'int'>. Got value: a"),
+            (["--data.digitz", "[3]"], 2, "Option 'digitz' is not accepted. Did you mean 'digits'? It takes: data_dir"),
+            (["--data.source", "full"], 1, "source=full: the whole MNIST is not in data/MNIST/raw and could not be"),
+            (["--ckpt_path", "no.ckpt"], 1, "no.ckpt does not exist; expected a checkpoint, or a log folder"),
+            (["-c", "no.yaml"], 2, "File does not exist"),
+            (
+                ["--model.backbone.hidden_size_3", "7"],
+                2,
+                "Option 'hidden_size_3' is not accepted. Did you mean 'hidden_size_",
+            ),
+        ],
+    )
+    def test_on_the_command_line(self, run: Run, words: list[str], code: int, message: str) -> None:
+        outcome, text = run("fit", "-c", "configs/pretrain.yaml", *DEV, *words)
+        assert outcome == code
+        assert message in text
+        assert "Traceback" not in text
+        assert text.count("lora-lightning: error: ") == 1
+        assert not Path("logs").exists()
+
+    @pytest.mark.parametrize(
+        ("config", "code", "message"),
+        [
+            ("rank: 0", 1, "rank=0: a LoRA rank is a whole number of at least 1, for example rank=8."),
+            ("rnk: 1", 2, "Option 'rnk' is not accepted. Did you mean 'rank'? It takes: rank, alpha, dropout"),
+            ("targets: [linear9]", 1, "Targets ['linear9'] match no layer"),
+            ("base_checkpoint: logs/no", 1, "logs/no does not exist; expected a checkpoint, or a log folder"),
+        ],
+    )
+    def test_in_the_callbacks(self, run: Run, config: str, code: int, message: str) -> None:
+        Path("lora.yaml").write_text(
+            "trainer: {callbacks: [{class_path: lora_lightning.LoRAFinetuning, init_args: {" + config + "}}]}"
+        )
+        outcome, text = run("fit", "-c", "configs/pretrain.yaml", "-c", "lora.yaml", *DEV)
+        assert outcome == code
+        assert message in text
+        assert "Traceback" not in text
+
+    def test_a_key_of_the_trainer(self, run: Run) -> None:
+        Path("bad.yaml").write_text("trainer: {max_epoch: 3}")
+        code, text = run("fit", "-c", "configs/pretrain.yaml", "-c", "bad.yaml", *DEV)
+        assert code == 2
+        assert "does not accept option 'trainer.max_epoch'. Did you mean 'max_epochs'?" in text
+
+    def test_a_base_of_another_shape(self, run: Run, pretrained: Path) -> None:
+        words = ("--model.backbone.hidden_size_1", "7")
+        code, text = run("fit", "-c", "configs/adapt.yaml", *SAMPLE, *words)
+        assert code == 1
+        assert "does not fit this Classifier: backbone.linear1.weight is (1000, 784), expected (7, 784)" in text
+
+    def test_a_damaged_data_file(self, run: Run) -> None:
+        raw = Path("data/MNIST/raw")
+        raw.mkdir(parents=True)
+        for part in ("train", "t10k"):
+            for kind in ("images-idx3", "labels-idx1"):
+                (raw / f"{part}-{kind}-ubyte").write_bytes(b"\0\0\x08")
+        code, text = run("fit", "-c", "configs/pretrain.yaml")
+        assert code == 1
+        assert "data/MNIST/raw/train-images-idx3-ubyte is no IDX file of 3 dimension(s)" in text
+
+    def test_no_command_and_no_such_command(self, run: Run) -> None:
+        for words in ([], ["fitt"]):
+            code, text = run(*words)
+            assert code == 2
+            assert "fit" in text
+            assert "Traceback" not in text
+
+    def test_the_traceback_is_there_for_those_who_ask(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LORA_LIGHTNING_DEBUG", "1")
+        with pytest.raises(ValueError, match="12 is not a digit"):
+            run("fit", "-c", "configs/pretrain.yaml", *DEV, "--data.digits", "[12]")
+
+
+def test_the_module_and_the_script_are_one_command() -> None:
+    script = Path(sys.executable).with_name("lora-lightning")
+    texts = [
+        subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+        for command in ([script], [sys.executable, "-m", "lora_lightning"])
+    ]
+    assert "repair" in texts[0]
+    assert texts[0] == texts[1]
