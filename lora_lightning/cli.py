@@ -8,7 +8,6 @@ import warnings
 from argparse import ArgumentError
 from typing import Any
 
-import torch
 from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -16,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lora_lightning.checkpoints import newest_checkpoint
+from lora_lightning.cpu import tune_for_cpu
 from lora_lightning.errors import explain
 
 DEBUG_VARIABLE = "LORA_LIGHTNING_DEBUG"
@@ -77,9 +77,7 @@ def main(args: list[str] | None = None) -> int:
         The exit code: 0, or 1 if the command failed. Errors in the arguments exit with 2.
     """
     words = sys.argv[1:] if args is None else args
-    # Adam's moments of weights that get no gradient decay into denormal numbers, on which a CPU is several times
-    # slower. It has to be said before PyTorch starts its threads.
-    torch.set_flush_denormal(True)
+    tune_for_cpu()
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
     try:

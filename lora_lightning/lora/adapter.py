@@ -205,8 +205,12 @@ def _select(module: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
                 f"Layer {name!r} can't be adapted: in evaluation nn.TransformerEncoderLayer reads its weight and never "
                 f"calls it, so its adapter would be ignored. Leave it out with exclude=[{name!r}]."
             )
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
+        weight = layer._parameters.get("weight")
+        if weight is None:
+            raise ValueError(
+                f"Layer {name!r} computes its weight from other parameters (as pruning and weight normalisation do): make "
+                f"that permanent first, or leave it out with exclude=[{name!r}]."
+            )
         if not weight.is_floating_point():
             raise ValueError(
                 f"Layer {name!r} has a weight of {weight.dtype}; only floating-point layers can be adapted."

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lora_lightning import (
     LoRAConfig,
@@ -251,3 +252,10 @@ class TestRefusals:
         attention = nn.MultiheadAttention(8, 2)
         with pytest.raises(ValueError, match="'out_proj' is a NonDynamicallyQuantizableLinear"):
             attach(attention, LoRAConfig(rank=1, targets=["out_proj"]))
+
+    def test_a_layer_that_computes_its_weight(self, mlp: nn.Sequential) -> None:
+        prune.random_unstructured(mlp[0], "weight", amount=0.5)
+        with pytest.raises(ValueError, match=r"'0' computes its weight from other parameters \(as pruning and"):
+            attach(mlp, LoRAConfig(rank=1))
+        prune.remove(mlp[0], "weight")
+        assert attach(mlp, LoRAConfig(rank=1)) == ["0", "3"]

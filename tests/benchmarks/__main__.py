@@ -1,0 +1,41 @@
+"""Runs the benchmarks, prints their tables and writes them as JSON.
+
+LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [seed_protocol] [lora_step]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from rich import get_console
+
+from tests.benchmarks import lora_step, seed_protocol
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Runs those named on the command line, or all."""
+    wanted = sys.argv[1:] or ["lora_step", "seed_protocol"]
+    RESULTS.mkdir(exist_ok=True)
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.processor()}
+    for name in wanted:
+        if name == "seed_protocol":
+            table, numbers = seed_protocol.run(Path(os.environ.get("LORA_LIGHTNING_DATA", "data")).resolve())
+        elif name == "lora_step":
+            table, numbers = lora_step.run()
+        else:
+            sys.exit(f"{name!r} is no benchmark; expected 'lora_step' or 'seed_protocol'.")
+        get_console().print(table)
+        path = RESULTS / f"{name}.json"
+        path.write_text(json.dumps({"machine": machine, "results": numbers}, indent=1) + "\n")
+        get_console().print(f"Written to {path}")
+
+
+if __name__ == "__main__":
+    main()
