@@ -50,7 +50,8 @@ class AdapterCheckpointIO(CheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        kept = {key: value for key, value in checkpoint["state_dict"].items() if not self._is_base(key)}
+        base_keys = self._base_keys()
+        kept = {key: value for key, value in checkpoint["state_dict"].items() if key not in base_keys}
         description = {
             "config": asdict(attachment(self.adapted).config),
             "scaling": self._scaling(),
@@ -77,7 +78,7 @@ class AdapterCheckpointIO(CheckpointIO):
             )
         self._refuse_other_adapters(path, checkpoint["state_dict"], description)
         live = self.pl_module.state_dict()
-        base = {key: value for key, value in live.items() if self._is_base(key)}
+        base = {key: live[key] for key in self._base_keys() if key in live}
         checkpoint["state_dict"] = {**base, **checkpoint["state_dict"]}
         return checkpoint
 
@@ -89,26 +90,19 @@ class AdapterCheckpointIO(CheckpointIO):
     def teardown(self) -> None:
         self.checkpoint_io.teardown()
 
-    def _is_base(self, key: str) -> bool:
-        """Whether a state-dict key belongs to the frozen base, and so not into a checkpoint.
+    def _base_keys(self) -> set[str]:
+        """Names of the frozen base's parameters and buffers, which do not belong into a checkpoint.
 
-        Parameters that still train are kept, and so are buffers outside the adapted part, which may change.
+        Parameters that still train do belong there, and so do buffers outside the adapted part, which may change.
         """
-        if is_adapter_key(key):
-            return False
-        parameter = self._parameters.get(key)
-        if parameter is not None:
-            return not parameter.requires_grad
-        return key in self._adapted_buffers
-
-    @property
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.pl_module.named_parameters(remove_duplicate=False))
-
-    @property
-    def _adapted_buffers(self) -> set[str]:
         prefix = next(name for name, module in self.pl_module.named_modules() if module is self.adapted)
-        return {".".join(filter(None, (prefix, key))) for key, _ in self.adapted.named_buffers()}
+        frozen = {
+            name
+            for name, parameter in self.pl_module.named_parameters(remove_duplicate=False)
+            if not parameter.requires_grad and not is_adapter_key(name)
+        }
+        buffers = {name for name, _ in self.adapted.named_buffers(prefix=prefix, remove_duplicate=False)}
+        return frozen | buffers
 
     def _scaling(self) -> dict[str, float]:
         return {name: layer.lora_scaling for name, layer in adapted_layers(self.pl_module).items()}

@@ -76,7 +76,9 @@ class ConfusionReport(Callback):
         elif self._model_counts is not None:
             confusion = self._confusion(trainer, self._model_counts)
             recalls = zip(confusion.class_names, confusion.recall, strict=True)
-            pl_module.log_dict({f"val/recall/{name}": recall for name, recall in recalls if not isnan(recall)})
+            pl_module.log_dict(
+                {f"val/recall/{name}": recall for name, recall in recalls if not isnan(recall)}, sync_dist=True
+            )
 
     def _count(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         if not isinstance(outputs, dict) or "logits" not in outputs or "targets" not in outputs:
@@ -109,6 +111,7 @@ class ConfusionReport(Callback):
         base = None if self._base_counts is None else self._confusion(trainer, self._base_counts)
         self.report = Report(stage, model, base)
         _warn_of_repeated_samples(trainer, model.total, loaders)
+        log_dir = trainer.log_dir if trainer.loggers else None  # every device is asked for it
         if not trainer.is_global_zero:
             return
         if self.verbose:
@@ -119,8 +122,8 @@ class ConfusionReport(Callback):
                 figure = confusion_figure(self.report)
                 logger.experiment.add_figure(f"{stage}/confusion", figure, trainer.global_step)
         fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined] # Trainer sets it from elsewhere
-        if trainer.loggers and not fast_dev_run and trainer.loggers[0].log_dir is not None:
-            write_report(self.report, Path(trainer.loggers[0].log_dir))
+        if log_dir is not None and not fast_dev_run:
+            write_report(self.report, Path(log_dir))
 
     def _confusion(self, trainer: Trainer, counts: MulticlassConfusionMatrix) -> Confusion:
         """Of all devices: every one of them has to come here."""

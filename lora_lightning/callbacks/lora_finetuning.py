@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -23,6 +26,8 @@ from lora_lightning.lora import (
 )
 from lora_lightning.lora.config import Initialisation
 from lora_lightning.report import free_path
+
+_SEED_OFFSET = 1_000_003
 
 
 class LoRAFinetuning(Callback):
@@ -90,21 +95,19 @@ class LoRAFinetuning(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not is_adapted(pl_module):
             self._adapt(pl_module)
-        elif self.adapted is None:
+        elif self.adapted is not holder_of_parameters(pl_module):
             raise ValueError(
-                f"This {type(pl_module).__name__} came with adapters of its own. Give LoRAFinetuning the plain model, "
-                "or leave the callback out."
+                f"This {type(pl_module).__name__} came with adapters that this LoRAFinetuning did not attach. Give it the "
+                "plain model, or leave the callback out."
             )
         assert self.adapted is not None
-        strategy = trainer.strategy
-        if not isinstance(strategy.checkpoint_io, AdapterCheckpointIO):
-            strategy.checkpoint_io = AdapterCheckpointIO(
-                strategy.checkpoint_io,
-                pl_module,
-                self.adapted,
-                self.base_fingerprint,
-                str(self.base_path) if self.base_path else None,
-            )
+        files = trainer.strategy.checkpoint_io
+        if isinstance(files, AdapterCheckpointIO):
+            files = files.checkpoint_io
+        base_path = str(self.base_path) if self.base_path else None
+        trainer.strategy.checkpoint_io = AdapterCheckpointIO(
+            files, pl_module, self.adapted, self.base_fingerprint, base_path
+        )
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,7 +134,8 @@ class LoRAFinetuning(Callback):
             rank_zero_info(f"Base: {self.base_path}")
             load_base(pl_module, self.base_path)
         self.adapted = holder_of_parameters(pl_module)
-        attach(self.adapted, self.config)
+        with _own_random_numbers():
+            attach(self.adapted, self.config)
         self.base_fingerprint = fingerprint(self.adapted)
         rank_zero_info(self._what_trains(self.adapted))
 
@@ -153,6 +157,22 @@ class LoRAFinetuning(Callback):
         trained = sum(parameter.numel() for parameter in adapter_parameters(self.adapted))
         total = sum(parameter.numel() for parameter in self.adapted.parameters())
         return f"{trained:,} of {total:,} parameters, {trained / (total - trained):.3%} of the base"
+
+
+@contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """Makes what is drawn a function of the run's seed alone.
+
+    How many random numbers came before depends on the strategy (`ddp` seeds anew), and one device has to get the adapters
+    that several get. They must not be the numbers that the base was initialised with either, hence the offset.
+    """
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seed) + _SEED_OFFSET)
+        yield
 
 
 def holder_of_parameters(module: nn.Module) -> nn.Module:

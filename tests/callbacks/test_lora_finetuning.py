@@ -298,4 +298,19 @@ class TestRefusals:
     def test_a_model_that_came_with_adapters(self, make_trainer: MakeTrainer) -> None:
         _, module, _ = finetune(make_trainer, None)
         trainer = make_trainer(LoRAFinetuning(rank=1))
-        self.refuse(trainer, "This Classifier came with adapters of its own", module=module)
+        self.refuse(
+            trainer, "This Classifier came with adapters that this LoRAFinetuning did not attach", module=module
+        )
+
+
+def test_one_callback_serves_two_models_in_turn(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    callback, (first, second) = LoRAFinetuning(rank=1), (model(), model())
+    trainer = make_trainer(callback, max_epochs=1, limit_train_batches=1)
+    trainer.fit(first, datamodule=sample())
+    make_trainer(callback, max_epochs=1, limit_train_batches=2).fit(second, datamodule=sample())
+    trainer = make_trainer(callback, max_epochs=1)
+    trainer.test(second, datamodule=sample(), verbose=False)
+    trainer.save_checkpoint(tmp_path / "second.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / "second.ckpt", weights_only=True)["state_dict"]
+    assert equal(saved, adapters(second))
+    assert not equal(adapters(first), adapters(second))
