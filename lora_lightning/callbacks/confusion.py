@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from typing_extensions import override
 
 from lora_lightning.lora import disabled, is_adapted
-from lora_lightning.report import Confusion, Report, confusion_figure, report_table, write_report
+from lora_lightning.report import Confusion, Report, confusion_figures, report_table, write_report
 
 
 class ConfusionReport(Callback):
@@ -119,8 +119,8 @@ class ConfusionReport(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(_per_class_metrics(self.report), trainer.global_step)
             if isinstance(logger, TensorBoardLogger):
-                figure = confusion_figure(self.report)
-                logger.experiment.add_figure(f"{stage}/confusion", figure, trainer.global_step)
+                for name, figure in confusion_figures(self.report).items():
+                    logger.experiment.add_figure(f"{stage}/confusion/{name}", figure, trainer.global_step)
         fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         if log_dir is not None and not fast_dev_run:
             write_report(self.report, Path(log_dir))

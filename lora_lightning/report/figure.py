@@ -1,4 +1,4 @@
-"""The confusion figure."""
+"""The confusion figures."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import, and most runs nev
 _MOST_ANNOTATED_CLASSES = 20
 
 
-def confusion_figure(report: Report) -> Figure:
-    """The confusion matrix as a picture; with a base: base, adapted, and the difference, side by side.
+def confusion_figures(report: Report) -> dict[str, Figure]:
+    """The confusion matrix as a picture, `model`; with a base: `base`, `adapted` and their `difference`.
 
-    Colour follows the errors, which the diagonal would drown out; the numbers are counts. Above 20 classes the
-    numbers are left out.
+    Colour follows the errors, which the diagonal would drown out, on one scale for all; the numbers are counts. Above
+    20 classes the numbers are left out.
     """
+    panels = {"model": report.model.matrix}
+    if report.base is not None:
+        difference = report.model.matrix - report.base.matrix
+        panels = {"base": report.base.matrix, "adapted": report.model.matrix, "difference": difference}
+    names = report.model.class_names
+    beside_diagonal = ~torch.eye(len(names), dtype=torch.bool)
+    most_errors = max(int((matrix * beside_diagonal).abs().max()) for matrix in panels.values())
+    return {title: _figure(title, matrix, names, most_errors) for title, matrix in panels.items()}
+
+
+def _figure(title: str, matrix: torch.Tensor, names: tuple[str, ...], most_errors: int) -> Figure:
     from matplotlib.figure import Figure
 
-    panels = [("confusion", report.model.matrix)]
-    if report.base is not None:
-        change = report.model.matrix - report.base.matrix
-        panels = [("base", report.base.matrix), ("adapted", report.model.matrix), ("adapted - base", change)]
-    names = report.model.class_names
-    figure = Figure(figsize=(5.2 * len(panels), 5.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    off_diagonal = ~torch.eye(len(names), dtype=torch.bool)
-    most_errors = max(int((matrix * off_diagonal).abs().max()) for _, matrix in panels[:2])
-    for axis, (title, matrix) in zip(axes, panels, strict=True):
-        _draw(axis, title, matrix, names, most_errors, diverging=title == "adapted - base")
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    _draw(figure.subplots(), title, matrix, names, most_errors, diverging=title == "difference")
     return figure
 
 
@@ -49,7 +51,8 @@ def _draw(
     else:
         shade = shade.masked_fill(torch.eye(size, dtype=torch.bool), 0)
         axis.imshow(shade.numpy(), cmap="Reds", vmin=0, vmax=scale)
-    axis.set(title=title, xlabel="predicted", ylabel="target")
+    heading = "difference (adapted - base)" if diverging else title
+    axis.set(title=heading, xlabel="predicted", ylabel="target")
     if size > _MOST_ANNOTATED_CLASSES:
         return
     axis.set_xticks(range(size), names, rotation=0 if max(map(len, names)) <= 2 else 60)

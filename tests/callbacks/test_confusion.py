@@ -74,7 +74,7 @@ def test_tensorboard_gets_figures_and_per_class_scalars(make_trainer: MakeTraine
     trainer.logger.experiment.flush()
     events = EventAccumulator(trainer.log_dir).Reload()
     tags = events.Tags()
-    assert "test/confusion" in tags["images"]
+    assert set(tags["images"]) == {f"test/confusion/{name}" for name in ("base", "adapted", "difference")}
     assert {f"test/recall/{digit}" for digit in range(10)} <= set(tags["scalars"])
     assert {f"test/base_recall/{digit}" for digit in range(10)} <= set(tags["scalars"])
     assert {f"val/recall/{digit}" for digit in range(10)} <= set(tags["scalars"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lora_lightning.report import Confusion, Report, confusion_figure, free_path, report_table, write_report
+from lora_lightning.report import Confusion, Report, confusion_figures, free_path, report_table, write_report
 
 NAMES = ("cat", "dog", "eel")
 BEFORE = Confusion(torch.tensor([[8, 2, 0], [4, 6, 0], [0, 0, 0]]), NAMES)
@@ -70,18 +70,19 @@ def test_the_table_of_a_plain_model_has_one_column_of_errors() -> None:
 
 
 @pytest.mark.parametrize("size", [3, 30])
-def test_the_figure_shows_base_adapted_and_difference(size: int, tmp_path: Path) -> None:
+def test_figures_show_base_adapted_and_difference(size: int, tmp_path: Path) -> None:
     names = tuple(f"class {index}" for index in range(size))
     matrix = torch.randint(9, (size, size))
-    figure = confusion_figure(Report("test", Confusion(matrix, names), Confusion(matrix.T, names)))
-    assert [axis.get_title() for axis in figure.axes] == ["base", "adapted", "adapted - base"]
-    texts = [text.get_text() for text in figure.axes[1].texts]
+    figures = confusion_figures(Report("test", Confusion(matrix, names), Confusion(matrix.T, names)))
+    assert list(figures) == ["base", "adapted", "difference"]
+    texts = [text.get_text() for text in figures["adapted"].axes[0].texts]
     assert texts == ([str(int(count)) for count in matrix.flatten() if count] if size == 3 else [])
-    figure.savefig(tmp_path / "figure.png")
+    for name, figure in figures.items():
+        figure.savefig(tmp_path / f"{name}.png")
 
 
 def test_the_figure_of_a_plain_model_is_one_matrix() -> None:
-    assert [axis.get_title() for axis in confusion_figure(Report("test", BEFORE)).axes] == ["confusion"]
+    assert list(confusion_figures(Report("test", BEFORE))) == ["model"]
 
 
 def test_files_hold_every_number(tmp_path: Path) -> None:
