@@ -74,7 +74,7 @@ def main(args: list[str] | None = None) -> int:
         args: The words after `lora-lightning`; by default those of this process.
 
     Returns:
-        The exit code: 0, or 1 if the command failed. Errors in the arguments exit with 2.
+        The exit code: 0, or 1 if the command failed or was interrupted, or 2 for an error in the arguments.
     """
     words = sys.argv[1:] if args is None else args
     tune_for_cpu()
@@ -88,6 +88,12 @@ def main(args: list[str] | None = None) -> int:
         print(f"lora-lightning: error: {explain(error)}", file=sys.stderr)
         print(f"(--help lists what can be said; {DEBUG_VARIABLE}=1 shows the traceback.)", file=sys.stderr)
         return 2 if isinstance(error, ArgumentError) else 1
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning answers Ctrl-C by closing its loggers and leaving with code 1.
+        if isinstance(stop, SystemExit) and stop.code != 1:
+            raise
+        print("lora-lightning: interrupted. What was written so far is kept.", file=sys.stderr)
+        return 1
 
 
 def _run(words: list[str], args: list[str] | None) -> int:

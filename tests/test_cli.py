@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,3 +181,22 @@ def test_the_module_and_the_script_are_one_command() -> None:
     ]
     assert "repair" in texts[0]
     assert texts[0] == texts[1]
+
+
+def test_ctrl_c_ends_it_with_a_line_and_a_code(workspace: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_lightning", "repair", "--source", "sample", "--steps", "1000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(Path("logs").rglob("adapted/events*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "lora-lightning: interrupted. What was written so far is kept." in text
+    assert "Traceback" not in text
+    assert list(Path("logs").rglob("base/checkpoints/base.ckpt"))
