@@ -88,6 +88,7 @@ class LoRAFinetuning(Callback):
         self.base_checkpoint = base_checkpoint
         self.base_path: Path | None = None
         self.base_fingerprint = ""
+        self._fingerprint_at_start = ""
         self.adapter_folder: Path | None = None
         self.adapted: nn.Module | None = None
 
@@ -110,13 +111,19 @@ class LoRAFinetuning(Callback):
         )
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.adapted is not None
+        # Not the fingerprint of setup: a precision like bf16-true has converted the base since.
+        self._fingerprint_at_start = fingerprint(self.adapted)
+
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks that the base is what it was, and writes the adapter folder."""
         assert self.adapted is not None
-        if fingerprint(self.adapted) != self.base_fingerprint:
+        if fingerprint(self.adapted) != self._fingerprint_at_start:
             raise RuntimeError(
                 "The frozen base changed during training: its fingerprint is no longer "
-                f"{self.base_fingerprint[:12]}. Something writes to its parameters or buffers, for example an "
+                f"{self._fingerprint_at_start[:12]}. Something writes to its parameters or buffers, for example an "
                 "optimizer that was given them by another path."
             )
         if trainer.log_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined] # Trainer sets it from elsewhere

@@ -166,7 +166,11 @@ class MNISTDataModule(LightningDataModule):
             return batch
         # (x / 255 - mean) / std in one pass over new memory and one in place.
         images = images.unsqueeze(1).to(torch.float32)
-        return images.sub_(255 * MEAN).div_(255 * STD), targets
+        images = images.sub_(255 * MEAN).div_(255 * STD)
+        if self.trainer is not None:
+            # Lightning converts a batch to bf16-true or 64-true before it comes here, and leaves uint8 alone.
+            images = self.trainer.precision_plugin.convert_input(images)
+        return images, targets
 
     def description(self) -> str:
         """Which digits these are, and if the sample stands in for the whole database, why."""

@@ -314,3 +314,15 @@ def test_one_callback_serves_two_models_in_turn(make_trainer: MakeTrainer, tmp_p
     saved = torch.load(tmp_path / "second.ckpt", weights_only=True)["state_dict"]
     assert equal(saved, adapters(second))
     assert not equal(adapters(first), adapters(second))
+
+
+def test_a_precision_that_converts_the_base_is_no_change_of_it(make_trainer: MakeTrainer, base: Path) -> None:
+    callback = LoRAFinetuning(rank=1, base_checkpoint=base)
+    trainer, module = make_trainer(callback, max_epochs=1, limit_train_batches=2, precision="bf16-true"), model()
+    trainer.fit(module, datamodule=sample())
+    assert callback.adapter_folder is not None
+    again = make_trainer(LoRAFinetuning(rank=1, base_checkpoint=base))
+    other = model()
+    again.test(other, datamodule=sample(), ckpt_path=trainer.checkpoint_callback.best_model_path, verbose=False)
+    for key, value in adapters(module).items():
+        torch.testing.assert_close(adapters(other)[key], value.float())
