@@ -150,10 +150,11 @@ class LoRAFinetuning(Callback):
         """One line a layer, and the sum."""
         lines = ["LoRA adapters on:"]
         for name, layer in adapted_layers(adapted).items():
-            rank, size = layer.lora_A.shape[0], layer.lora_A.numel() + layer.lora_B.numel()
+            down, up = (layer.get_parameter(key) for key in (layer.name_A, layer.name_B))
+            size = sum(parameter.numel() for parameter in layer.parameters(recurse=False) if parameter.requires_grad)
             lines.append(
-                f"  {name or type(adapted).__name__}: {layer.in_features} -> {layer.out_features}, rank {rank}, "
-                f"scale {layer.lora_scaling:g}, {size:,} parameters"
+                f"  {name or type(adapted).__name__}: {down[0].numel()} -> {len(up)}, rank {layer.rank}, scale "
+                f"{layer.lora_scaling:g}, {size:,} parameters"
             )
         lines.append(f"Trained: {self.trained_parameters()}.")
         return "\n".join(lines)

@@ -8,7 +8,6 @@ from lora_lightning.lora.adapter import (
     adapter_parameters,
     adapter_state,
     attach,
-    attachment,
     detach,
     disabled,
     fingerprint,
@@ -17,10 +16,12 @@ from lora_lightning.lora.adapter import (
     merge,
     merged,
 )
+from lora_lightning.lora.attached import attachment
 from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.extract import extract
 from lora_lightning.lora.layers import LoRALinear
 from lora_lightning.lora.peft import load_adapter, save_adapter
-from lora_lightning.lora.svd import extract, low_rank
+from lora_lightning.lora.svd import low_rank
 
 __all__ = [
     "LoRAConfig",

@@ -5,24 +5,29 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.attached import (
+    Attachment,
+    Site,
+    attachment,
+    attachments,
+    change_class,
+    exchange,
+    holder,
+    modules_to_train,
+    sites,
+    take_off,
+    whole_keys,
+)
+from lora_lightning.lora.bypass import LoRABypass
 from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.effective import adapted_class
 from lora_lightning.lora.frozen import freeze_statistics, thaw_statistics
-from lora_lightning.lora.layers import ADAPTED, LoRALinear
-
-
-@dataclass(frozen=True)
-class Attachment:
-    """What `attach` did to a module, kept on that module so that `detach` can undo it."""
-
-    config: LoRAConfig
-    names: tuple[str, ...]
-    trainable: frozenset[str]
-    """Names of the parameters that were trainable before."""
+from lora_lightning.lora.selection import Candidate, bypass_weight, read_elsewhere, select
+from lora_lightning.lora.update import LowRankUpdate
 
 
 def attach(module: nn.Module, config: LoRAConfig) -> list[str]:
@@ -36,11 +41,11 @@ def attach(module: nn.Module, config: LoRAConfig) -> list[str]:
         config: Which layers, and how.
 
     Returns:
-        The dotted names of the adapted layers, in the module's own order.
+        The dotted names of what is adapted, in the module's own order; the empty name stands for `module` itself.
 
     Raises:
         ValueError: If `module` is adapted already, a target matches no supported layer, a rank exceeds a layer's
-            size, or a layer belongs to a module that would pass its adapter by.
+            size, or a layer can't be adapted; the message names them all.
 
     Example::
 
@@ -52,16 +57,52 @@ def attach(module: nn.Module, config: LoRAConfig) -> list[str]:
             f"This {type(module).__name__} has adapters already, on {list(adapted_layers(module))}. "
             "Call detach(module) or merge(module) first."
         )
-    layers = _select(module, config)
-    trainable = frozenset(name for name, parameter in module.named_parameters() if parameter.requires_grad)
+    return attach_beside(module, config, select(module, config), "default")
+
+
+def attach_beside(module: nn.Module, config: LoRAConfig, selected: list[Candidate], name: str) -> list[str]:
+    """`attach` for weights that were selected before."""
+    whole = modules_to_train(module, config)
+    state = module.state_dict(keep_vars=True)
+    trained = [key for key in state if any(key.startswith(f"{name}.") for name in whole)]
+    module._lora_attachment = Attachment(  # type: ignore[assignment]
+        config,
+        name,
+        frozenset(name for name, parameter in module.named_parameters() if parameter.requires_grad),
+        {key: _kept(state[key]) for key in trained},
+    )
     module.requires_grad_(False)
-    freeze_statistics(module)
-    for name, layer in layers.items():
-        object.__setattr__(layer, "__class__", ADAPTED[type(layer)])
-        assert isinstance(layer, LoRALinear)
-        layer.adapt(config.rank_of(name), config.scaling_of(name), config.dropout, config.init)
-    module._lora_attachment = Attachment(config, tuple(layers), trainable)  # type: ignore[assignment]
-    return list(layers)
+    freeze_statistics(module, but=whole.values())
+    for key in trained:
+        state[key].requires_grad_(state[key].is_floating_point() and isinstance(state[key], nn.Parameter))
+    put_fresh_on(module, config, selected)
+    return list(adapted_layers(module))
+
+
+def put_fresh_on(module: nn.Module, config: LoRAConfig, selected: list[Candidate]) -> None:
+    """Puts fresh adapters on a frozen module that has none."""
+    elsewhere = read_elsewhere(module)
+    by_layer: dict[str, list[Candidate]] = {}
+    for candidate in selected:
+        by_layer.setdefault(candidate.layer_name, []).append(candidate)
+    if config.bypass:
+        by_layer.setdefault("", [])
+    for name, of_layer in by_layer.items():
+        layer = of_layer[0].layer if of_layer else module
+        side_path: type[LowRankUpdate] | None = LoRABypass if not name and config.bypass else None
+        read: tuple[str, ...] = ()
+        for candidate in of_layer:
+            side_path = candidate.side_path or side_path
+            if candidate.side_path is None or (name.rpartition(".")[2], "weight") in elsewhere:
+                read += (candidate.parameter,)
+        change_class(layer, adapted_class(type(layer), side_path, read))
+    if config.bypass:
+        weight, scaling = bypass_weight(module, config.bypass), config.scaling_of("")
+        holder(module, None).adapt(weight, config.rank_of(""), scaling, config)
+    for candidate in selected:
+        assert candidate.weight is not None
+        rank, scaling = config.rank_of(*candidate.names), config.scaling_of(*candidate.names)
+        holder(candidate.layer, candidate.parameter).adapt(candidate.weight, rank, scaling, config)
 
 
 def detach(module: nn.Module) -> None:
@@ -70,29 +111,29 @@ def detach(module: nn.Module) -> None:
     Raises:
         ValueError: If `module` is not one that `attach` was called with.
     """
-    trainable = attachment(module).trainable
-    for layer in adapted_layers(module).values():
-        del layer.lora_A, layer.lora_B, layer.lora_scaling, layer.lora_dropout, layer.lora_active
-        plain = next(plain for plain, adapted in ADAPTED.items() if type(layer) is adapted)
-        layer.__class__ = plain  # type: ignore[assignment] # LoRALinear is a subclass of it
-    thaw_statistics(module)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in trainable)
-    del module._lora_attachment
+    exchange(module, attachment(module).originals)
+    _leave_plain(module)
 
 
 @contextmanager
 def disabled(module: nn.Module) -> Iterator[None]:
     """Within this context the base model answers; a module without adapters is left alone."""
-    layers = list(adapted_layers(module).values())
-    before = [layer.lora_active for layer in layers]
+    updates = [site.update for site in sites(module)]
+    before = [update.lora_active for update in updates]
+    originals = {
+        f"{name}.{key}".lstrip("."): value
+        for name, attached in attachments(module).items()
+        for key, value in attached.originals.items()
+    }
+    trained = exchange(module, originals)
     try:
-        for layer in layers:
-            layer.lora_active = False
+        for update in updates:
+            update.switch(False)
         yield
     finally:
-        for layer, active in zip(layers, before, strict=True):
-            layer.lora_active = active
+        for update, active in zip(updates, before, strict=True):
+            update.switch(active)
+        exchange(module, trained)
 
 
 @contextmanager
@@ -103,71 +144,61 @@ def merged(module: nn.Module) -> Iterator[None]:
     changed inside the context are lost.
 
     Raises:
-        ValueError: If an adapted weight is shared with another layer, which the merge would change too.
+        ValueError: If an adapted weight is shared with another layer, which the merge would change too, or if there
+            is a bypass, which has no weight to be folded into.
     """
     attachment(module)
-    _refuse_shared_weights(module)
+    _refuse_to_fold(module)
     # An adapter that is disabled, or folded already by an outer context, stays out.
-    layers = [layer for layer in adapted_layers(module).values() if layer.lora_active]
-    saved = [layer.weight.detach().clone() for layer in layers]
+    folded = [site for site in sites(module) if site.update.lora_active]
+    saved = [site.weight.detach().clone() for site in folded]
     try:
-        for layer in layers:
-            _fold(layer)
-        with disabled(module):
-            yield
+        for site in folded:
+            _fold(site)
+            site.update.switch(False)
+        yield
     finally:
         with torch.no_grad():
-            for layer, weight in zip(layers, saved, strict=True):
-                layer.weight.copy_(weight)
+            for site, weight in zip(folded, saved, strict=True):
+                site.weight.copy_(weight)
+                site.update.switch(True)
 
 
 def merge(module: nn.Module) -> None:
     """Folds the adapters into the weights for good and leaves plain layers, trainable as before `attach`.
 
-    The sum W + s B A is formed in the adapter's precision and rounded once to the weight's.
+    The weight in effect is formed in the adapter's precision and rounded once to the weight's.
 
     Raises:
-        ValueError: If `module` is not adapted, or an adapted weight is shared with another layer.
+        ValueError: If `module` is not adapted, an adapted weight is shared with another layer, or there is a bypass.
     """
     attachment(module)
-    _refuse_shared_weights(module)
-    for layer in adapted_layers(module).values():
-        _fold(layer)
-    detach(module)
-
-
-def attachment(module: nn.Module) -> Attachment:
-    """What `attach` did to this module.
-
-    Raises:
-        ValueError: If `attach` was not called with it.
-    """
-    found = module.__dict__.get("_lora_attachment")
-    if isinstance(found, Attachment):
-        return found
-    inner = [name for name, child in module.named_modules() if "_lora_attachment" in child.__dict__]
-    hint = f"Its submodule {inner[0]!r} has: use that one." if inner else "Call attach(module, config) first."
-    raise ValueError(f"This {type(module).__name__} has no adapters of its own. {hint}")
+    _refuse_to_fold(module)
+    for site in sites(module):
+        _fold(site)
+    _leave_plain(module)
 
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether any layer of the module has an adapter."""
-    return any(isinstance(layer, LoRALinear) for layer in module.modules())
+    return any(isinstance(layer, LowRankUpdate) for layer in module.modules())
 
 
-def adapted_layers(module: nn.Module) -> dict[str, LoRALinear]:
-    """The adapted layers by dotted name."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
+def adapted_layers(module: nn.Module) -> dict[str, LowRankUpdate]:
+    """What holds the adapters, by the dotted name of what is adapted."""
+    return {site.name: site.update for site in sites(module)}
 
 
 def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of all adapters, in the module's order: what an optimizer trains."""
-    return [parameter for name, parameter in module.named_parameters() if is_adapter_key(name)]
+    """What an optimizer trains: the adapters' parameters and those of modules trained whole, in the module's order."""
+    whole = whole_keys(module)
+    return [value for name, value in module.named_parameters() if is_adapter_key(name) or name in whole]
 
 
 def adapter_state(module: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors by state-dict key (`linear1.lora_A`, ...), detached, sharing memory with the module."""
-    return {key: value for key, value in module.state_dict().items() if is_adapter_key(key)}
+    """What training changes, by state-dict key (`linear1.lora_A`, ...): detached, sharing memory with the module."""
+    whole = whole_keys(module)
+    return {key: value for key, value in module.state_dict().items() if is_adapter_key(key) or key in whole}
 
 
 def is_adapter_key(key: str) -> bool:
@@ -178,82 +209,51 @@ def is_adapter_key(key: str) -> bool:
 def fingerprint(module: nn.Module) -> str:
     """A digest (SHA-256, hexadecimal) of the base: names, shapes, dtypes and values of its parameters and buffers.
 
-    Adapters do not count, so it is the same before `attach` and after training. Buffers that are not part of the
-    state dict do not count either.
+    Adapters do not count, so it is the same before `attach` and after training; nor do modules trained whole beside
+    them, once they are. Buffers that are not part of the state dict do not count either.
     """
-    digest = hashlib.sha256()
+    digest, whole = hashlib.sha256(), whole_keys(module)
     for key, value in module.state_dict().items():
-        if is_adapter_key(key) or not isinstance(value, Tensor):
+        if is_adapter_key(key) or key in whole or not isinstance(value, Tensor):
             continue
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _select(module: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """The layers to adapt, by name; every complaint about them is made here, before anything is changed."""
-    modules = dict(module.named_modules())
-    supported = {name: layer for name, layer in modules.items() if type(layer) in ADAPTED}
-    unmatched = config.unmatched_targets(supported)
-    selected = {name: layer for name, layer in supported.items() if config.selects(name)}
-    if unmatched or not selected:
-        raise ValueError(_no_match(modules, supported, unmatched))
-    for name, layer in selected.items():
-        parent = modules[name.rpartition(".")[0]] if name else None
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            raise ValueError(
-                f"Layer {name!r} can't be adapted: in evaluation nn.TransformerEncoderLayer reads its weight and never "
-                f"calls it, so its adapter would be ignored. Leave it out with exclude=[{name!r}]."
-            )
-        weight = layer._parameters.get("weight")
-        if weight is None:
-            raise ValueError(
-                f"Layer {name!r} computes its weight from other parameters (as pruning and weight normalisation do): make "
-                f"that permanent first, or leave it out with exclude=[{name!r}]."
-            )
-        if not weight.is_floating_point():
-            raise ValueError(
-                f"Layer {name!r} has a weight of {weight.dtype}; only floating-point layers can be adapted."
-            )
-        rank, limit = config.rank_of(name), min(weight.shape)
-        if rank > limit:
-            raise ValueError(
-                f"rank={rank} exceeds layer {name!r}, whose weight of shape {tuple(weight.shape)} has rank {limit} at "
-                f"most. Choose a smaller rank, or one for this layer with rank_pattern={{{name!r}: {limit}}}."
-            )
-    return selected
+def _kept(value: Tensor) -> Tensor:
+    copy = value.detach().clone()
+    return nn.Parameter(copy, requires_grad=False) if isinstance(value, nn.Parameter) else copy
 
 
-def _no_match(modules: dict[str, nn.Module], supported: dict[str, nn.Module], unmatched: list[str]) -> str:
-    """The message for targets that select nothing."""
-    kinds = ", ".join(f"nn.{kind.__name__}" for kind in ADAPTED)
-    names = ", ".join(supported) if supported else "none"
-    unsupported = [
-        f"{target!r} is a {type(layer).__name__}"
-        for target in unmatched
-        for name, layer in modules.items()
-        if name and (name == target or name.endswith(f".{target}"))
-    ]
-    what = f"Targets {unmatched} match no layer" if unmatched else "No layer is left to adapt"
-    why = f" ({'; '.join(unsupported)})" if unsupported else ""
-    return f"{what} of a supported kind ({kinds}){why}. Layers that can be adapted: {names}."
+def _leave_plain(module: nn.Module) -> None:
+    was_trainable = attachment(module).was_trainable
+    take_off(module)
+    thaw_statistics(module)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in was_trainable)
+    del module._lora_attachment
 
 
-def _fold(layer: LoRALinear) -> None:
+def _fold(site: Site) -> None:
     with torch.no_grad():
-        weight = layer.weight
-        weight.copy_(weight.to(layer.lora_A.dtype) + layer.delta())
+        site.weight.copy_(site.update.weight_in_effect(site.weight))
 
 
-def _refuse_shared_weights(module: nn.Module) -> None:
+def _refuse_to_fold(module: nn.Module) -> None:
     """A merge writes into W; a second layer that holds the same W would be changed without being asked."""
     owners: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter.data_ptr(), []).append(name)
-    for name, layer in adapted_layers(module).items():
-        sharing = owners[layer.weight.data_ptr()]
+    for site in sites(module):
+        if site.parameter is None:
+            raise ValueError(
+                f"The bypass around this {type(module).__name__} is not inside any weight, so it can't be merged. Keep it as "
+                "it is."
+            )
+        sharing = owners[site.weight.data_ptr()]
         if len(sharing) > 1:
             raise ValueError(
-                f"The weight of {name!r} is shared ({', '.join(sharing)}): merging would change the other layer too. "
+                f"The weight of {site.name!r} is shared ({', '.join(sharing)}): merging would change the other layer too. "
                 "Keep the adapters unmerged, or leave the shared layer out of targets."
             )

@@ -7,6 +7,7 @@ stays in evaluation mode.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -31,10 +32,11 @@ class FrozenStatistics:
         return _rebuild, (type(self).__mro__[2],), self.__dict__
 
 
-def freeze_statistics(module: nn.Module) -> None:
-    """Freezes every norm layer of `module` that keeps running statistics."""
+def freeze_statistics(module: nn.Module, but: Iterable[nn.Module] = ()) -> None:
+    """Freezes every norm layer of `module` that keeps running statistics, but those inside the modules `but`."""
+    left_alone = {layer for other in but for layer in other.modules()}
     for layer in module.modules():
-        if isinstance(layer, _NormBase) and layer.running_mean is not None:
+        if layer not in left_alone and isinstance(layer, _NormBase) and layer.running_mean is not None:
             mode = layer.training
             object.__setattr__(layer, "__class__", _frozen_class(type(layer)))
             layer.train(mode)

@@ -6,156 +6,214 @@ An adapted layer is the layer itself, its class swapped for a subclass that know
         └── dropout ── A ── B ── · s ────┘
 
 Base parameters keep their names, so plain checkpoints load before and after, `isinstance` stays true, and hooks and
-references survive.
+references survive. The product B A is formed only to merge.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.config import Initialisation
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.fused import FusedLoRALinear, add_product, fused_backward_applies
+from lora_lightning.lora.update import LowRankUpdate
 
 
-class LoRALinear(nn.Linear):
+class SidePath(LowRankUpdate):
+    """A layer that adds its adapter's output to its own; subclasses say how each is computed.
+
+    With DoRA the output is `m / ||W + s B A|| (W x + s B A x) + b`, computed as the change that it makes to W x + b, so that
+    a fresh adapter changes no bit.
+    """
+
+    def base(self, input: Tensor) -> Tensor:
+        """What the layer computes without its adapter."""
+        raise NotImplementedError
+
+    def low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """B A x, for an input in the adapter's dtype."""
+        raise NotImplementedError
+
+    def over_output(self, vector: Tensor) -> Tensor:
+        """A vector of one number an output feature, in a shape that multiplies the layer's output."""
+        return vector
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            base = self.base(input)
+            return base + (self.change(input, base) * self.lora_gate).to(base.dtype)
+        base = self.base(input)
+        if not self.lora_active:
+            return base
+        change = self.change(input, base)
+        # Nobody has seen `base` yet, nor does a backward pass need it: unless DoRA's does.
+        if "lora_magnitude_vector" in self._parameters or torch._C._are_functorch_transforms_active():
+            return base + change.to(base.dtype)
+        return base.add_(change)
+
+    def change(self, input: Tensor, base: Tensor) -> Tensor:
+        """What the adapter adds to the output `base`."""
+        down, up = self.factors()
+        if input.is_floating_point():
+            input = input.to(down.dtype)
+            if self.lora_dropout and self.training:
+                input = F.dropout(input, self.lora_dropout)
+        change = self.low_rank(input, down, up)
+        if self.lora_scaling != 1:
+            change = change * self.lora_scaling
+        if "lora_magnitude_vector" not in self._parameters:
+            return change
+        ratio = self.over_output(self.dora_ratio(cast(Tensor, self._parameters["weight"])))
+        bias = self._parameters.get("bias")
+        unbiased = base if bias is None else base - self.over_output(bias)
+        return (ratio - 1) * unbiased + ratio * change
+
+
+class LoRALinear(SidePath, nn.Linear):
     """`nn.Linear` with a low-rank adapter beside its frozen weight.
 
     `y = x Wᵀ + b + s (x Aᵀ) Bᵀ` for x of shape (..., in), `lora_A` of shape (r, in) and `lora_B` of shape (out, r)
-    (LoRA, https://arxiv.org/abs/2106.09685, equation 3). The product B A is formed only to merge.
-
-    Layers become this class through `attach`, never by construction.
+    (LoRA, https://arxiv.org/abs/2106.09685, equation 3).
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    lora_scaling: float
-    lora_dropout: float
-    lora_active: bool
 
-    def adapt(self, rank: int, scaling: float, dropout: float, init: Initialisation) -> None:
-        """Adds a fresh adapter: A random, B zero.
+    def base(self, input: Tensor) -> Tensor:
+        # Not self.weight: that may be W + ΔW (see effective.py), and costs a miss in one dictionary before the hit.
+        return F.linear(input, cast(Tensor, self._parameters["weight"]), self._parameters["bias"])
 
-        The adapter is drawn on the CPU, so that a seed gives the same adapter on every device, and kept in float32
-        over a base of lower precision.
-        """
-        weight = self.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        down = torch.empty(rank, self.in_features, dtype=dtype)
-        if init == "gaussian":
-            nn.init.normal_(down, std=1 / rank)
-        else:
-            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-        self.lora_A = nn.Parameter(down.to(weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=dtype, device=weight.device))
-        self.lora_scaling = scaling
-        self.lora_dropout = dropout
-        self.lora_active = True
+    def low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return F.linear(F.linear(input, down), up)
 
     def forward(self, input: Tensor) -> Tensor:
-        # On a batch of ten every microsecond shows: self.weight would miss in one dictionary before it hits.
+        # On a batch of ten every microsecond shows.
+        if torch.compiler.is_compiling() or not self.lora_active or self._plain_operations_needed():
+            return super().forward(input)
         parameters = self._parameters
         weight, bias = cast(Tensor, parameters["weight"]), parameters["bias"]
-        if not self.lora_active:
-            return F.linear(input, weight, bias)
-        down, up = cast(Tensor, parameters["lora_A"]), cast(Tensor, parameters["lora_B"])
-        drops = self.lora_dropout and self.training
-        if not drops and _fused_backward_applies(input, weight, bias, down, up):
-            return cast(Tensor, _FusedLoRALinear.apply(input, weight, bias, down, up, self.lora_scaling))
-        adapter_input = F.dropout(input, self.lora_dropout) if drops else input
-        return _linear_beside(adapter_input, input, weight, bias, down, up, self.lora_scaling)
+        down, up = self.factors()
+        if fused_backward_applies(input, weight, bias, down, up):
+            return cast(Tensor, FusedLoRALinear.apply(input, weight, bias, down, up, self.lora_scaling))
+        y = F.linear(input, weight, bias)
+        low = F.linear(input.to(down.dtype), down)
+        if torch.is_grad_enabled() or not y.dtype == low.dtype == up.dtype:
+            return y + (F.linear(low, up) * self.lora_scaling).to(y.dtype)
+        return add_product(y, low, up, self.lora_scaling)
 
-    def delta(self) -> Tensor:
-        """ΔW = s B A, of the weight's shape, in the adapter's precision."""
-        return (self.lora_B @ self.lora_A) * self.lora_scaling
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.lora_A.shape[0]}, scaling={self.lora_scaling:g}"
+    def _plain_operations_needed(self) -> bool:
+        return bool(self.lora_dropout and self.training) or "lora_magnitude_vector" in self._parameters
 
 
-ADAPTED: dict[type[nn.Module], type[LoRALinear]] = {nn.Linear: LoRALinear}
-"""From a layer's class to the class it is swapped for."""
+class LoRATransposedLinear(SidePath):
+    """The transformers library's `Conv1D`, a linear layer whose weight is of shape (in, out)."""
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        return weight.t()
+
+    @staticmethod
+    def from_matrix(matrix: Tensor, weight: Tensor) -> Tensor:
+        return matrix.t()
+
+    def base(self, input: Tensor) -> Tensor:
+        weight, bias = cast(Tensor, self._parameters["weight"]), cast(Tensor, self._parameters["bias"])
+        y = torch.addmm(bias, input.view(-1, input.shape[-1]), weight)
+        return y.view(*input.shape[:-1], weight.shape[1])
+
+    def low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return F.linear(F.linear(input, down), up)
 
 
-def _linear_beside(
-    adapter_input: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    scaling: float,
-) -> Tensor:
-    """The two paths as plain operations: for autocast, compilers, function transforms and mixed precision."""
-    y = F.linear(input, weight, bias)
-    low = F.linear(adapter_input.to(down.dtype), down)
-    if torch.is_grad_enabled() or not y.dtype == low.dtype == up.dtype:
-        return y + (F.linear(low, up) * scaling).to(y.dtype)
-    return _add_product(y, low, up, scaling)
+class LoRAConv(SidePath):
+    """A convolution with an adapter: first one to r channels, then one of size 1.
 
-
-def _add_product(y: Tensor, low: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """Forms y + s h Bᵀ in y's own memory: no pass over the activations but the product itself."""
-    if y.dim() == 2:
-        return y.addmm_(low, up.t(), alpha=scaling)
-    y = y.contiguous()
-    y.view(-1, y.shape[-1]).addmm_(_rows(low), up.t(), alpha=scaling)
-    return y
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """(..., features) as (rows, features)."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
-
-
-def _fused_backward_applies(input: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> bool:
-    """Whether the hand-written backward may stand in for the plain operations."""
-    return (
-        torch.is_grad_enabled()
-        and down.requires_grad
-        and up.requires_grad
-        and not weight.requires_grad
-        and not (bias is not None and bias.requires_grad)
-        and input.dtype == weight.dtype == down.dtype
-        and not torch.compiler.is_compiling()
-        and type(input) in (Tensor, nn.Parameter)
-        and not torch._C._is_any_autocast_enabled()
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-class _FusedLoRALinear(torch.autograd.Function):
-    """Both paths as one node of the graph.
-
-    Against the plain operations it saves one pass over y in the forward (the low-rank product is added in place) and
-    one over dx in the backward; with G = dL/dy and h = x Aᵀ:
-
-        dB = s Gᵀ h        dA = (s G B)ᵀ x        dx = G W + (s G B) A
+    `lora_A` is of shape (r, in / groups, *kernel) and goes with the layer's stride, padding, padding mode and dilation;
+    `lora_B` is of shape (out, r, 1, ...). ΔW[o, i, k] = s Σ_r B[o, r] A[r, i, k], with groups too: every group has the
+    same A and its own rows of B.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
-    ) -> Tensor:
-        low = _rows(input).mm(down.t())
-        ctx.save_for_backward(input, weight, down, up, low)
-        ctx.scaling = scaling
-        return _add_product(F.linear(input, weight, bias), low, up, scaling)
+    groups: int
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        input, weight, down, up, low = ctx.saved_tensors
-        x, gradient, scaling = _rows(input), _rows(grad_output), ctx.scaling
-        if torch.is_grad_enabled():
-            # A second derivative (create_graph=True) needs h as a function of x and A, not as a saved number.
-            low = x.mm(down.t())
-        grad_low = gradient.mm(up)
-        if scaling != 1:
-            grad_low, low = grad_low * scaling, low * scaling
-        grad_input = None
-        if ctx.needs_input_grad[0]:
-            grad_input = gradient.mm(weight).addmm_(grad_low, down).view_as(input)
-        return grad_input, None, None, grad_low.t().mm(x), gradient.t().mm(low), None
+    def shaped(down: Tensor, up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ones = (1,) * (weight.dim() - 2)
+        return down.view(-1, *weight.shape[1:]), up.view(*up.shape, *ones)
+
+    @classmethod
+    def magnitude_shape(cls, weight: Tensor) -> tuple[int, ...]:
+        return (1, weight.shape[0], *(1 for _ in weight.shape[2:]))
+
+    def over_output(self, vector: Tensor) -> Tensor:
+        weight = cast(Tensor, self._parameters["weight"])
+        return vector.view(-1, *(1 for _ in weight.shape[2:]))
+
+    def base(self, input: Tensor) -> Tensor:
+        return self._conv(input, cast(Tensor, self._parameters["weight"]), self._parameters["bias"])
+
+    def low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        if self.groups > 1:
+            down = down.repeat(self.groups, *(1 for _ in down.shape[1:]))
+        return self._by_one(self._conv(input, down, None), up, groups=self.groups)
+
+    def _conv(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's own convolution, with another weight."""
+        return cast(Tensor, cast(Any, self)._conv_forward(input, weight, bias))
+
+    @staticmethod
+    def _by_one(input: Tensor, weight: Tensor, *, groups: int) -> Tensor:
+        convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()]
+        return convolution(input, weight, groups=groups)
+
+
+class LoRAConv1d(LoRAConv, nn.Conv1d):
+    """`nn.Conv1d` with an adapter."""
+
+
+class LoRAConv2d(LoRAConv, nn.Conv2d):
+    """`nn.Conv2d` with an adapter."""
+
+
+class LoRAConv3d(LoRAConv, nn.Conv3d):
+    """`nn.Conv3d` with an adapter."""
+
+
+class LoRAEmbedding(SidePath, nn.Embedding):
+    """`nn.Embedding` with an adapter: `lora_embedding_A` of shape (r, num), `lora_embedding_B` of shape (dim, r).
+
+    The vector at `padding_idx` stays what it is: A is zero there, and gets no gradient.
+    """
+
+    name_A = "lora_embedding_A"
+    name_B = "lora_embedding_B"
+
+    lora_embedding_A: nn.Parameter
+    lora_embedding_B: nn.Parameter
+
+    def adapt(self, weight: Tensor, rank: int, scaling: float, config: LoRAConfig) -> None:
+        super().adapt(weight, rank, scaling, config)
+        if self.padding_idx is not None:
+            for factor in (self.lora_embedding_A, self._buffers.get("lora_A_initial")):
+                if factor is not None:
+                    factor.detach()[:, self.padding_idx] = 0
+
+    def fill_kaiming(self, down: Tensor) -> None:
+        # An index is a one-hot input: one number arrives, not as many as there are embeddings.
+        nn.init.uniform_(down, -1, 1)
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        return weight.t()
+
+    @staticmethod
+    def from_matrix(matrix: Tensor, weight: Tensor) -> Tensor:
+        return matrix.t()
+
+    def base(self, input: Tensor) -> Tensor:
+        return F.embedding(input, cast(Tensor, self._parameters["weight"]), self.padding_idx, sparse=self.sparse)
+
+    def low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return F.linear(F.embedding(input, down.t(), self.padding_idx), up)

@@ -24,11 +24,11 @@ from lora_lightning.lora.adapter import (
     adapter_parameters,
     adapter_state,
     attach,
-    attachment,
     is_adapted,
 )
+from lora_lightning.lora.attached import attachment
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.layers import ADAPTED
+from lora_lightning.lora.selection import SIDE_PATHS as ADAPTED
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -199,7 +199,7 @@ def test_merging_a_tied_weight_is_refused_and_changes_nothing() -> None:
     stir(net)
     before = state(net)
     for verb in (merge, lambda module: merged(module).__enter__()):
-        with pytest.raises(ValueError, match=r"weight of 'head' is shared \(embed.weight, head.weight\)"):
+        with pytest.raises(ValueError, match=r"weight of 'embed' is shared \(embed.weight, head.weight\)"):
             verb(net)
     assert same(net, before)
 
@@ -244,14 +244,6 @@ class TestRefusals:
         attach(mlp, LoRAConfig(rank=1))
         with pytest.raises(ValueError, match=r"Its submodule '0' has: use that one"):
             merge(outer)
-
-    def test_a_layer_whose_adapter_would_be_passed_by(self) -> None:
-        encoder = nn.TransformerEncoderLayer(8, 2, 16)
-        with pytest.raises(ValueError, match=r"'linear1' can't be adapted: in evaluation nn.TransformerEncoderLayer"):
-            attach(encoder, LoRAConfig(rank=1))
-        attention = nn.MultiheadAttention(8, 2)
-        with pytest.raises(ValueError, match="'out_proj' is a NonDynamicallyQuantizableLinear"):
-            attach(attention, LoRAConfig(rank=1, targets=["out_proj"]))
 
     def test_a_layer_that_computes_its_weight(self, mlp: nn.Sequential) -> None:
         prune.random_unstructured(mlp[0], "weight", amount=0.5)

@@ -56,7 +56,7 @@ def test_the_first_pattern_that_matches_counts() -> None:
         ({"alpha": float("nan")}, "alpha=nan: alpha is a finite number"),
         ({"alpha_pattern": {"a": -1.0}}, r"alpha_pattern\['a'\]=-1.0: alpha"),
         ({"dropout": 1.0}, "dropout=1.0: expected a probability of at least 0 and below 1"),
-        ({"init": "zeros"}, "init='zeros': expected 'kaiming' or 'gaussian'"),
+        ({"init": "zeros"}, "init='zeros': expected one of kaiming, gaussian, pissa"),
         ({"targets": []}, "targets=.. selects nothing"),
         ({"targets": "(("}, r"targets='\(\(' is not a regular expression"),
         ({"exclude": "["}, r"exclude='\[' is not a regular expression"),

@@ -1,0 +1,64 @@
+"""An adapter out of a fully fine-tuned model."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lora_lightning.lora.adapter import attach
+from lora_lightning.lora.attached import sites
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.svd import low_rank
+
+
+def extract(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> dict[str, float]:
+    """Adapts `base` so that it answers as nearly as it can like `tuned`, a fully fine-tuned copy of it.
+
+    Each adapter is the best approximation of its rank to the layer's change of weight. What lies outside the
+    adapted weights (biases, other layers) is not carried over; a warning names what differs there.
+
+    Args:
+        base: The module before fine-tuning; it is frozen and adapted in place, as by `attach`.
+        tuned: The module after it, with the same parameters and buffers.
+        config: Which layers, at which rank. `init`, `dora` and `bypass` are not used.
+
+    Returns:
+        For each adapted layer the part of its change that the adapter leaves out, ||ΔW - s B A|| / ||ΔW|| in the
+        Frobenius norm: 0 where the adapter says it all, or where the weight did not change.
+
+    Raises:
+        ValueError: If the two modules differ in names or shapes, or as `attach` does.
+    """
+    before, after = base.state_dict(), tuned.state_dict()
+    if {key: value.shape for key, value in before.items()} != {key: value.shape for key, value in after.items()}:
+        differing = sorted(
+            key
+            for key in before.keys() | after.keys()
+            if key not in before or key not in after or before[key].shape != after[key].shape
+        )
+        raise ValueError(
+            f"base and tuned are not the same network: they differ in {differing}. Expected a model and its "
+            "fine-tuned copy."
+        )
+    attach(base, replace(config, init="kaiming", dora=False, bypass=None))
+    left_out: dict[str, float] = {}
+    adapted = sites(base)
+    for site in adapted:
+        update, weight = site.update, site.weight
+        down, up = update.factors()
+        key = f"{site.layer_name}.{site.parameter}".lstrip(".")
+        change = after[key].to(down) - weight.detach().to(down.dtype)
+        best_up, best_down = low_rank(update.matrix(change), update.rank)
+        with torch.no_grad():
+            down.copy_(best_down.view(down.shape))
+            up.copy_(best_up.view(up.shape) / update.lora_scaling)
+            norm = change.norm()
+            left_out[site.name] = float((change - update.delta(weight)).norm() / norm) if norm else 0.0
+    carried = {f"{site.layer_name}.{site.parameter}".lstrip(".") for site in adapted}
+    beyond = [key for key in before if key not in carried and not torch.equal(before[key], after[key].to(before[key]))]
+    if beyond:
+        warnings.warn(f"The adapters carry weights of adapted layers alone; also different: {beyond}.", stacklevel=2)
+    return left_out
