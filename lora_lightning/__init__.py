@@ -4,9 +4,11 @@ from lora_lightning.callbacks import ConfusionReport, LoRAFinetuning
 from lora_lightning.data import MNISTDataModule
 from lora_lightning.lora import (
     LoRAConfig,
+    adapter_names,
     adapter_parameters,
     adapter_state,
     attach,
+    combine_adapters,
     detach,
     disabled,
     extract,
@@ -17,6 +19,8 @@ from lora_lightning.lora import (
     merge,
     merged,
     save_adapter,
+    switch_adapter,
+    verify,
 )
 from lora_lightning.models import Classifier, RichBoyNet
 
@@ -29,9 +33,11 @@ __all__ = [
     "LoRAFinetuning",
     "MNISTDataModule",
     "RichBoyNet",
+    "adapter_names",
     "adapter_parameters",
     "adapter_state",
     "attach",
+    "combine_adapters",
     "detach",
     "disabled",
     "extract",
@@ -42,4 +48,6 @@ __all__ = [
     "merge",
     "merged",
     "save_adapter",
+    "switch_adapter",
+    "verify",
 ]

@@ -150,10 +150,10 @@ class LoRAFinetuning(Callback):
         """One line a layer, and the sum."""
         lines = ["LoRA adapters on:"]
         for name, layer in adapted_layers(adapted).items():
-            down, up = (layer.get_parameter(key) for key in (layer.name_A, layer.name_B))
+            down, up = (layer.get_parameter(key) for key in (layer.lora_name_A, layer.lora_name_B))
             size = sum(parameter.numel() for parameter in layer.parameters(recurse=False) if parameter.requires_grad)
             lines.append(
-                f"  {name or type(adapted).__name__}: {down[0].numel()} -> {len(up)}, rank {layer.rank}, scale "
+                f"  {name or type(adapted).__name__}: {down[0].numel()} -> {len(up)}, rank {layer.lora_rank}, scale "
                 f"{layer.lora_scaling:g}, {size:,} parameters"
             )
         lines.append(f"Trained: {self.trained_parameters()}.")

@@ -16,21 +16,26 @@ from lora_lightning.lora.adapter import (
     merge,
     merged,
 )
-from lora_lightning.lora.attached import attachment
+from lora_lightning.lora.attached import adapter_names, attachment
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.extract import extract
 from lora_lightning.lora.layers import LoRALinear
 from lora_lightning.lora.peft import load_adapter, save_adapter
+from lora_lightning.lora.several import combine_adapters, switch_adapter
 from lora_lightning.lora.svd import low_rank
+from lora_lightning.lora.verify import InertAdapterError, verify
 
 __all__ = [
+    "InertAdapterError",
     "LoRAConfig",
     "LoRALinear",
     "adapted_layers",
+    "adapter_names",
     "adapter_parameters",
     "adapter_state",
     "attach",
     "attachment",
+    "combine_adapters",
     "detach",
     "disabled",
     "extract",
@@ -42,4 +47,6 @@ __all__ = [
     "merge",
     "merged",
     "save_adapter",
+    "switch_adapter",
+    "verify",
 ]

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from lora_lightning.lora.attached import (
     Attachment,
     Site,
+    adapter_names,
     attachment,
     attachments,
+    bare,
     change_class,
     exchange,
+    freeze_base,
     holder,
     modules_to_train,
+    set_aside,
     sites,
     take_off,
     whole_keys,
@@ -25,12 +29,12 @@ from lora_lightning.lora.attached import (
 from lora_lightning.lora.bypass import LoRABypass
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.effective import adapted_class
-from lora_lightning.lora.frozen import freeze_statistics, thaw_statistics
+from lora_lightning.lora.frozen import thaw_statistics
 from lora_lightning.lora.selection import Candidate, bypass_weight, read_elsewhere, select
 from lora_lightning.lora.update import LowRankUpdate
 
 
-def attach(module: nn.Module, config: LoRAConfig) -> list[str]:
+def attach(module: nn.Module, config: LoRAConfig, name: str = "default") -> list[str]:
     """Freezes `module` and adapts the matching layers in place.
 
     Freezing also stops the running statistics of norm layers, whatever mode the module is put in. Either everything
@@ -39,42 +43,42 @@ def attach(module: nn.Module, config: LoRAConfig) -> list[str]:
     Args:
         module: Any module that holds layers, for example a classifier's backbone.
         config: Which layers, and how.
+        name: What to call these adapters. Adapters of other names are set aside, for `switch_adapter`.
 
     Returns:
         The dotted names of what is adapted, in the module's own order; the empty name stands for `module` itself.
 
     Raises:
-        ValueError: If `module` is adapted already, a target matches no supported layer, a rank exceeds a layer's
-            size, or a layer can't be adapted; the message names them all.
+        ValueError: If `module` has adapters of this name already, a target matches no supported layer, a rank exceeds
+            a layer's size, or a layer can't be adapted; the message names them all.
 
     Example::
 
         names = attach(backbone, LoRAConfig(rank=1, targets=["linear1"]))
         optimizer = torch.optim.Adam(adapter_parameters(backbone))
     """
-    if is_adapted(module):
+    if is_adapted(module) and name in adapter_names(module):
         raise ValueError(
             f"This {type(module).__name__} has adapters already, on {list(adapted_layers(module))}. "
-            "Call detach(module) or merge(module) first."
+            "Call detach(module) or merge(module) first, or give these another name."
         )
-    return attach_beside(module, config, select(module, config), "default")
+    with bare(module):
+        selected = select(module, config)
+    return attach_beside(module, config, selected, name)
 
 
 def attach_beside(module: nn.Module, config: LoRAConfig, selected: list[Candidate], name: str) -> list[str]:
-    """`attach` for weights that were selected before."""
-    whole = modules_to_train(module, config)
+    """`attach` for weights that were selected before; adapters that are there are set aside."""
+    if is_adapted(module):
+        was_trainable, shelf = attachment(module).was_trainable, set_aside(module)
+    else:
+        was_trainable, shelf = frozenset(key for key, value in module.named_parameters() if value.requires_grad), {}
     state = module.state_dict(keep_vars=True)
-    trained = [key for key in state if any(key.startswith(f"{name}.") for name in whole)]
+    trained = [key for key in state if any(key.startswith(f"{name}.") for name in modules_to_train(module, config))]
     module._lora_attachment = Attachment(  # type: ignore[assignment]
-        config,
-        name,
-        frozenset(name for name, parameter in module.named_parameters() if parameter.requires_grad),
-        {key: _kept(state[key]) for key in trained},
+        config, name, was_trainable, {key: _kept(state[key]) for key in trained}, shelf
     )
-    module.requires_grad_(False)
-    freeze_statistics(module, but=whole.values())
-    for key in trained:
-        state[key].requires_grad_(state[key].is_floating_point() and isinstance(state[key], nn.Parameter))
+    freeze_base(module)
     put_fresh_on(module, config, selected)
     return list(adapted_layers(module))
 
@@ -98,11 +102,11 @@ def put_fresh_on(module: nn.Module, config: LoRAConfig, selected: list[Candidate
         change_class(layer, adapted_class(type(layer), side_path, read))
     if config.bypass:
         weight, scaling = bypass_weight(module, config.bypass), config.scaling_of("")
-        holder(module, None).adapt(weight, config.rank_of(""), scaling, config)
+        holder(module, None).lora_adapt(weight, config.rank_of(""), scaling, config)
     for candidate in selected:
         assert candidate.weight is not None
         rank, scaling = config.rank_of(*candidate.names), config.scaling_of(*candidate.names)
-        holder(candidate.layer, candidate.parameter).adapt(candidate.weight, rank, scaling, config)
+        holder(candidate.layer, candidate.parameter).lora_adapt(candidate.weight, rank, scaling, config)
 
 
 def detach(module: nn.Module) -> None:
@@ -128,11 +132,11 @@ def disabled(module: nn.Module) -> Iterator[None]:
     trained = exchange(module, originals)
     try:
         for update in updates:
-            update.switch(False)
+            update.lora_switch(False)
         yield
     finally:
         for update, active in zip(updates, before, strict=True):
-            update.switch(active)
+            update.lora_switch(active)
         exchange(module, trained)
 
 
@@ -155,13 +159,13 @@ def merged(module: nn.Module) -> Iterator[None]:
     try:
         for site in folded:
             _fold(site)
-            site.update.switch(False)
+            site.update.lora_switch(False)
         yield
     finally:
         with torch.no_grad():
             for site, weight in zip(folded, saved, strict=True):
                 site.weight.copy_(weight)
-                site.update.switch(True)
+                site.update.lora_switch(True)
 
 
 def merge(module: nn.Module) -> None:
@@ -237,7 +241,7 @@ def _leave_plain(module: nn.Module) -> None:
 
 def _fold(site: Site) -> None:
     with torch.no_grad():
-        site.weight.copy_(site.update.weight_in_effect(site.weight))
+        site.weight.copy_(site.update.lora_weight_in_effect(site.weight))
 
 
 def _refuse_to_fold(module: nn.Module) -> None:

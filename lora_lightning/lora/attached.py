@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.bypass import LoRABypass
 from lora_lightning.lora.config import LoRAConfig, matches
 from lora_lightning.lora.effective import plain_class
+from lora_lightning.lora.frozen import freeze_statistics, thaw_statistics
 from lora_lightning.lora.update import LowRankUpdate, ParameterUpdate
 
 
@@ -83,6 +85,19 @@ def attachment(module: nn.Module) -> Attachment:
     raise ValueError(f"This {type(module).__name__} has no adapters of its own. {hint}")
 
 
+def adapter_names(module: nn.Module) -> list[str]:
+    """The names of all adapters that are loaded; the first is the one in use."""
+    attached = attachment(module)
+    return [attached.name, *attached.shelf]
+
+
+def set_aside(module: nn.Module) -> dict[str, Shelved]:
+    """Takes the adapters in use off, and returns them together with those set aside before, by name."""
+    attached = attachment(module)
+    trained = exchange(module, attached.originals)
+    return {**attached.shelf, attached.name: Shelved(attached.config, take_off(module), trained)}
+
+
 def attachments(module: nn.Module) -> dict[str, Attachment]:
     """What `attach` did to this module and to those inside it, by dotted name."""
     return {
@@ -117,10 +132,22 @@ def modules_to_train(module: nn.Module, config: LoRAConfig) -> dict[str, nn.Modu
     return {name: child for name, child in module.named_modules() if name and matches(config.trainable, name)}
 
 
+def freeze_base(module: nn.Module) -> None:
+    """Freezes a module that `attach` was called with, but for the modules trained whole; no adapter may be on."""
+    attached = attachment(module)
+    whole = modules_to_train(module, attached.config)
+    module.requires_grad_(False)
+    thaw_statistics(module)
+    freeze_statistics(module, but=whole.values())
+    for child in whole.values():
+        for parameter in child.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+
+
 def take_off(module: nn.Module) -> list[Part]:
     """Takes all adapters off: every layer is of its own class again."""
     found = sites(module)
-    parts = [Part(site.layer_name, site.parameter, type(site.layer), site.update.take_off()) for site in found]
+    parts = [Part(site.layer_name, site.parameter, type(site.layer), site.update.lora_take_off()) for site in found]
     for site in found:
         site.layer._modules.pop(f"lora_{site.parameter}", None)
     for layer in {site.layer_name: site.layer for site in found}.values():
@@ -137,7 +164,17 @@ def put_on(module: nn.Module, parts: Iterable[Part]) -> None:
         layer = modules[part.layer_name]
         change_class(layer, part.layer_class)
         update = holder(layer, part.parameter)
-        update.put_on(part.content, next(module.parameters()).device)
+        update.lora_put_on(part.content, next(module.parameters()).device)
+
+
+@contextmanager
+def bare(module: nn.Module) -> Iterator[None]:
+    """Within this context the module has no adapters, for a look at its own layers."""
+    parts = take_off(module)
+    try:
+        yield
+    finally:
+        put_on(module, parts)
 
 
 def holder(layer: nn.Module, parameter: str | None) -> LowRankUpdate:

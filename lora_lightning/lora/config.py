@@ -120,6 +120,12 @@ def matches(patterns: str | list[str], name: str) -> bool:
     return any(name == entry or name.endswith(f".{entry}") for entry in patterns)
 
 
+def exactly(names: Iterable[str]) -> str:
+    """A regular expression for these names and no others."""
+    # A module that is itself the adapted layer has the empty name; "(?:)" matches that and nothing else.
+    return "|".join(re.escape(name) for name in names) or "(?:)"
+
+
 def unmatched(patterns: str | list[str], names: Iterable[str]) -> list[str]:
     """The entries of `patterns` that match none of these names."""
     names = list(names)

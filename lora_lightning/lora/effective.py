@@ -29,10 +29,10 @@ _MADE: dict[Recipe, type[nn.Module]] = {}
 class Adapted:
     """Mixed into classes that are made at run time, which copies and unpickled objects have to make again."""
 
-    recipe: Recipe
+    lora_recipe: Recipe
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, self.recipe, self.__getstate__()
+        return _rebuild, self.lora_recipe, self.__getstate__()
 
 
 class AdaptedRecurrent:
@@ -58,8 +58,8 @@ class AdaptedRecurrent:
 def effective(update: LowRankUpdate, weight: Tensor) -> Tensor:
     """W + ΔW, or W while the adapter is off."""
     if torch.compiler.is_compiling():
-        return torch.where(update.lora_gate > 0, update.weight_in_effect(weight), weight)
-    return update.weight_in_effect(weight) if update.lora_active else weight
+        return torch.where(update.lora_gate > 0, update.lora_weight_in_effect(weight), weight)
+    return update.lora_weight_in_effect(weight) if update.lora_active else weight
 
 
 def adapted_class(
@@ -80,14 +80,14 @@ def adapted_class(
         if issubclass(plain, nn.RNNBase):
             mixins.append(AdaptedRecurrent)
         properties = {name: _weight_of_layer if side_path and name == "weight" else _parameter(name) for name in read}
-        _MADE[recipe] = type(f"LoRA{plain.__name__}", (*mixins, plain), {**properties, "recipe": recipe})
+        _MADE[recipe] = type(f"LoRA{plain.__name__}", (*mixins, plain), {**properties, "lora_recipe": recipe})
     return _MADE[recipe]
 
 
 def plain_class(adapted: type[nn.Module]) -> type[nn.Module]:
     """The class that `adapted` stands in for."""
     if issubclass(adapted, Adapted):
-        return adapted.recipe[0]
+        return adapted.lora_recipe[0]
     plain = adapted.__bases__[-1]
     assert issubclass(plain, nn.Module)
     return plain

@@ -48,15 +48,15 @@ def extract(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> dict[str, 
     adapted = sites(base)
     for site in adapted:
         update, weight = site.update, site.weight
-        down, up = update.factors()
+        down, up = update.lora_factors()
         key = f"{site.layer_name}.{site.parameter}".lstrip(".")
         change = after[key].to(down) - weight.detach().to(down.dtype)
-        best_up, best_down = low_rank(update.matrix(change), update.rank)
+        best_up, best_down = low_rank(update.lora_matrix(change), update.lora_rank)
         with torch.no_grad():
             down.copy_(best_down.view(down.shape))
             up.copy_(best_up.view(up.shape) / update.lora_scaling)
             norm = change.norm()
-            left_out[site.name] = float((change - update.delta(weight)).norm() / norm) if norm else 0.0
+            left_out[site.name] = float((change - update.lora_delta(weight)).norm() / norm) if norm else 0.0
     carried = {f"{site.layer_name}.{site.parameter}".lstrip(".") for site in adapted}
     beyond = [key for key in before if key not in carried and not torch.equal(before[key], after[key].to(before[key]))]
     if beyond:

@@ -29,46 +29,46 @@ class SidePath(LowRankUpdate):
     a fresh adapter changes no bit.
     """
 
-    def base(self, input: Tensor) -> Tensor:
+    def lora_base(self, input: Tensor) -> Tensor:
         """What the layer computes without its adapter."""
         raise NotImplementedError
 
-    def low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    def lora_low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """B A x, for an input in the adapter's dtype."""
         raise NotImplementedError
 
-    def over_output(self, vector: Tensor) -> Tensor:
+    def lora_over_output(self, vector: Tensor) -> Tensor:
         """A vector of one number an output feature, in a shape that multiplies the layer's output."""
         return vector
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            base = self.base(input)
-            return base + (self.change(input, base) * self.lora_gate).to(base.dtype)
-        base = self.base(input)
+            base = self.lora_base(input)
+            return base + (self.lora_change(input, base) * self.lora_gate).to(base.dtype)
+        base = self.lora_base(input)
         if not self.lora_active:
             return base
-        change = self.change(input, base)
+        change = self.lora_change(input, base)
         # Nobody has seen `base` yet, nor does a backward pass need it: unless DoRA's does.
         if "lora_magnitude_vector" in self._parameters or torch._C._are_functorch_transforms_active():
             return base + change.to(base.dtype)
         return base.add_(change)
 
-    def change(self, input: Tensor, base: Tensor) -> Tensor:
+    def lora_change(self, input: Tensor, base: Tensor) -> Tensor:
         """What the adapter adds to the output `base`."""
-        down, up = self.factors()
+        down, up = self.lora_factors()
         if input.is_floating_point():
             input = input.to(down.dtype)
             if self.lora_dropout and self.training:
                 input = F.dropout(input, self.lora_dropout)
-        change = self.low_rank(input, down, up)
+        change = self.lora_low_rank(input, down, up)
         if self.lora_scaling != 1:
             change = change * self.lora_scaling
         if "lora_magnitude_vector" not in self._parameters:
             return change
-        ratio = self.over_output(self.dora_ratio(cast(Tensor, self._parameters["weight"])))
+        ratio = self.lora_over_output(self.lora_dora_ratio(cast(Tensor, self._parameters["weight"])))
         bias = self._parameters.get("bias")
-        unbiased = base if bias is None else base - self.over_output(bias)
+        unbiased = base if bias is None else base - self.lora_over_output(bias)
         return (ratio - 1) * unbiased + ratio * change
 
 
@@ -82,20 +82,20 @@ class LoRALinear(SidePath, nn.Linear):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
-    def base(self, input: Tensor) -> Tensor:
+    def lora_base(self, input: Tensor) -> Tensor:
         # Not self.weight: that may be W + ΔW (see effective.py), and costs a miss in one dictionary before the hit.
         return F.linear(input, cast(Tensor, self._parameters["weight"]), self._parameters["bias"])
 
-    def low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    def lora_low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return F.linear(F.linear(input, down), up)
 
     def forward(self, input: Tensor) -> Tensor:
         # On a batch of ten every microsecond shows.
-        if torch.compiler.is_compiling() or not self.lora_active or self._plain_operations_needed():
+        if torch.compiler.is_compiling() or not self.lora_active or self._lora_plain_operations():
             return super().forward(input)
         parameters = self._parameters
         weight, bias = cast(Tensor, parameters["weight"]), parameters["bias"]
-        down, up = self.factors()
+        down, up = self.lora_factors()
         if fused_backward_applies(input, weight, bias, down, up):
             return cast(Tensor, FusedLoRALinear.apply(input, weight, bias, down, up, self.lora_scaling))
         y = F.linear(input, weight, bias)
@@ -104,7 +104,7 @@ class LoRALinear(SidePath, nn.Linear):
             return y + (F.linear(low, up) * self.lora_scaling).to(y.dtype)
         return add_product(y, low, up, self.lora_scaling)
 
-    def _plain_operations_needed(self) -> bool:
+    def _lora_plain_operations(self) -> bool:
         return bool(self.lora_dropout and self.training) or "lora_magnitude_vector" in self._parameters
 
 
@@ -112,19 +112,19 @@ class LoRATransposedLinear(SidePath):
     """The transformers library's `Conv1D`, a linear layer whose weight is of shape (in, out)."""
 
     @staticmethod
-    def matrix(weight: Tensor) -> Tensor:
+    def lora_matrix(weight: Tensor) -> Tensor:
         return weight.t()
 
     @staticmethod
-    def from_matrix(matrix: Tensor, weight: Tensor) -> Tensor:
+    def lora_from_matrix(matrix: Tensor, weight: Tensor) -> Tensor:
         return matrix.t()
 
-    def base(self, input: Tensor) -> Tensor:
+    def lora_base(self, input: Tensor) -> Tensor:
         weight, bias = cast(Tensor, self._parameters["weight"]), cast(Tensor, self._parameters["bias"])
         y = torch.addmm(bias, input.view(-1, input.shape[-1]), weight)
         return y.view(*input.shape[:-1], weight.shape[1])
 
-    def low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    def lora_low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return F.linear(F.linear(input, down), up)
 
 
@@ -139,34 +139,30 @@ class LoRAConv(SidePath):
     groups: int
 
     @staticmethod
-    def shaped(down: Tensor, up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def lora_shaped(down: Tensor, up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ones = (1,) * (weight.dim() - 2)
         return down.view(-1, *weight.shape[1:]), up.view(*up.shape, *ones)
 
     @classmethod
-    def magnitude_shape(cls, weight: Tensor) -> tuple[int, ...]:
+    def lora_magnitude_shape(cls, weight: Tensor) -> tuple[int, ...]:
         return (1, weight.shape[0], *(1 for _ in weight.shape[2:]))
 
-    def over_output(self, vector: Tensor) -> Tensor:
+    def lora_over_output(self, vector: Tensor) -> Tensor:
         weight = cast(Tensor, self._parameters["weight"])
         return vector.view(-1, *(1 for _ in weight.shape[2:]))
 
-    def base(self, input: Tensor) -> Tensor:
-        return self._conv(input, cast(Tensor, self._parameters["weight"]), self._parameters["bias"])
+    def lora_base(self, input: Tensor) -> Tensor:
+        return self._lora_conv(input, cast(Tensor, self._parameters["weight"]), self._parameters["bias"])
 
-    def low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    def lora_low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
         if self.groups > 1:
             down = down.repeat(self.groups, *(1 for _ in down.shape[1:]))
-        return self._by_one(self._conv(input, down, None), up, groups=self.groups)
+        by_one = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[up.dim()]
+        return by_one(self._lora_conv(input, down, None), up, groups=self.groups)
 
-    def _conv(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _lora_conv(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's own convolution, with another weight."""
         return cast(Tensor, cast(Any, self)._conv_forward(input, weight, bias))
-
-    @staticmethod
-    def _by_one(input: Tensor, weight: Tensor, *, groups: int) -> Tensor:
-        convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()]
-        return convolution(input, weight, groups=groups)
 
 
 class LoRAConv1d(LoRAConv, nn.Conv1d):
@@ -187,33 +183,33 @@ class LoRAEmbedding(SidePath, nn.Embedding):
     The vector at `padding_idx` stays what it is: A is zero there, and gets no gradient.
     """
 
-    name_A = "lora_embedding_A"
-    name_B = "lora_embedding_B"
+    lora_name_A = "lora_embedding_A"
+    lora_name_B = "lora_embedding_B"
 
     lora_embedding_A: nn.Parameter
     lora_embedding_B: nn.Parameter
 
-    def adapt(self, weight: Tensor, rank: int, scaling: float, config: LoRAConfig) -> None:
-        super().adapt(weight, rank, scaling, config)
+    def lora_adapt(self, weight: Tensor, rank: int, scaling: float, config: LoRAConfig) -> None:
+        super().lora_adapt(weight, rank, scaling, config)
         if self.padding_idx is not None:
             for factor in (self.lora_embedding_A, self._buffers.get("lora_A_initial")):
                 if factor is not None:
                     factor.detach()[:, self.padding_idx] = 0
 
-    def fill_kaiming(self, down: Tensor) -> None:
+    def lora_fill_kaiming(self, down: Tensor) -> None:
         # An index is a one-hot input: one number arrives, not as many as there are embeddings.
         nn.init.uniform_(down, -1, 1)
 
     @staticmethod
-    def matrix(weight: Tensor) -> Tensor:
+    def lora_matrix(weight: Tensor) -> Tensor:
         return weight.t()
 
     @staticmethod
-    def from_matrix(matrix: Tensor, weight: Tensor) -> Tensor:
+    def lora_from_matrix(matrix: Tensor, weight: Tensor) -> Tensor:
         return matrix.t()
 
-    def base(self, input: Tensor) -> Tensor:
+    def lora_base(self, input: Tensor) -> Tensor:
         return F.embedding(input, cast(Tensor, self._parameters["weight"]), self.padding_idx, sparse=self.sparse)
 
-    def low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    def lora_low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return F.linear(F.embedding(input, down.t(), self.padding_idx), up)

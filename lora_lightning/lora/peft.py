@@ -1,16 +1,10 @@
-"""An adapter folder on disk, in the format of the PEFT library: `adapter_config.json` and `adapter_model.safetensors`.
-
-The format, as PEFT 0.21 reads and writes it (https://huggingface.co/docs/peft/developer_guides/checkpoint): tensors are
-called `base_model.model.<layer>.lora_A.weight` and `.lora_B.weight`; a list entry of `target_modules` matches a layer's
-whole name or the end of it after a dot, a string is a regular expression for the whole name.
-"""
+"""Adapters on disk, in PEFT's folder format: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterable
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +13,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_lightning.lora.adapter import (
-    adapted_layers,
-    adapter_parameters,
-    adapter_state,
-    attach,
-    is_adapted,
+from lora_lightning.lora.adapter import adapted_layers, attach_beside, is_adapted
+from lora_lightning.lora.attached import adapter_names, attachment, bare, sites
+from lora_lightning.lora.config import LoRAConfig, matches
+from lora_lightning.lora.peft_format import (
+    OWN_TYPE,
+    PREFIX,
+    check_method,
+    configuration,
+    describe,
+    expected_shapes,
+    exported,
+    known_to_peft,
+    own_key,
 )
-from lora_lightning.lora.attached import attachment
-from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.selection import SIDE_PATHS as ADAPTED
+from lora_lightning.lora.selection import Candidate, candidates
+from lora_lightning.lora.several import switch_adapter
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-# What another kind of adapter, or one with more parts than A and B, says in its configuration.
-_UNSUPPORTED = {
-    "use_dora": "DoRA magnitudes",
-    "modules_to_save": "modules trained whole",
-    "fan_in_fan_out": "transposed weights",
-    "lora_bias": "a bias in the adapter",
-    "target_parameters": "parameters adapted by name",
-    "alora_invocation_tokens": "activated LoRA",
-    "use_qalora": "QALoRA",
-    "megatron_config": "Megatron layers",
-    "layer_replication": "replicated layers",
-    "trainable_token_indices": "trainable tokens",
-}
 
 
 def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Writes the adapters of `module` to `folder`, in PEFT's format.
+    """Writes the adapters of `module` to `folder`, in PEFT's format, and modules trained whole with them.
+
+    Adapters made by PiSSA are written as the difference that they make to the base as it is, of twice their rank. Where an
+    adapter sits in a layer that PEFT does not know, or gets wrong, `peft_type` says `LORA_LIGHTNING`, and PEFT refuses it.
 
     Args:
         module: A module that `attach` was called with. Layer names in the files are relative to it.
@@ -59,33 +48,14 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
         ValueError: If `module` is not adapted.
         FileExistsError: If the folder holds an adapter already.
     """
-    config, folder = attachment(module).config, Path(folder)
+    attachment(module)
+    folder = Path(folder)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if (folder / name).exists():
             raise FileExistsError(
                 f"{folder / name} exists: it is not overwritten. Choose another folder, or remove the adapter there."
             )
-    names = list(adapted_layers(module))
-    description = {
-        "peft_type": "LORA",
-        "auto_mapping": None,
-        "base_model_name_or_path": None,
-        "task_type": None,
-        "inference_mode": True,
-        "r": config.rank,
-        "lora_alpha": config.rank if config.alpha is None else config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": _target_modules(module, names),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": _alpha_pattern(config, names),
-        "use_rslora": config.rslora,
-        "use_dora": False,
-    }
-    tensors = {f"{_PREFIX}{key}.weight": value.cpu().contiguous() for key, value in adapter_state(module).items()}
+    description, tensors = describe(module), exported(module)
     folder.mkdir(parents=True, exist_ok=True)
     # Each file appears whole or not at all; the configuration, without which the folder is no adapter, comes last.
     unfinished = folder / f".{WEIGHTS_NAME}.unfinished"
@@ -96,12 +66,14 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     unfinished.replace(folder / CONFIG_NAME)
 
 
-def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
+def load_adapter(module: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> list[str]:
     """Loads the adapters in `folder`, written by `save_adapter` or by PEFT; attaches them if `module` has none.
 
     Args:
-        module: The base, plain or adapted with the same layers, ranks and scales.
+        module: The base, plain or adapted.
         folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+        name: What to call them. If adapters of this name are there, they get the numbers in the folder, and have to have the
+            same layers, ranks and scales. If only others are, those are set aside, for `switch_adapter`.
 
     Returns:
         The names of the adapted layers.
@@ -113,51 +85,21 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> list[str]
     """
     folder = Path(folder)
     description = _read_description(folder / CONFIG_NAME)
-    tensors = _read_tensors(folder / WEIGHTS_NAME)
-    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-    names = list(dict.fromkeys(key.rpartition(".")[0] for key in tensors))
-    config = _config(description, folder / CONFIG_NAME, names)
-    expected = {
-        f"{name}.{key}".lstrip("."): shape
-        for name in names
-        for key, shape in _expected_shapes(module, name, config, folder).items()
-    }
-    if shapes != expected:
-        wrong = sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key))
-        listed = "; ".join(
-            f"{key} is {shapes.get(key, 'missing')}, expected {expected.get(key, 'none')}" for key in wrong
-        )
-        raise ValueError(f"The adapter in {folder} does not fit this {type(module).__name__}: {listed}.")
-    if is_adapted(module):
-        _refuse_other_adapters(module, names, config, folder)
+    check_method(description, folder / CONFIG_NAME)
+    tensors, whole = _read_tensors(folder / WEIGHTS_NAME, description)
+    config, selected = _what_is_adapted(module, folder, description, tensors)
+    _check_shapes(module, folder, config, selected, tensors, whole)
+    if is_adapted(module) and name in adapter_names(module):
+        _use_if_alike(module, config, selected, folder, name)
     else:
-        attach(module, config)
-    parameters = dict(module.named_parameters())
+        attach_beside(module, config, selected, name)
+    state = module.state_dict(keep_vars=True)
     with torch.no_grad():
-        for key, value in tensors.items():
-            parameters[key].copy_(value)
-    assert len(tensors) == len(adapter_parameters(module))
-    return names
-
-
-def _target_modules(module: nn.Module, names: list[str]) -> list[str] | str:
-    """The full names where a list of them is exact for PEFT, else an expression that is."""
-    supported = [name for name, layer in module.named_modules() if isinstance(layer, tuple(ADAPTED))]
-    caught = {name for name in supported if any(name == n or name.endswith(f".{n}") for n in names)}
-    return names if caught == set(names) else _exactly(names)
-
-
-def _exactly(names: Iterable[str]) -> str:
-    # A module that is itself the adapted layer has the empty name; "(?:)" matches that and nothing else.
-    return "|".join(re.escape(name) for name in names) or "(?:)"
-
-
-def _alpha_pattern(config: LoRAConfig, names: list[str]) -> dict[str, float]:
-    """PEFT's alpha does not follow the rank: where ours did, the alpha is written out."""
-    if config.alpha is not None:
-        return config.alpha_pattern
-    default = config.rank
-    return {re.escape(name): config.alpha_of(name) for name in names if config.alpha_of(name) != default}
+        for key, value in (tensors | whole).items():
+            state[key].copy_(value)
+    if description["peft_type"] != OWN_TYPE:
+        _warn_where_peft_is_wrong(module, folder)
+    return list(adapted_layers(module))
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -175,8 +117,8 @@ def _read_description(path: Path) -> dict[str, Any]:
     return description
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of the file by our own keys: `<layer>.lora_A`, `<layer>.lora_B`."""
+def _read_tensors(path: Path, description: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The adapters' tensors by our own keys, and those of modules trained whole by state-dict key."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist. Expected the adapter's weights beside its {CONFIG_NAME}.")
     try:
@@ -184,59 +126,113 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}). Write the adapter again.") from None
-    foreign = [key for key in tensors if not re.fullmatch(rf"{re.escape(_PREFIX)}(.+\.)?lora_[AB]\.weight", key)]
-    if foreign or not tensors:
+    own = {key: name for key in tensors if (name := own_key(key))}
+    whole = {key: key.removeprefix(PREFIX) for key in tensors if key not in own and _is_of_whole(key, description)}
+    foreign = [key for key in tensors if key not in own and key not in whole]
+    if foreign or not own:
         found = f"holds {', '.join(foreign[:5])}" if foreign else "is empty"
-        raise ValueError(f"{path} {found}; expected keys like '{_PREFIX}<layer>.lora_A.weight' alone.")
-    return {key.removeprefix(_PREFIX).removesuffix(".weight"): value for key, value in tensors.items()}
+        raise ValueError(f"{path} {found}; expected keys like '{PREFIX}<layer>.lora_A.weight' alone.")
+    return {own[key]: tensors[key] for key in own}, {whole[key]: tensors[key] for key in whole}
 
 
-def _config(description: dict[str, Any], path: Path, names: list[str]) -> LoRAConfig:
-    """Our configuration for PEFT's, with targets that are exactly the layers in the file."""
-    kind = description.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"{path} is of peft_type {kind!r}; expected 'LORA', the only kind that can be loaded here.")
-    unsupported = [f"{key} ({what})" for key, what in _UNSUPPORTED.items() if description.get(key)]
-    if description.get("bias", "none") != "none":
-        unsupported.append(f"bias={description['bias']!r}")
-    if isinstance(init := description.get("init_lora_weights"), str) and init not in ("gaussian", "orthogonal"):
-        unsupported.append(f"init_lora_weights={init!r} (may have changed the base)")
-    if unsupported:
-        raise ValueError(f"{path} asks for what can't be loaded here: {', '.join(unsupported)}.")
-    try:
-        return LoRAConfig(
-            rank=description["r"],
-            alpha=description["lora_alpha"],
-            dropout=description.get("lora_dropout") or 0.0,
-            targets=_exactly(names),
-            rank_pattern=description.get("rank_pattern") or {},
-            alpha_pattern=description.get("alpha_pattern") or {},
-            rslora=bool(description.get("use_rslora")),
-        )
-    except KeyError as error:
-        raise ValueError(f"{path} has no entry {error}; expected r and lora_alpha.") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+def _is_of_whole(key: str, description: dict[str, Any]) -> bool:
+    wanted = list(description.get("modules_to_save") or [])
+    return key.startswith(PREFIX) and any(matches(wanted, parent) for parent in _parents(key.removeprefix(PREFIX)))
 
 
-def _expected_shapes(module: nn.Module, name: str, config: LoRAConfig, folder: Path) -> dict[str, tuple[int, ...]]:
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
-    if name not in layers:
+def _parents(key: str) -> list[str]:
+    """Names of the modules that a state-dict key is inside of."""
+    parts = key.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def _what_is_adapted(
+    module: nn.Module,
+    folder: Path,
+    description: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> tuple[LoRAConfig, list[Candidate]]:
+    """The configuration in our terms, and the weights that it adapts; renames the tensors to our keys."""
+    with bare(module):
+        modules = dict(module.named_modules())
+        names: dict[str, None] = {}
+        for key in list(tensors):
+            holder, _, leaf = key.rpartition(".")
+            layer_name, _, last = holder.rpartition(".")
+            if isinstance(modules.get(holder), nn.MultiheadAttention):
+                tensors[f"{holder}.lora_in_proj_weight.{leaf}".lstrip(".")] = tensors.pop(key)
+                names[f"{holder}.in_proj_weight".lstrip(".")] = None
+            elif last.startswith("lora_"):
+                names[f"{layer_name}.{last.removeprefix('lora_')}".lstrip(".")] = None
+            else:
+                names[holder] = None
+        wanted = list(description.get("modules_to_save") or [])
+        trained = [name for name in modules if name and matches(wanted, name)]
+        if wanted and not trained:
+            raise ValueError(
+                f"The adapter in {folder} comes with modules_to_save={wanted}, none of which is in this {type(module).__name__}."
+            )
+        config = configuration(description, folder / CONFIG_NAME, list(names), trained)
+        known = candidates(module, config)
+    missing = [name for name in names if name not in known and not (config.bypass and not name)]
+    if missing:
         raise ValueError(
-            f"The adapter in {folder} adapts {name!r}, which this {type(module).__name__} has not. Layers that can be "
-            f"adapted: {', '.join(layers) or 'none'}."
+            f"The adapter in {folder} adapts {missing[0]!r}, which this {type(module).__name__} has not. Layers that can be "
+            f"adapted: {', '.join(known) or 'none'}."
         )
-    rank = config.rank_of(name)
-    out_features, in_features = layers[name].weight.shape
-    return {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
+    return config, [candidate for name, candidate in known.items() if name in names]
 
 
-def _refuse_other_adapters(module: nn.Module, names: list[str], config: LoRAConfig, folder: Path) -> None:
-    """Adapters that are attached already have to be the ones that the folder describes."""
-    attached = {name: layer.lora_scaling for name, layer in adapted_layers(module).items()}
-    described = {name: config.scaling_of(name) for name in names}
-    if attached != described:
+def _check_shapes(
+    module: nn.Module,
+    folder: Path,
+    config: LoRAConfig,
+    selected: list[Candidate],
+    tensors: dict[str, Tensor],
+    whole: dict[str, Tensor],
+) -> None:
+    shapes = {key: tuple(value.shape) for key, value in (tensors | whole).items()}
+    expected = {key: shape for candidate in selected for key, shape in expected_shapes(candidate, config).items()}
+    if config.bypass:
+        rank = config.rank_of("")
+        expected |= {"lora_A": (rank, config.bypass[0]), "lora_B": (config.bypass[1], rank)}
+    expected |= {
+        key: tuple(value.shape)
+        for key, value in module.state_dict().items()
+        if any(matches(config.trainable, parent) for parent in _parents(key))
+    }
+    if shapes != expected:
+        wrong = sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key))
+        listed = "; ".join(
+            f"{key} is {shapes.get(key, 'missing')}, expected {expected.get(key, 'none')}" for key in wrong[:5]
+        )
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        grouped = any(getattr(candidate.layer, "groups", 1) > 1 for candidate in selected)
+        why = " Of a grouped convolution, PEFT's adapter mixes the groups: it is none of this layer." if grouped else ""
+        raise ValueError(f"The adapter in {folder} does not fit this {type(module).__name__}: {listed}{more}.{why}")
+
+
+def _use_if_alike(module: nn.Module, config: LoRAConfig, selected: list[Candidate], folder: Path, name: str) -> None:
+    """Adapters of this name that are there have to be the ones that the folder describes."""
+    in_use = attachment(module).name
+    switch_adapter(module, name)
+    attached = {site.name: site.update.lora_scaling for site in sites(module)}
+    described = {candidate.name: config.scaling_of(*candidate.names) for candidate in selected}
+    described |= {"": config.scaling_of("")} if config.bypass else {}
+    if attached != described or attachment(module).config.dora != config.dora:
+        switch_adapter(module, in_use)
         raise ValueError(
             f"The adapter in {folder} is another than the one attached (layers with their scale alpha / rank): "
-            f"{described} in the folder, {attached} attached. Call detach(module) first."
+            f"{described} in the folder, {attached} attached. Call detach(module) first, or give it another name."
+        )
+
+
+def _warn_where_peft_is_wrong(module: nn.Module, folder: Path) -> None:
+    wrong = [site.name for site in sites(module) if not known_to_peft(site)]
+    if wrong:
+        warnings.warn(
+            f"PEFT wrote {folder}, and computes otherwise with its adapters of {', '.join(wrong)}: it drops a convolution's "
+            "dilation and padding mode (PEFT issue 3697), counts an attention's output projection twice (3774), or passes "
+            "by weights that are read. Here they are W + s B A.",
+            stacklevel=3,
         )

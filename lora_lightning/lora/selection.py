@@ -60,10 +60,15 @@ class Candidate:
         """The weight itself; `None` if it is computed from other parameters."""
         return self.layer._parameters.get(self.parameter)
 
-    def matrix_shape(self) -> tuple[int, int]:
-        """`(out, in)` of the weight as a matrix."""
-        assert self.weight is not None
-        return (self.side_path or ParameterUpdate).matrix_shape(self.weight)
+    @property
+    def update_class(self) -> type[LowRankUpdate]:
+        """Of what will hold the adapter: the layer itself, or a module beside the parameter."""
+        return self.side_path or ParameterUpdate
+
+    @property
+    def holder_name(self) -> str:
+        """The dotted name of what will hold the adapter."""
+        return self.layer_name if self.side_path else f"{self.layer_name}.lora_{self.parameter}".lstrip(".")
 
 
 def candidates(module: nn.Module, config: LoRAConfig | None = None) -> dict[str, Candidate]:
@@ -72,7 +77,7 @@ def candidates(module: nn.Module, config: LoRAConfig | None = None) -> dict[str,
     wanted = config.target_parameters if config else []
     for layer_name, layer in module.named_modules():
         by_name = {key for key in layer._parameters if matches(wanted, f"{layer_name}.{key}".lstrip("."))}
-        side_path = _side_path(layer)
+        side_path = side_path_of(layer)
         if side_path is not None and not by_name:
             found[layer_name] = Candidate(layer_name, layer_name, layer, "weight", side_path)
             continue
@@ -124,8 +129,12 @@ def read_elsewhere(module: nn.Module) -> set[tuple[str, str]]:
     return read_in_code(type(layer) for layer in module.modules())
 
 
-def _side_path(layer: nn.Module) -> type[LowRankUpdate] | None:
-    """A side path stands for the layer's forward, so it serves where that is the one known; a subclass may do else."""
+def side_path_of(layer: nn.Module) -> type[LowRankUpdate] | None:
+    """What the forward of this layer, not adapted yet, may become.
+
+    A side path stands for the forward that its layer has, so it serves where that is the one known; a subclass may
+    have another.
+    """
     cls = type(layer)
     if f"{cls.__module__}.{cls.__qualname__}" == _TRANSPOSED:
         return LoRATransposedLinear
@@ -177,7 +186,7 @@ def _complaints(candidate: Candidate, config: LoRAConfig) -> Iterator[str]:
         )
     if isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict) and candidate.side_path is None:
         yield f"Parameter {name!r} is that of a {type(layer).__name__}, which would take the adapter for one of its modules."
-    rank, limit = config.rank_of(*candidate.names), min(candidate.matrix_shape())
+    rank, limit = config.rank_of(*candidate.names), min(candidate.update_class.lora_matrix_shape(weight))
     if rank > limit:
         yield (
             f"rank={rank} exceeds layer {name!r}, whose weight of shape {tuple(weight.shape)} has rank {limit} at most. "
@@ -188,7 +197,7 @@ def _complaints(candidate: Candidate, config: LoRAConfig) -> Iterator[str]:
 def _complaints_about_bypass(module: nn.Module, config: LoRAConfig, bypass: tuple[int, int]) -> Iterator[str]:
     if config.rank > min(bypass):
         yield f"rank={config.rank} exceeds the bypass of {bypass[0]} -> {bypass[1]}, which has rank {min(bypass)} at most."
-    if _side_path(module) is not None:
+    if side_path_of(module) is not None:
         yield f"A {type(module).__name__} gets an adapter of its own; a bypass goes around a module that holds layers."
 
 

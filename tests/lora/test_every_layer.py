@@ -29,7 +29,7 @@ def stir(module: nn.Module) -> None:
 def delta(site: Site) -> Tensor:
     """ΔW by the definition, element by element, from the parameters alone."""
     update, weight = site.update, site.weight
-    down, up = (update.get_parameter(name) for name in (update.name_A, update.name_B))
+    down, up = (update.get_parameter(name) for name in (update.lora_name_A, update.lora_name_B))
     down, up = down.flatten(1), up.flatten(1)
     change = torch.einsum("or,ri->oi", up, down)
     if "lora_A_initial" in update._buffers:
@@ -350,3 +350,23 @@ def test_a_bypass_of_the_wrong_size_says_which_sizes_it_met() -> None:
         ValueError, match=r"bypass=\(12, 10\) does not fit: a sample .* has \(12, 12\) numbers in input"
     ):
         net(torch.randn(5, 3, 4))
+
+
+class Colliding(nn.Linear):
+    """A user's own layer, and network, with names that an adapter might use too."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 4, dtype=F64)
+        self.rank, self.base, self.matrix, self.delta, self.factors, self.scaling, self.dropout = range(7)
+
+
+def test_no_name_of_a_users_class_is_hidden() -> None:
+    layer = Colliding()
+    attach(layer, LoRAConfig(rank=2))
+    assert [layer.rank, layer.base, layer.matrix, layer.delta, layer.factors, layer.scaling, layer.dropout] == [
+        *range(7)
+    ]
+    for plain in (nn.Linear(4, 3), nn.Conv2d(2, 3, 3), nn.Embedding(4, 3), nn.LSTM(3, 4), nn.MultiheadAttention(4, 2)):
+        before = set(dir(plain))
+        attach(plain, LoRAConfig(rank=1))
+        assert all(name.startswith(("lora_", "_lora_")) for name in set(dir(plain)) - before)

@@ -84,7 +84,7 @@ def test_function_transforms_see_the_adapter() -> None:
     x = torch.randn(6, 5, dtype=torch.float64)
     torch.testing.assert_close(torch.func.vmap(layer)(x), dense(layer, x))
     jacobian = torch.func.jacrev(layer)(x[0])
-    torch.testing.assert_close(jacobian, layer.weight + layer.delta(layer.weight))
+    torch.testing.assert_close(jacobian, layer.weight + layer.lora_delta(layer.weight))
 
 
 def test_a_base_of_low_precision_keeps_its_dtype_beside_a_float32_adapter() -> None:
@@ -93,7 +93,7 @@ def test_a_base_of_low_precision_keeps_its_dtype_beside_a_float32_adapter() -> N
     x = torch.randn(3, 5, dtype=torch.bfloat16)
     y = layer(x)
     assert y.dtype == torch.bfloat16
-    expected = F.linear(x.float(), layer.weight.float() + layer.delta(layer.weight), layer.bias.float())
+    expected = F.linear(x.float(), layer.weight.float() + layer.lora_delta(layer.weight), layer.bias.float())
     torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), y)

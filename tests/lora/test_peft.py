@@ -185,8 +185,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("entry", "message"),
         [
-            ({"use_dora": True}, "use_dora .DoRA magnitudes."),
-            ({"modules_to_save": ["head"]}, "modules_to_save"),
+            ({"use_qalora": True}, "use_qalora .QALoRA."),
+            ({"target_parameters": ["head.weight"]}, "target_parameters .parameters adapted by name."),
             ({"bias": "all"}, "bias='all'"),
             ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' .may have changed the base."),
         ],
