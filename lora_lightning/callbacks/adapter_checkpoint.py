@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import override
 
 from lora_lightning.checkpoints import ADAPTER_KEY
-from lora_lightning.lora import adapted_layers, attachment, is_adapter_key
+from lora_lightning.lora import LowRankUpdate, adapted_layers, attachment, is_adapter_key, whole_keys
 
 
 class AdapterCheckpointIO(CheckpointIO):
@@ -54,7 +54,7 @@ class AdapterCheckpointIO(CheckpointIO):
         kept = {key: value for key, value in checkpoint["state_dict"].items() if key not in base_keys}
         description = {
             "config": asdict(attachment(self.adapted).config),
-            "scaling": self._scaling(),
+            "adapters": self._adapters(),
             "base_fingerprint": self.base_fingerprint,
             "base_path": self.base_path,
         }
@@ -70,13 +70,13 @@ class AdapterCheckpointIO(CheckpointIO):
                 f"{path} is a full checkpoint; with LoRAFinetuning, ckpt_path takes one that holds adapters. Give this "
                 "one as LoRAFinetuning's base_checkpoint."
             )
+        self._refuse_other_adapters(path, description)
         if description["base_fingerprint"] != self.base_fingerprint:
             raise ValueError(
                 f"{path} holds adapters of another base: trained on {description['base_path']} (fingerprint "
                 f"{description['base_fingerprint'][:12]}), but the model's base is {self.base_path} "
                 f"({self.base_fingerprint[:12]}). Set LoRAFinetuning's base_checkpoint to the first."
             )
-        self._refuse_other_adapters(path, checkpoint["state_dict"], description)
         live = self.pl_module.state_dict()
         base = {key: live[key] for key in self._base_keys() if key in live}
         checkpoint["state_dict"] = {**base, **checkpoint["state_dict"]}
@@ -96,32 +96,37 @@ class AdapterCheckpointIO(CheckpointIO):
         Parameters that still train do belong there, and so do buffers outside the adapted part, which may change.
         """
         prefix = next(name for name, module in self.pl_module.named_modules() if module is self.adapted)
+        whole = whole_keys(self.pl_module)
         frozen = {
             name
             for name, parameter in self.pl_module.named_parameters(remove_duplicate=False)
             if not parameter.requires_grad and not is_adapter_key(name)
         }
         buffers = {name for name, _ in self.adapted.named_buffers(prefix=prefix, remove_duplicate=False)}
-        return frozen | buffers
+        return (frozen | buffers) - whole - {key for key in buffers if is_adapter_key(key)}
 
-    def _scaling(self) -> dict[str, float]:
-        return {name: layer.lora_scaling for name, layer in adapted_layers(self.pl_module).items()}
+    def _adapters(self) -> dict[str, str]:
+        """What each adapter is, by the name of what it adapts: `rank 1, scale 1`; and the modules trained whole."""
+        described = {name: _describe(update) for name, update in adapted_layers(self.pl_module).items()}
+        whole = {key.rpartition(".")[0] for key in whole_keys(self.pl_module)}
+        return described | dict.fromkeys(sorted(whole), "trained whole")
 
-    def _refuse_other_adapters(self, path: str | Path, state: dict[str, Any], description: dict[str, Any]) -> None:
-        saved = {key: tuple(value.shape) for key, value in state.items() if is_adapter_key(key)}
-        attached = {
-            key: tuple(value.shape) for key, value in self.pl_module.state_dict().items() if is_adapter_key(key)
-        }
-        if saved == attached and description["scaling"] == self._scaling():
-            return
-        raise ValueError(
-            f"{path} holds other adapters than the model has. In the checkpoint: {_summary(saved, description)}; "
-            f"attached: {_summary(attached, {'scaling': self._scaling()})}. Give LoRAFinetuning the rank, alpha and "
-            "targets of the checkpoint."
-        )
+    def _refuse_other_adapters(self, path: str | Path, description: dict[str, Any]) -> None:
+        saved, attached = description["adapters"], self._adapters()
+        if saved != attached:
+            raise ValueError(
+                f"{path} holds other adapters than the model has. In the checkpoint: {_summary(saved)}; attached: "
+                f"{_summary(attached)}. Give LoRAFinetuning the rank, alpha, targets and variant of the checkpoint."
+            )
 
 
-def _summary(shapes: dict[str, tuple[int, ...]], description: dict[str, Any]) -> str:
-    """Layers with their rank and scale: `linear1 (rank 1, scale 1)`."""
-    ranks = {key.removesuffix(".lora_A"): shape[0] for key, shape in shapes.items() if key.endswith(".lora_A")}
-    return ", ".join(f"{name} (rank {rank}, scale {description['scaling'][name]:g})" for name, rank in ranks.items())
+def _describe(update: LowRankUpdate) -> str:
+    variants = (", PiSSA" if "lora_A_initial" in update._buffers else "") + (
+        ", DoRA" if "lora_magnitude_vector" in update._parameters else ""
+    )
+    return f"rank {update.lora_rank}, scale {update.lora_scaling:g}{variants}"
+
+
+def _summary(adapters: dict[str, str]) -> str:
+    """`linear1 (rank 1, scale 1), ...`."""
+    return ", ".join(f"{name} ({what})" for name, what in adapters.items())

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lora_lightning.callbacks.adapter_checkpoint import AdapterCheckpointIO
@@ -20,11 +24,15 @@ from lora_lightning.lora import (
     adapted_layers,
     adapter_parameters,
     attach,
+    check_lr_ratio,
     fingerprint,
     is_adapted,
+    lora_plus,
     save_adapter,
+    verify,
 )
 from lora_lightning.lora.config import Initialisation
+from lora_lightning.lora.frozen import FrozenStatistics
 from lora_lightning.report import free_path
 
 _SEED_OFFSET = 1_000_003
@@ -38,15 +46,21 @@ class LoRAFinetuning(Callback):
     them. At the end of `fit` the adapters are written to `<log folder>/adapter` in PEFT's format.
 
     Args:
-        rank: See `LoRAConfig`, as for all arguments up to `rslora`.
+        rank: See `LoRAConfig`, as for all arguments up to `bypass`.
         alpha: Numerator of the scale; `rank` by default.
         dropout: On the adapters' inputs.
         targets: Which layers.
         exclude: Which of them to leave out.
         rank_pattern: Ranks that differ, by layer.
         alpha_pattern: Alphas that differ, by layer.
-        init: Distribution of A.
+        init: How A and B begin: `kaiming`, `gaussian` or `pissa`.
         rslora: Whether to scale by alpha / sqrt(rank).
+        dora: Whether to train magnitudes too (DoRA).
+        target_parameters: Parameters to adapt by name.
+        trainable: Modules trained whole beside the adapters, for example a new head.
+        bypass: Sizes of the flattened input and output of an adapter around the whole; alone with `targets=[]`.
+        lr_ratio: B's learning rate over A's (LoRA+, https://arxiv.org/abs/2402.12354; about 16 there): every parameter group
+            of the optimizer is split in two, and the ratio is kept under any scheduler and after resuming.
         base_checkpoint: Lightning checkpoint of the model that is adapted: a file, or a log folder, whose newest
             checkpoint is taken. `None` adapts the model as it is.
 
@@ -72,6 +86,11 @@ class LoRAFinetuning(Callback):
         alpha_pattern: dict[str, float] | None = None,
         init: Initialisation = "kaiming",
         rslora: bool = False,
+        dora: bool = False,
+        target_parameters: str | list[str] | None = None,
+        trainable: str | list[str] | None = None,
+        bypass: tuple[int, int] | None = None,
+        lr_ratio: float = 1.0,
         base_checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
         self.config = LoRAConfig(
@@ -84,11 +103,18 @@ class LoRAFinetuning(Callback):
             alpha_pattern=alpha_pattern or {},
             init=init,
             rslora=rslora,
+            dora=dora,
+            target_parameters=target_parameters or [],
+            trainable=trainable or [],
+            bypass=bypass,
         )
+        self.lr_ratio = check_lr_ratio(lr_ratio)
         self.base_checkpoint = base_checkpoint
         self.base_path: Path | None = None
         self.base_fingerprint = ""
         self._fingerprint_at_start = ""
+        self._call_to_verify: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._listener: RemovableHandle | None = None
         self.adapter_folder: Path | None = None
         self.adapted: nn.Module | None = None
 
@@ -102,6 +128,10 @@ class LoRAFinetuning(Callback):
                 "plain model, or leave the callback out."
             )
         assert self.adapted is not None
+        if self.lr_ratio != 1 and "configure_optimizers" not in vars(pl_module):
+            pl_module.configure_optimizers = partial(  # type: ignore[method-assign]
+                _configure_with_lora_plus, pl_module.configure_optimizers, self.adapted, self.lr_ratio
+            )
         files = trainer.strategy.checkpoint_io
         if isinstance(files, AdapterCheckpointIO):
             files = files.checkpoint_io
@@ -111,10 +141,31 @@ class LoRAFinetuning(Callback):
         )
 
     @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        vars(pl_module).pop("configure_optimizers", None)
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.adapted is not None
+        _expect_frozen_layers_in_eval_mode(pl_module)
+        self._listener = self.adapted.register_forward_pre_hook(self._remember_call, with_kwargs=True)
         # Not the fingerprint of setup: a precision like bf16-true has converted the base since.
         self._fingerprint_at_start = fingerprint(self.adapted)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Once, on the first batch: checks that no adapter is inert."""
+        self._stop_listening()
+        if self._call_to_verify is None:
+            return
+        assert self.adapted is not None
+        (inputs, keywords), self._call_to_verify = self._call_to_verify, None
+        with trainer.precision_plugin.forward_context():
+            verify(self.adapted, *inputs, **keywords)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop_listening()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,6 +185,15 @@ class LoRAFinetuning(Callback):
         rank_zero_info(
             f"The base is bitwise unchanged (SHA-256 {self.base_fingerprint[:12]}). Adapter: {self.adapter_folder}"
         )
+
+    def _remember_call(self, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if module.training and self._call_to_verify is None:
+            self._call_to_verify = inputs, keywords
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            self._listener.remove()
+            self._listener = None
 
     def _adapt(self, pl_module: LightningModule) -> None:
         if self.base_checkpoint is not None:
@@ -165,6 +225,18 @@ class LoRAFinetuning(Callback):
         trained = sum(parameter.numel() for parameter in adapter_parameters(self.adapted))
         total = sum(parameter.numel() for parameter in self.adapted.parameters())
         return f"{trained:,} of {total:,} parameters, {trained / (total - trained):.3%} of the base"
+
+
+def _expect_frozen_layers_in_eval_mode(pl_module: LightningModule) -> None:
+    """Lightning warns of layers in evaluation mode; frozen norm layers are, on purpose."""
+    in_eval = [layer for layer in pl_module.modules() if not layer.training]
+    if in_eval and all(isinstance(layer, FrozenStatistics) for layer in in_eval):
+        warnings.filterwarnings("ignore", message=rf"Found {len(in_eval)} module\(s\) in eval mode at the start")
+
+
+def _configure_with_lora_plus(configure_optimizers: Callable[[], Any], adapted: nn.Module, lr_ratio: float) -> Any:
+    with lora_plus(adapted, lr_ratio):
+        return configure_optimizers()
 
 
 @contextmanager

@@ -16,25 +16,29 @@ from lora_lightning.lora.adapter import (
     merge,
     merged,
 )
-from lora_lightning.lora.attached import adapter_names, attachment
+from lora_lightning.lora.attached import adapter_names, attachment, whole_keys
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.extract import extract
 from lora_lightning.lora.layers import LoRALinear
+from lora_lightning.lora.lora_plus import check_lr_ratio, lora_plus
 from lora_lightning.lora.peft import load_adapter, save_adapter
 from lora_lightning.lora.several import combine_adapters, switch_adapter
 from lora_lightning.lora.svd import low_rank
+from lora_lightning.lora.update import LowRankUpdate
 from lora_lightning.lora.verify import InertAdapterError, verify
 
 __all__ = [
     "InertAdapterError",
     "LoRAConfig",
     "LoRALinear",
+    "LowRankUpdate",
     "adapted_layers",
     "adapter_names",
     "adapter_parameters",
     "adapter_state",
     "attach",
     "attachment",
+    "check_lr_ratio",
     "combine_adapters",
     "detach",
     "disabled",
@@ -43,10 +47,12 @@ __all__ = [
     "is_adapted",
     "is_adapter_key",
     "load_adapter",
+    "lora_plus",
     "low_rank",
     "merge",
     "merged",
     "save_adapter",
     "switch_adapter",
     "verify",
+    "whole_keys",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,7 +32,7 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.effective import adapted_class
 from lora_lightning.lora.frozen import thaw_statistics
 from lora_lightning.lora.selection import Candidate, bypass_weight, read_elsewhere, select
-from lora_lightning.lora.update import LowRankUpdate
+from lora_lightning.lora.update import LowRankUpdate, is_quantised
 
 
 def attach(module: nn.Module, config: LoRAConfig, name: str = "default") -> list[str]:
@@ -155,30 +156,41 @@ def merged(module: nn.Module) -> Iterator[None]:
     _refuse_to_fold(module)
     # An adapter that is disabled, or folded already by an outer context, stays out.
     folded = [site for site in sites(module) if site.update.lora_active]
-    saved = [site.weight.detach().clone() for site in folded]
+    quantised = {site.name: site.weight for site in folded if is_quantised(site.weight)}
+    saved = {site.name: site.weight.detach().clone() for site in folded if site.name not in quantised}
     try:
         for site in folded:
             _fold(site)
             site.update.lora_switch(False)
         yield
     finally:
-        with torch.no_grad():
-            for site, weight in zip(folded, saved, strict=True):
-                site.weight.copy_(weight)
-                site.update.lora_switch(True)
+        for site in folded:
+            if site.name in quantised:
+                site.weight = quantised[site.name]
+            else:
+                site.weight.data.copy_(saved[site.name])
+            site.update.lora_switch(True)
 
 
 def merge(module: nn.Module) -> None:
     """Folds the adapters into the weights for good and leaves plain layers, trainable as before `attach`.
 
-    The weight in effect is formed in the adapter's precision and rounded once to the weight's.
+    The weight in effect is formed in the adapter's precision and rounded once to the weight's. A quantised weight becomes a
+    dense one, with a warning: quantising the sum again would lose most of an update that is smaller than a step of it.
 
     Raises:
         ValueError: If `module` is not adapted, an adapted weight is shared with another layer, or there is a bypass.
     """
     attachment(module)
     _refuse_to_fold(module)
-    for site in sites(module):
+    found = sites(module)
+    if quantised := [site.name for site in found if is_quantised(site.weight)]:
+        warnings.warn(
+            f"The weights of {', '.join(quantised)} were quantised; merged, they are dense tensors of {found[0].weight.dtype}. "
+            "Quantise the merged model again if that is wanted.",
+            stacklevel=2,
+        )
+    for site in found:
         _fold(site)
     _leave_plain(module)
 
@@ -221,8 +233,17 @@ def fingerprint(module: nn.Module) -> str:
         if is_adapter_key(key) or key in whole or not isinstance(value, Tensor):
             continue
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for part in _parts(value.detach()):
+            digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _parts(value: Tensor) -> list[Tensor]:
+    """The plain tensors that a tensor is made of: itself, or what a quantised one holds."""
+    if not is_quantised(value):
+        return [value]
+    names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined] # every tensor subclass of torchao has it
+    return [getattr(value, name) for name in names]
 
 
 def _kept(value: Tensor) -> Tensor:
@@ -239,23 +260,28 @@ def _leave_plain(module: nn.Module) -> None:
     del module._lora_attachment
 
 
+@torch.no_grad()
 def _fold(site: Site) -> None:
-    with torch.no_grad():
-        site.weight.copy_(site.update.lora_weight_in_effect(site.weight))
+    folded = site.update.lora_weight_in_effect(site.weight)
+    if is_quantised(site.weight):
+        site.weight = nn.Parameter(folded, requires_grad=False)
+    else:
+        # Not as an operation that autograd counts: after `merged`, a backward pass may still be to come.
+        site.weight.data.copy_(folded)
 
 
 def _refuse_to_fold(module: nn.Module) -> None:
     """A merge writes into W; a second layer that holds the same W would be changed without being asked."""
     owners: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter.data_ptr(), []).append(name)
+        owners.setdefault(parameter.data_ptr() or id(parameter), []).append(name)
     for site in sites(module):
         if site.parameter is None:
             raise ValueError(
                 f"The bypass around this {type(module).__name__} is not inside any weight, so it can't be merged. Keep it as "
                 "it is."
             )
-        sharing = owners[site.weight.data_ptr()]
+        sharing = owners[site.weight.data_ptr() or id(site.weight)]
         if len(sharing) > 1:
             raise ValueError(
                 f"The weight of {site.name!r} is shared ({', '.join(sharing)}): merging would change the other layer too. "

@@ -16,7 +16,7 @@ from lora_lightning.lora.frozen import freeze_statistics, thaw_statistics
 from lora_lightning.lora.update import LowRankUpdate, ParameterUpdate
 
 
-@dataclass(frozen=True)
+@dataclass
 class Site:
     """An adapter and what it adapts."""
 
@@ -29,12 +29,17 @@ class Site:
     update: LowRankUpdate
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> nn.Parameter:
         """The frozen weight that is adapted."""
         assert self.parameter is not None
         weight = self.layer._parameters[self.parameter]
         assert weight is not None
         return weight
+
+    @weight.setter
+    def weight(self, value: nn.Parameter) -> None:
+        assert self.parameter is not None
+        self.layer._parameters[self.parameter] = value
 
 
 @dataclass(frozen=True)

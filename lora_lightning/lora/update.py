@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class LowRankUpdate(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.register_buffer("lora_gate", torch.ones((), dtype=dtype, device=weight.device), persistent=False)
         if config.init == "pissa":
-            up, down = low_rank(self.lora_matrix(weight.detach().to(dtype)), rank)
+            up, down = low_rank(self.lora_matrix(dense(weight.detach()).to(dtype)), rank)
             down, up = self.lora_shaped(down / scaling**0.5, up / scaling**0.5, weight)
             self.register_buffer("lora_A_initial", down.clone())
             self.register_buffer("lora_B_initial", up.clone())
@@ -122,13 +123,13 @@ class LowRankUpdate(nn.Module):
     def lora_delta(self, weight: Tensor) -> Tensor:
         """ΔW = s B A, of the weight's shape, in the adapter's precision."""
         down, up = self.lora_factors()
-        with torch.autocast(down.device.type, enabled=False):
+        with _full_precision(down.device.type):
             return self.lora_from_matrix((up.flatten(1) @ down.flatten(1)) * self.lora_scaling, weight)
 
     def lora_weight_in_effect(self, weight: Tensor) -> Tensor:
         """What stands for `weight` with the adapter: formed in the adapter's precision, rounded once to the weight's."""
         delta = self.lora_delta(weight)
-        full = weight.to(delta.dtype) + delta
+        full = dense(weight).to(delta.dtype) + delta
         if "lora_magnitude_vector" in self._parameters:
             full = self.lora_from_matrix(self.lora_matrix(full) * self.lora_dora_ratio(weight)[:, None], weight)
         return full.to(weight.dtype)
@@ -145,8 +146,8 @@ class LowRankUpdate(nn.Module):
         ||w + s b A||² = ||w||² + 2 s b·(A w) + s² (b A)·(b A), the last as b (A Aᵀ) bᵀ.
         """
         down, up = (factor.detach().flatten(1) for factor in self.lora_factors())
-        with torch.autocast(down.device.type, enabled=False):
-            matrix = self.lora_matrix(weight.detach()).to(down.dtype)
+        with _full_precision(down.device.type):
+            matrix = self.lora_matrix(dense(weight.detach())).to(down.dtype)
             crossed = matrix @ down.t() * 2 + up @ (down @ down.t()) * self.lora_scaling
             squares = matrix.square().sum(1) + self.lora_scaling * (up * crossed).sum(1)
             return squares.clamp_min(0).sqrt()
@@ -184,3 +185,20 @@ class LowRankUpdate(nn.Module):
 
 class ParameterUpdate(LowRankUpdate):
     """The adapter of a parameter that its module reads itself: stands in that module as `lora_<parameter's name>`."""
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether the weight is one of torchao's, which stands for a dense one in fewer bits."""
+    return type(weight).__module__.startswith("torchao.")
+
+
+def dense(weight: Tensor) -> Tensor:
+    """The weight, or the one that a quantised weight stands for."""
+    return weight.dequantize() if is_quantised(weight) else weight
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[Any]:
+    """Without autocast, which would form ΔW in its lower precision."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

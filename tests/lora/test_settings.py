@@ -1,0 +1,242 @@
+"""Adapters in the settings that models are trained and shipped in."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_lightning import LoRAConfig, adapter_parameters, attach, detach, disabled, fingerprint, merge, merged
+
+
+class Small(nn.Module):
+    """One of each: a convolution, a norm layer, attention, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)).relu()
+        return self.head(self.encoder(x.flatten(2).mT).mean(1))
+
+
+def adapted(config: LoRAConfig, net: nn.Module | None = None) -> nn.Module:
+    net = Small() if net is None else net
+    attach(net, config)
+    with torch.no_grad():
+        for parameter in adapter_parameters(net):
+            parameter += 0.1 * torch.randn_like(parameter)
+    return net
+
+
+VARIANTS = {
+    "plain": LoRAConfig(rank=2, alpha=3),
+    "dora": LoRAConfig(rank=2, dora=True),
+    "pissa": LoRAConfig(rank=2, init="pissa"),
+}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
+def net(request: pytest.FixtureRequest) -> nn.Module:
+    return adapted(request.param)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 6, 6)
+
+
+def gradients(net: nn.Module, y: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(y.float().square().sum(), adapter_parameters(net)))
+
+
+def test_autocast_to_bfloat16(net: nn.Module, x: Tensor) -> None:
+    for mode in (True, False):
+        net.train(mode)
+        exact = net(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(x)
+            with disabled(net):
+                base = net(x)
+        assert y.dtype == base.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.05)
+        assert not torch.equal(y, base)
+        assert all(gradient.dtype == torch.float32 and gradient.any() for gradient in gradients(net, y))
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_a_base_in_bfloat16_under_float32_adapters(config: LoRAConfig, x: Tensor) -> None:
+    net = adapted(config, Small().bfloat16())
+    assert all(parameter.dtype == torch.float32 for parameter in adapter_parameters(net))
+    exact = copy.deepcopy(net).float()
+    for mode in (True, False):
+        net.train(mode)
+        y = net(x.bfloat16())
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), exact.train(mode)(x), rtol=0.05, atol=0.05)
+        assert all(gradient.dtype == torch.float32 and gradient.any() for gradient in gradients(net, y))
+        with torch.no_grad():
+            torch.testing.assert_close(net(x.bfloat16()), y, rtol=0.05, atol=0.05)
+    digest = fingerprint(net)
+    with merged(net):
+        torch.testing.assert_close(net(x.bfloat16()).float(), exact(x), rtol=0.05, atol=0.05)
+    assert fingerprint(net) == digest
+
+
+def test_channels_last(net: nn.Module, x: Tensor) -> None:
+    y = net.eval()(x)
+    net.to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert net.conv(x).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(net(x), y)
+    digest = fingerprint(net)
+    with merged(net):
+        torch.testing.assert_close(net(x), y)
+    assert fingerprint(net) == digest
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the compiler's own modules
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_without_graph_breaks_and_switched_without_compiling_again(
+    net: nn.Module, x: Tensor, backend: str
+) -> None:
+    torch.compiler.reset()
+    net.eval()
+    compiled = torch.compile(net, backend=backend, fullgraph=True)
+    expected, expected_gradients = net(x), gradients(net, net(x))
+    with disabled(net):
+        base = net(x)
+    y = compiled(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradients(net, y), expected_gradients)
+    y = compiled(x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            with disabled(net):
+                torch.testing.assert_close(compiled(x), base)
+            torch.testing.assert_close(compiled(x), expected)
+        with merged(net):
+            torch.testing.assert_close(compiled(x), expected)
+    # What was computed before switching still has its gradients.
+    torch.testing.assert_close(gradients(net, y), expected_gradients)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), "torch.save"])
+def test_copies_and_pickles(net: nn.Module, x: Tensor, copied: Callable[[nn.Module], nn.Module] | str) -> None:
+    net.eval()
+    if callable(copied):
+        other = copied(net)
+    else:
+        torch.save(net, file := io.BytesIO())
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    assert torch.equal(other(x), net(x))
+    with torch.no_grad():
+        other.head.lora_B.zero_()
+        assert not torch.equal(other(x), net(x))
+    detach(other)
+    assert not any("lora" in key for key in other.state_dict())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(net: nn.Module, x: Tensor, use_reentrant: bool) -> None:
+    net.train()
+    expected = gradients(net, net(x))
+    # The reentrant kind has gradients for an input that asks for them alone.
+    y = checkpoint(net, x.clone().requires_grad_(), use_reentrant=use_reentrant)
+    y.square().sum().backward()
+    torch.testing.assert_close([parameter.grad for parameter in adapter_parameters(net)], expected)
+
+
+def test_moving_and_converting_takes_the_adapters_along(net: nn.Module, x: Tensor) -> None:
+    y = net.eval().double()(x.double())
+    torch.testing.assert_close(net.float()(x).double(), y, rtol=1e-4, atol=1e-5)
+    on_meta = copy.deepcopy(net).to("meta").train()
+    assert on_meta(x.to("meta")).shape == y.shape
+
+
+def test_tied_weights_keep_their_tie_and_each_its_own_adapter() -> None:
+    net = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    net["head"].weight = net["embed"].weight
+    attach(net, LoRAConfig(rank=2, targets=["head"]))
+    nn.init.normal_(net["head"].lora_B)
+    index, h = torch.arange(6), torch.randn(2, 4)
+    torch.testing.assert_close(net["embed"](index), net["embed"].weight)
+    assert not torch.allclose(net["head"](h), h @ net["embed"].weight.t())
+    for verb in (merge, lambda module: merged(module).__enter__()):
+        with pytest.raises(ValueError, match=r"weight of 'head' is shared \(embed.weight, head.weight\)"):
+            verb(net)
+    detach(net)
+    assert net["head"].weight is net["embed"].weight
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the exporter's own modules
+def test_the_merged_model_is_exported(net: nn.Module, x: Tensor) -> None:
+    y = net.eval()(x)
+    merge(net)
+    program = torch.export.export(net, (x,))
+    torch.testing.assert_close(program.module()(x), y)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of PyTorch's attention under vmap
+def test_per_sample_gradients_by_function_transforms(x: Tensor) -> None:
+    net = adapted(LoRAConfig(rank=2, targets=["conv", "head"])).eval()
+    parameters = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(net, parameters, (sample[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for index in range(len(x)):
+        one: dict[str, Any] = torch.func.grad(loss)(parameters, x[index])
+        for name, gradient in one.items():
+            torch.testing.assert_close(each[name][index], gradient)
+
+
+class TestQuantised:
+    """A base of int8 weights, by torchao."""
+
+    @pytest.fixture
+    def base(self) -> nn.Module:
+        torchao = pytest.importorskip("torchao.quantization", reason="the extra torchao is not installed")
+        net = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+        torchao.quantize_(net, torchao.Int8WeightOnlyConfig())
+        return net
+
+    @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+    def test_adapters_train_over_it_and_merging_makes_it_dense(self, base: nn.Module, config: LoRAConfig) -> None:
+        x, digest = torch.randn(5, 32), fingerprint(base)
+        expected = base(x)
+        attach(base, config)
+        assert torch.equal(base(x), expected)
+        optimizer = torch.optim.Adam(adapter_parameters(base), lr=0.05)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (base(x) - 1).square().sum().backward()
+            optimizer.step()
+        assert fingerprint(base) == digest
+        adapted = base(x)
+        assert (adapted - 1).square().sum() < (expected - 1).square().sum()
+        with disabled(base):
+            assert torch.equal(base(x), expected)
+        with merged(base):
+            torch.testing.assert_close(base(x), adapted, rtol=1e-4, atol=1e-4)
+        assert fingerprint(base) == digest
+        assert torch.equal(base(x), adapted)
+        with pytest.warns(
+            UserWarning, match=r"weights of 0, 2 were quantised; merged, they are dense tensors of torch.float32"
+        ):
+            merge(base)
+        assert type(base[0].weight) is nn.Parameter
+        torch.testing.assert_close(base(x), adapted, rtol=1e-4, atol=1e-4)
