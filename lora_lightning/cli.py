@@ -1,4 +1,4 @@
-"""The command line: `fit`, `validate`, `test`, `predict` by `LightningCLI`, and `repair` beside them."""
+"""The command line: `fit`, `validate`, `test`, `predict` by `LightningCLI`, `merge` and `repair` beside them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing_extensions import override
 from lora_lightning.checkpoints import newest_checkpoint
 from lora_lightning.cpu import tune_for_cpu
 from lora_lightning.errors import explain
+from lora_lightning.merging import LoRATrainer
 
 DEBUG_VARIABLE = "LORA_LIGHTNING_DEBUG"
 _KEYWORDS = ("best", "last", "hpc")
@@ -44,6 +45,7 @@ class LoRALightningCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         super().__init__(
+            trainer_class=LoRATrainer,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_kwargs={
@@ -54,6 +56,11 @@ class LoRALightningCLI(LightningCLI):
             },
             args=args,
         )
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "merge": {"model", "datamodule"}}
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

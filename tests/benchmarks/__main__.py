@@ -1,6 +1,6 @@
 """Runs the benchmarks, prints their tables and writes them as JSON.
 
-LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [seed_protocol] [lora_step]
+LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol]
 """
 
 from __future__ import annotations
@@ -14,23 +14,27 @@ from pathlib import Path
 import torch
 from rich import get_console
 
-from tests.benchmarks import lora_step, seed_protocol
+from tests.benchmarks import lora_step, networks, seed_protocol
 
 RESULTS = Path(__file__).parent / "results"
+BENCHMARKS = {
+    "lora_step": lora_step.run,
+    "networks": lambda: networks.run("networks"),
+    "idle": lambda: networks.run("idle"),
+    "seed_protocol": lambda: seed_protocol.run(Path(os.environ.get("LORA_LIGHTNING_DATA", "data")).resolve()),
+}
 
 
 def main() -> None:
     """Runs those named on the command line, or all."""
-    wanted = sys.argv[1:] or ["lora_step", "seed_protocol"]
+    wanted = sys.argv[1:] or list(BENCHMARKS)
+    for name in wanted:
+        if name not in BENCHMARKS:
+            sys.exit(f"{name!r} is no benchmark; expected one of {', '.join(BENCHMARKS)}.")
     RESULTS.mkdir(exist_ok=True)
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.processor()}
     for name in wanted:
-        if name == "seed_protocol":
-            table, numbers = seed_protocol.run(Path(os.environ.get("LORA_LIGHTNING_DATA", "data")).resolve())
-        elif name == "lora_step":
-            table, numbers = lora_step.run()
-        else:
-            sys.exit(f"{name!r} is no benchmark; expected 'lora_step' or 'seed_protocol'.")
+        table, numbers = BENCHMARKS[name]()
         get_console().print(table)
         path = RESULTS / f"{name}.json"
         path.write_text(json.dumps({"machine": machine, "results": numbers}, indent=1) + "\n")
