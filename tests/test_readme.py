@@ -24,8 +24,8 @@ def test_the_two_commands_are_there() -> None:
     assert 'python -m venv .venv && .venv/bin/pip install -e ".[test]" && .venv/bin/pytest' in commands
 
 
-def test_the_pure_pytorch_example_runs(workspace: Path) -> None:
-    (code,) = [block for block in blocks("python") if "Trainer" not in block]
+@pytest.mark.parametrize("code", [block for block in blocks("python") if "Trainer" not in block])
+def test_the_pure_pytorch_examples_run(workspace: Path, code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})  # noqa: S102 - the README's own code
 
 
