@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import torch
+import yaml
 from lightning.pytorch import LightningModule
 
 ADAPTER_KEY = "lora_lightning"
@@ -32,20 +37,88 @@ def newest_checkpoint(path: str | os.PathLike[str]) -> Path:
     return found[-1]
 
 
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with which the last run in `folder` goes on: the newest one of its newest `version_N`.
+
+    A run that was itself resumed and then stopped before it saved goes on with the checkpoint that it began with. `None` if
+    the last run had none at all: there is nothing to go on with.
+    """
+    versions = sorted(
+        (path for path in folder.glob("version_*") if path.name.removeprefix("version_").isdecimal()),
+        key=lambda path: int(path.name.removeprefix("version_")),
+    )
+    for version in reversed(versions):
+        found = [path for path in version.rglob("*.ckpt") if not path.name.startswith(".")]
+        if found:
+            return max(found, key=lambda file: (file.stat().st_mtime_ns, file))
+        began_with = _began_with(version / "config.yaml")
+        if began_with is not None:
+            return Path(began_with) if began_with and Path(began_with).is_file() else None
+    return None
+
+
+def _began_with(config: Path) -> str | None:
+    """The `ckpt_path` of a run; empty if it had none, `None` if the run did not get as far as writing its configuration."""
+    try:
+        content = yaml.safe_load(config.read_text())
+        return str(content.get("ckpt_path") or "")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return None
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a Lightning checkpoint on the CPU, without running code from it.
 
     Raises:
         ValueError: If the file is damaged, or not a Lightning checkpoint.
     """
-    try:
+    check_file(path)
+    with explain_damage(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, BadZipFile, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is damaged or no checkpoint ({reason}). Choose another one.") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"{path} is no Lightning checkpoint: it has no 'state_dict'. Choose another one.")
     return checkpoint
+
+
+def check_file(path: Path) -> None:
+    """Compares a checkpoint's checksums, which `torch.load` does not.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    with explain_damage(path):
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no archive, as torch.save writes it")
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it announces more than it holds")
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+
+
+@contextmanager
+def explain_damage(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what a damaged checkpoint raises into one clear message."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        BadZipFile,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        NotImplementedError,
+        OverflowError,
+        zlib.error,
+    ) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is damaged or no checkpoint ({reason}). Choose another one.") from None
 
 
 def load_base(pl_module: LightningModule, path: Path) -> None:

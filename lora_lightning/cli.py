@@ -6,21 +6,24 @@ import os
 import sys
 import warnings
 from argparse import ArgumentError
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lora_lightning.checkpoints import newest_checkpoint
+from lora_lightning.callbacks import AtomicCheckpointIO
+from lora_lightning.checkpoints import last_checkpoint, newest_checkpoint
 from lora_lightning.cpu import tune_for_cpu
 from lora_lightning.errors import explain
 from lora_lightning.merging import LoRATrainer
 
 DEBUG_VARIABLE = "LORA_LIGHTNING_DEBUG"
-_KEYWORDS = ("best", "last", "hpc")
+_KEYWORDS = ("best", "hpc")
 _NOISE = (
     # Data in memory needs no workers.
     ".*does not have many workers.*",
@@ -63,15 +66,32 @@ class LoRALightningCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "merge": {"model", "datamodule"}}
 
     @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO(trainer.strategy.checkpoint_io)
+        return trainer
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         path = config.get("ckpt_path")
+        if path == "last":
+            found = last_checkpoint(_log_folder(config.trainer.logger))
+            config.ckpt_path = None if found is None else str(found)
+            rank_zero_info(f"Checkpoint: {found}" if found else "No checkpoint to go on with: beginning anew.")
+            return
         if path is None or path in _KEYWORDS or "://" in str(path):
             return
         config.ckpt_path = str(newest_checkpoint(path))
         if config.ckpt_path != str(path):
             rank_zero_info(f"Checkpoint: {config.ckpt_path}")
+
+
+def _log_folder(logger: Any) -> Path:
+    """Where a configured logger makes its `version_N`."""
+    settings = getattr(logger, "init_args", None) or {}
+    return Path(settings.get("save_dir") or ".") / (settings.get("name") or "lightning_logs")
 
 
 def main(args: list[str] | None = None) -> int:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lora_lightning.callbacks.adapter_checkpoint import AdapterCheckpointIO
+from lora_lightning.callbacks.atomic_checkpoint import AtomicCheckpointIO
+from lora_lightning.callbacks.random_state import RandomState
 from lora_lightning.checkpoints import load_base, newest_checkpoint
 from lora_lightning.lora import (
     LoRAConfig,
@@ -38,7 +40,7 @@ from lora_lightning.report import free_path
 _SEED_OFFSET = 1_000_003
 
 
-class LoRAFinetuning(Callback):
+class LoRAFinetuning(RandomState):
     """Freezes a trained model, attaches low-rank adapters before the optimizer exists, and trains those alone.
 
     Works with any `LightningModule` whose layers exist after construction and whose `configure_optimizers` takes the
@@ -93,6 +95,7 @@ class LoRAFinetuning(Callback):
         lr_ratio: float = 1.0,
         base_checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
+        super().__init__()
         self.config = LoRAConfig(
             rank=rank,
             alpha=alpha,
@@ -135,6 +138,8 @@ class LoRAFinetuning(Callback):
         files = trainer.strategy.checkpoint_io
         if isinstance(files, AdapterCheckpointIO):
             files = files.checkpoint_io
+        if not isinstance(files, AtomicCheckpointIO):
+            files = AtomicCheckpointIO(files)
         base_path = str(self.base_path) if self.base_path else None
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(
             files, pl_module, self.adapted, self.base_fingerprint, base_path

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lora_lightning.data.resumable import ResumableLoader
+
 
 class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
     """Inputs and targets as two tensors, from which a batch is taken in one indexing operation.
@@ -40,18 +42,19 @@ class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
         return InMemoryDataset(self.inputs[rows], self.targets[rows])
 
 
-def batch_loader(
-    dataset: InMemoryDataset, sampler: Sampler[int], batch_size: int, *, drop_last: bool = False
-) -> DataLoader[Any]:
-    """A loader of whole batches; without workers, since indexing memory is quicker than passing batches around."""
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        drop_last=drop_last,
-        collate_fn=_as_it_is,
-        pin_memory=torch.cuda.is_available(),
-    )
+def train_loader(dataset: InMemoryDataset, sampler: Sampler[int], batch_size: int) -> ResumableLoader:
+    """A loader of whole batches that can go on in the middle of an epoch."""
+    return ResumableLoader(dataset, sampler, batch_size, **_settings())
+
+
+def eval_loader(dataset: InMemoryDataset, sampler: Sampler[int], batch_size: int) -> DataLoader[Any]:
+    """A loader of whole batches that leaves the run's random numbers alone."""
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, generator=torch.Generator(), **_settings())
+
+
+def _settings() -> dict[str, Any]:
+    """Without workers, since indexing memory is quicker than passing batches around."""
+    return {"collate_fn": _as_it_is, "pin_memory": torch.cuda.is_available()}
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from typing_extensions import override
 
-from lora_lightning.data.in_memory import InMemoryDataset, batch_loader, stratified_split
+from lora_lightning.data.in_memory import InMemoryDataset, eval_loader, stratified_split, train_loader
 from lora_lightning.data.mnist_files import Source, prepare, read
 from lora_lightning.data.samplers import ReplaySampler, ShuffledSampler
 
@@ -131,7 +131,7 @@ class MNISTDataModule(LightningDataModule):
         seed, num_replicas, rank = self._placement()
         if self.focus is None:
             shuffled = ShuffledSampler(len(dataset), seed=seed, num_replicas=num_replicas, rank=rank)
-            return batch_loader(dataset, shuffled, self.batch_size)
+            return train_loader(dataset, shuffled, self.batch_size)
         mixed = ReplaySampler(
             torch.isin(dataset.targets, torch.tensor(self.focus)),
             batch_size=self.batch_size,
@@ -140,7 +140,7 @@ class MNISTDataModule(LightningDataModule):
             num_replicas=num_replicas,
             rank=rank,
         )
-        return batch_loader(dataset, mixed, self.batch_size)
+        return train_loader(dataset, mixed, self.batch_size)
 
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -184,7 +184,7 @@ class MNISTDataModule(LightningDataModule):
         if num_replicas > 1:
             # Lightning's default repeats samples to give every device as many: counts would not be exact.
             sampler = UnrepeatedDistributedSampler(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
-        return batch_loader(dataset, sampler, self.eval_batch_size)
+        return eval_loader(dataset, sampler, self.eval_batch_size)
 
     def _placement(self) -> tuple[int, int, int]:
         """The run's seed, the number of devices, and which of them this is."""

@@ -1,0 +1,167 @@
+"""A resumed run equals the one that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+from lora_lightning import Classifier, LoRAFinetuning, MNISTDataModule
+from lora_lightning.callbacks import RandomState
+
+MakeTrainer = Callable[..., Trainer]
+
+
+class Noisy(nn.Module):
+    """A network with every kind of randomness that training has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), nn.Dropout(0.3), nn.BatchNorm1d(16))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+class Stop(Callback):
+    """Ends a run after a number of steps, as a kill would, with a checkpoint at that step at the latest."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise InterruptedError
+
+
+def everything(trainer: Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """Adapters, optimizer, schedulers, metrics: what has to be the same."""
+    return {
+        "state": {key: value.clone() for key, value in module.state_dict().items()},
+        "optimizer": copy.deepcopy([optimizer.state_dict() for optimizer in trainer.optimizers]),
+        "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
+        "steps": trainer.global_step,
+        "random": torch.get_rng_state(),
+    }
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
+    return bool(first == second) or str(first) == str(second) == "nan"
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "replay": {"data": {"focus": [9]}},
+    "shuffled, one digit": {"data": {"digits": [9]}},
+    "accumulated gradients": {"trainer": {"accumulate_grad_batches": 3}},
+    "validated in the middle": {"trainer": {"val_check_interval": 5}},
+    "LoRA+ and a scheduler": {"lora": {"lr_ratio": 8.0}, "scheduler": lr_scheduler.StepLR, "scheduler_args": (4,)},
+    "one cycle": {"scheduler": lr_scheduler.OneCycleLR, "scheduler_args": (0.02, 1000)},
+    "dora, dropout on the adapter": {"lora": {"dora": True, "dropout": 0.2}},
+    "pissa, a head trained whole": {"lora": {"init": "pissa", "trainable": ["head"]}},
+    "averaged weights": {"averaged": True},
+}
+
+
+@pytest.mark.parametrize("stop", [2, 7, 12, 17, 24])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_resumed_run_equals_uninterrupted(setting: str, stop: int, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    settings = SETTINGS[setting]
+
+    def scheduler(optimizer: torch.optim.Optimizer) -> Any:
+        return settings["scheduler"](optimizer, *settings["scheduler_args"])
+
+    torch.manual_seed(5)
+    base = Classifier(Noisy(), lr_scheduler=scheduler if "scheduler" in settings else None)
+
+    def run(name: str, *callbacks: Callback, ckpt_path: Path | None = None) -> tuple[Trainer, Classifier]:
+        module = copy.deepcopy(base)
+        torch.manual_seed(7 if ckpt_path is None else 99)
+        data = MNISTDataModule(**{"source": "sample", "batch_size": 150, **settings.get("data", {"digits": [3, 9]})})
+        if settings.get("averaged"):
+            callbacks = (*callbacks, WeightAveraging())
+        files = ModelCheckpoint(tmp_path / name, save_last=True, every_n_train_steps=1, save_top_k=0)
+        trainer = make_trainer(
+            LoRAFinetuning(**({"rank": 2} | settings.get("lora", {}))),
+            files,
+            *callbacks,
+            max_epochs=3,
+            **settings.get("trainer", {}),
+        )
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        except InterruptedError:
+            assert callbacks
+        return trainer, module
+
+    whole = everything(*run("whole"))
+    stop = min(stop, whole["steps"] - 1)
+    run("stopped", Stop(stop))
+    resumed = everything(*run("resumed", ckpt_path=tmp_path / "stopped" / "last.ckpt"))
+    assert {key: same(resumed[key], whole[key]) for key in whole} == dict.fromkeys(whole, True)
+
+
+def test_without_the_callback_for_random_numbers_a_run_does_not_repeat_itself(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """Shows that the test above would notice."""
+
+    def run(*callbacks: Callback, seed: int, ckpt_path: Path | None = None) -> dict[str, Any]:
+        torch.manual_seed(5)
+        module = Classifier(Noisy())
+        torch.manual_seed(seed)
+        files = ModelCheckpoint(tmp_path / str(seed), filename="{step}", save_top_k=-1, every_n_train_steps=3)
+        trainer = make_trainer(files, *callbacks, max_epochs=2)
+        trainer.fit(
+            module, datamodule=MNISTDataModule(source="sample", batch_size=500, digits=[3, 9]), ckpt_path=ckpt_path
+        )
+        return everything(trainer, module)
+
+    whole = run(RandomState(), seed=1)
+    path = tmp_path / "1" / "step=3.ckpt"
+    assert same(run(RandomState(), seed=2, ckpt_path=path)["state"], whole["state"])
+    assert not same(run(seed=3, ckpt_path=path)["state"], whole["state"])
+
+
+def test_validation_draws_no_random_number_of_training(make_trainer: MakeTrainer) -> None:
+    states = []
+    for interval in (1.0, 1, 2):
+        torch.manual_seed(5)
+        module = Classifier(Noisy())
+        data = MNISTDataModule(source="sample", batch_size=500, digits=[3, 9])
+        trainer = make_trainer(LoRAFinetuning(rank=2), max_epochs=2, val_check_interval=interval)
+        trainer.fit(module, datamodule=data)
+        states.append(everything(trainer, module)["state"])
+    assert same(states[0], states[1])
+    assert same(states[0], states[2])
+
+
+def test_a_checkpoint_in_mid_epoch_of_other_batches_is_refused(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def run(batch_size: int, ckpt_path: Path | None = None) -> None:
+        files = ModelCheckpoint(tmp_path / str(batch_size), filename="{step}", save_top_k=-1, every_n_train_steps=3)
+        torch.manual_seed(5)
+        trainer = make_trainer(LoRAFinetuning(rank=2), files, max_epochs=2)
+        data = MNISTDataModule(source="sample", batch_size=batch_size)
+        trainer.fit(Classifier(Noisy()), datamodule=data, ckpt_path=ckpt_path)
+
+    run(500)
+    with pytest.raises(
+        ValueError, match=r"after 3 batches of an epoch with .*'batch_size': 500.*; this one has .*'batch_size': 400"
+    ):
+        run(400, tmp_path / "500" / "step=3.ckpt")
