@@ -14,9 +14,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lora_lightning.callbacks import AtomicCheckpointIO
+from lora_lightning.callbacks.stop_after_batch import StopAfterBatch
 from lora_lightning.checkpoints import last_checkpoint, newest_checkpoint
 from lora_lightning.cpu import tune_for_cpu
 from lora_lightning.errors import explain
@@ -68,6 +70,8 @@ class LoRALightningCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "fit":
+            trainer.callbacks.insert(0, StopAfterBatch())  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         trainer.strategy.checkpoint_io = AtomicCheckpointIO(trainer.strategy.checkpoint_io)
         return trainer
 
@@ -117,9 +121,10 @@ def main(args: list[str] | None = None) -> int:
         return 2 if isinstance(error, ArgumentError) else 1
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning answers Ctrl-C by closing its loggers and leaving with code 1.
-        if isinstance(stop, SystemExit) and stop.code != 1:
+        if isinstance(stop, SystemExit) and not isinstance(stop, SIGTERMException) and stop.code != 1:
             raise
-        print("lora-lightning: interrupted. What was written so far is kept.", file=sys.stderr)
+        go_on = " --ckpt_path last goes on from there." if words[:1] == ["fit"] else ""
+        print(f"lora-lightning: interrupted. What was written so far is kept.{go_on}", file=sys.stderr)
         return 1
 
 

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lora_lightning.data.in_memory import InMemoryDataset, eval_loader, stratified_split, train_loader
 from lora_lightning.data.mnist_files import Source, prepare, read
+from lora_lightning.data.resumable import ResumableLoader
 from lora_lightning.data.samplers import ReplaySampler, ShuffledSampler
 
 MEAN, STD = 0.1307, 0.3081
@@ -99,6 +100,8 @@ class MNISTDataModule(LightningDataModule):
         self.split_seed = split_seed
         self.download = download
         self._why_sample = ""
+        self._train_loader: ResumableLoader | None = None
+        self._resume_from: dict[str, Any] = {}
         self._train: InMemoryDataset | None = None
         self._val: InMemoryDataset | None = None
         self._test: InMemoryDataset | None = None
@@ -126,7 +129,24 @@ class MNISTDataModule(LightningDataModule):
         )
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the epoch, for checkpoints."""
+        return {} if self._train_loader is None else self._train_loader.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # The loader's own interface for this is not asked if a scheduler has counted the steps of the run before.
+        self._resume_from = state_dict
+
+    @override
     def train_dataloader(self) -> DataLoader[Any]:
+        self._train_loader = self._make_train_loader()
+        if self._resume_from:
+            self._train_loader.load_state_dict(self._resume_from)
+            self._resume_from = {}
+        return self._train_loader
+
+    def _make_train_loader(self) -> ResumableLoader:
         dataset = _ready(self._train)
         seed, num_replicas, rank = self._placement()
         if self.focus is None:

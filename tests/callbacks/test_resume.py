@@ -17,6 +17,7 @@ from torch.optim import lr_scheduler
 
 from lora_lightning import Classifier, LoRAFinetuning, MNISTDataModule
 from lora_lightning.callbacks import RandomState
+from lora_lightning.models import OneCycle
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -73,6 +74,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "validated in the middle": {"trainer": {"val_check_interval": 5}},
     "LoRA+ and a scheduler": {"lora": {"lr_ratio": 8.0}, "scheduler": lr_scheduler.StepLR, "scheduler_args": (4,)},
     "one cycle": {"scheduler": lr_scheduler.OneCycleLR, "scheduler_args": (0.02, 1000)},
+    "a scheduler that counts the steps of the run": {"scheduler": OneCycle, "scheduler_args": ()},
     "dora, dropout on the adapter": {"lora": {"dora": True, "dropout": 0.2}},
     "pissa, a head trained whole": {"lora": {"init": "pissa", "trainable": ["head"]}},
     "averaged weights": {"averaged": True},

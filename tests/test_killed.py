@@ -1,0 +1,166 @@
+"""Real processes, killed and asked to stop at any moment, and begun again with the same command plus `--ckpt_path last`."""
+
+from __future__ import annotations
+
+import csv
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+Run = Callable[..., tuple[int, str]]
+
+CONFIG = """
+trainer:
+  accelerator: cpu
+  max_epochs: EPOCHS
+  log_every_n_steps: 1
+  enable_progress_bar: false
+  logger:
+    class_path: CSVLogger
+    init_args: {save_dir: SAVE_DIR, name: run}
+  callbacks:
+    - class_path: lora_lightning.LoRAFinetuning
+      init_args: {rank: 4, dropout: 0.2, lr_ratio: 4.0, base_checkpoint: logs/pretrain}
+    - class_path: ModelCheckpoint
+      init_args: {every_n_train_steps: SAVE_EVERY, save_last: true, filename: "{step}", save_on_exception: true}
+model:
+  class_path: lora_lightning.Classifier
+  init_args:
+    backbone: {class_path: lora_lightning.RichBoyNet}
+    lr_scheduler: {class_path: lora_lightning.models.OneCycle}
+data:
+  class_path: lora_lightning.MNISTDataModule
+  init_args: {source: sample, focus: [9], batch_size: 500}
+"""
+
+
+@pytest.fixture
+def workplace(run: Run, workspace: Path) -> Path:
+    """A base, and the configuration of the run that is to be killed."""
+    code, output = run("fit", "-c", "configs/pretrain.yaml", "--data.source", "sample", "--trainer.max_steps", "10")
+    assert code == 0, output
+    return workspace
+
+
+def start(folder: Path, name: str, *words: str, epochs: int, save_every: int = 1) -> subprocess.Popen[str]:
+    values = {"SAVE_DIR": f"logs/{name}", "SAVE_EVERY": save_every, "EPOCHS": epochs}
+    config = CONFIG
+    for key, value in values.items():
+        config = config.replace(key, str(value))
+    (folder / f"{name}.yaml").write_text(config)
+    command = [sys.executable, "-m", "lora_lightning", "fit", "-c", f"{name}.yaml", *words]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def saved(folder: Path) -> set[tuple[Path, int]]:
+    found = set()
+    for path in folder.rglob("*.ckpt"):
+        try:
+            found.add((path, path.stat().st_mtime_ns))
+        except FileNotFoundError:  # replaced by a newer one
+            continue
+    return found
+
+
+def wait_for_a_save(process: subprocess.Popen[str], folder: Path) -> None:
+    before, began = saved(folder), time.monotonic()
+    while saved(folder) <= before and process.poll() is None:
+        assert time.monotonic() - began < 120, "no checkpoint in two minutes"
+        time.sleep(0.01)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What the last run left: its checkpoint, its adapters, and the metrics of its last validation."""
+    version = max(folder.glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
+    checkpoint = torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)
+    with (version / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("val/loss")]
+    return {
+        "adapters": load_file(version / "adapter" / "adapter_model.safetensors"),
+        **{key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")},
+        "metrics": {key: value for key, value in rows[-1].items() if key.startswith("val/")},
+    }
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
+    return bool(first == second)
+
+
+@pytest.mark.parametrize(("kills", "epochs"), [(2, 8), pytest.param(20, 50, marks=pytest.mark.slow)])
+def test_a_run_that_was_killed_again_and_again_ends_as_one_that_was_not(
+    workplace: Path, kills: int, epochs: int
+) -> None:
+    undisturbed = start(workplace, "whole", epochs=epochs)
+    output, _ = undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0, output
+    choose, killed = random.Random(kills), 0
+    while killed < kills:
+        process = start(workplace, "killed", "--ckpt_path", "last", epochs=epochs)
+        wait_for_a_save(process, workplace / "logs" / "killed")
+        time.sleep(choose.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+        if process.returncode == 0:
+            break  # it was done before
+        assert process.returncode == -signal.SIGKILL, output
+        for path, _ in saved(workplace / "logs" / "killed"):
+            torch.load(path, weights_only=True)  # whole, each of them
+        killed += 1
+    assert killed == kills, f"the run was over after {killed} kills: make it longer"
+    process = start(workplace, "killed", "--ckpt_path", "last", epochs=epochs)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "Checkpoint: " in output
+    whole, resumed = outcome(workplace / "logs/whole/run"), outcome(workplace / "logs/killed/run")
+    assert {key: same(whole[key], resumed[key]) for key in whole} == dict.fromkeys(whole, True)
+
+
+def test_a_run_that_is_asked_to_stop_does_so_with_a_checkpoint_and_one_line(workplace: Path) -> None:
+    undisturbed = start(workplace, "whole", epochs=12, save_every=10)
+    undisturbed.communicate(timeout=300)
+    whole = outcome(workplace / "logs/whole/run")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start(workplace, number.name, epochs=12, save_every=10)
+        folder = workplace / "logs" / number.name
+        wait_for_a_save(process, folder)
+        time.sleep(0.1)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 1, output
+        assert "Traceback" not in output
+        assert output.strip().splitlines()[-1] == (
+            "lora-lightning: interrupted. What was written so far is kept. --ckpt_path last goes on from there."
+        )
+        (path,) = {path for path, _ in saved(folder) if path.name == "last.ckpt"}
+        assert 10 <= torch.load(path, weights_only=True)["global_step"] < whole["global_step"]
+        process = start(workplace, number.name, "--ckpt_path", "last", epochs=12, save_every=10)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        resumed = outcome(folder / "run")
+        assert {key: same(whole[key], resumed[key]) for key in whole} == dict.fromkeys(whole, True)
+
+
+def test_last_without_a_checkpoint_begins_anew_and_says_so(run: Run, workplace: Path) -> None:
+    words = ("-c", "configs/adapt.yaml", "--data.source", "sample", "--trainer.max_steps", "3", "--ckpt_path", "last")
+    code, output = run("fit", *words)
+    assert code == 0, output
+    assert "No checkpoint to go on with: beginning anew." in output
+    code, output = run("fit", *words)
+    assert code == 0, output
+    assert "Checkpoint: logs/adapt/version_0/checkpoints" in output
