@@ -94,6 +94,11 @@ def check_file(path: Path) -> None:
                 raise ValueError("it announces more than it holds")
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
+            for entry in archive.infolist():
+                # Of what zipfile overlooks, this makes PyTorch return memory that nobody wrote to.
+                plain = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
+                if not plain or entry.external_attr or entry.is_dir():
+                    raise ValueError(f"{entry.filename} is not as torch.save writes it")
 
 
 @contextmanager
@@ -101,9 +106,10 @@ def explain_damage(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turns what a damaged checkpoint raises into one clear message."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except (
+        OSError,  # a place in the file that there can't be
         pickle.UnpicklingError,
         RuntimeError,
         EOFError,

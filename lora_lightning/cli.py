@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lora_lightning.callbacks import AtomicCheckpointIO
 from lora_lightning.callbacks.stop_after_batch import StopAfterBatch
-from lora_lightning.checkpoints import last_checkpoint, newest_checkpoint
+from lora_lightning.checkpoints import check_file, explain_damage, last_checkpoint, newest_checkpoint
 from lora_lightning.cpu import tune_for_cpu
 from lora_lightning.errors import explain
 from lora_lightning.merging import LoRATrainer
@@ -76,6 +76,17 @@ class LoRALightningCLI(LightningCLI):
         return trainer
 
     @override
+    def _parse_ckpt_path(self) -> None:
+        """Lightning reads the model's hyper-parameters from the checkpoint, and does not expect a damaged one."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if not _is_local_file(path):
+            super()._parse_ckpt_path()
+            return
+        check_file(Path(path))
+        with explain_damage(path):
+            super()._parse_ckpt_path()
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
@@ -85,11 +96,15 @@ class LoRALightningCLI(LightningCLI):
             config.ckpt_path = None if found is None else str(found)
             rank_zero_info(f"Checkpoint: {found}" if found else "No checkpoint to go on with: beginning anew.")
             return
-        if path is None or path in _KEYWORDS or "://" in str(path):
+        if not _is_local_file(path):
             return
         config.ckpt_path = str(newest_checkpoint(path))
         if config.ckpt_path != str(path):
             rank_zero_info(f"Checkpoint: {config.ckpt_path}")
+
+
+def _is_local_file(path: Any) -> bool:
+    return path is not None and path not in _KEYWORDS and "://" not in str(path)
 
 
 def _log_folder(logger: Any) -> Path:

@@ -46,11 +46,59 @@ def test_two_devices_train_the_adapters_that_one_trains_with_batches_twice_as_la
     for devices, batch_size in ((1, 80), (2, 40)):
         words = ["--data.batch_size", str(batch_size), "--trainer.max_steps", "10"]
         folder = run("fit", "-c", "configs/adapt.yaml", *words, devices=devices)
-        (path,) = folder.glob("checkpoints/*.ckpt")
-        states.append(torch.load(path, weights_only=True)["state_dict"])
+        states.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
         assert [file.name for file in folder.glob("adapter*")] == ["adapter"]
     alone, together = states
     assert len(alone) == 6
     assert any(value.abs().max() > 0.01 for value in alone.values())
     for key, value in alone.items():
         torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-5)
+
+
+SCRIPT = """
+import json, sys, torch
+from pathlib import Path
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lora_lightning import Classifier, ConfusionReport, LoRAFinetuning, MNISTDataModule, RichBoyNet
+
+size, devices, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+
+class Few(MNISTDataModule):
+    def setup(self, stage):
+        super().setup(stage)
+        self._val = self._val.select(torch.arange(size))
+        self._test = self._test.select(torch.arange(size))
+
+torch.manual_seed(0)
+report, data = ConfusionReport(verbose=False), Few(source="sample", batch_size=200, eval_batch_size=2, digits=[9])
+model = Classifier(RichBoyNet(16, 16))
+trainer = Trainer(
+    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1, enable_progress_bar=False,
+    enable_model_summary=False, logger=CSVLogger(f"{out}_logs"), log_every_n_steps=1, enable_checkpointing=False,
+    callbacks=[LoRAFinetuning(rank=1), report], num_sanity_val_steps=0,
+)
+trainer.fit(model, datamodule=data)
+fitted = {key: float(value) for key, value in trainer.callback_metrics.items()}
+trainer.test(model, datamodule=data, verbose=False)
+tested = {key: float(value) for key, value in trainer.callback_metrics.items()}
+if trainer.is_global_zero:
+    matrices = [report.report.model.matrix.tolist(), report.report.base.matrix.tolist()]
+    Path(out).write_text(json.dumps({"matrices": matrices, "fitted": fitted, "tested": tested}))
+"""
+
+
+@pytest.mark.parametrize(("size", "devices"), [(1, 3), (5, 2)])
+def test_counts_and_means_are_exact_also_when_a_device_has_no_batch(size: int, devices: int, workspace: Path) -> None:
+    Path("run.py").write_text(SCRIPT)
+    for number in (1, devices):
+        command = [sys.executable, "run.py", str(size), str(number), f"{number}.json"]
+        outcome = subprocess.run(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    alone, together = (json.loads(Path(f"{number}.json").read_text()) for number in (1, devices))
+    assert sum(map(sum, together["matrices"][0])) == sum(map(sum, together["matrices"][1])) == size
+    assert together["matrices"][1] == alone["matrices"][1]  # the base, which training leaves alone
+    assert together["tested"].keys() == alone["tested"].keys()
+    assert {key for key in alone["fitted"] if key.startswith("val/")} <= together["fitted"].keys()

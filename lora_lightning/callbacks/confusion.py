@@ -7,11 +7,11 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from rich import get_console
-from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 from typing_extensions import override
 
@@ -90,7 +90,7 @@ class ConfusionReport(Callback):
             )
         logits, targets = outputs["logits"], outputs["targets"]
         if self._model_counts is None:
-            self._model_counts = _counter(logits)
+            self._model_counts = _counter(logits.shape[1], logits.device)
         self._model_counts.update(logits.argmax(1), targets)
         if trainer.state.fn == "fit" or not is_adapted(pl_module):
             return
@@ -100,7 +100,7 @@ class ConfusionReport(Callback):
                 f"batch is a {type(batch).__name__}; expected a tuple of inputs and targets."
             )
         if self._base_counts is None:
-            self._base_counts = _counter(logits)
+            self._base_counts = _counter(logits.shape[1], logits.device)
         with disabled(pl_module):
             self._base_counts.update(pl_module(batch[0]).argmax(1), targets)
 
@@ -140,9 +140,9 @@ class ConfusionReport(Callback):
         return Confusion(matrix, names)
 
 
-def _counter(logits: Tensor) -> MulticlassConfusionMatrix:
-    """On the logits' device, where a callback's metric would not be moved by itself."""
-    return MulticlassConfusionMatrix(logits.shape[1], validate_args=False).to(logits.device)
+def _counter(num_classes: int, device: torch.device) -> MulticlassConfusionMatrix:
+    """On the model's device, where a callback's metric would not be moved by itself."""
+    return MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
 
 
 def _per_class_metrics(report: Report) -> dict[str, float]:

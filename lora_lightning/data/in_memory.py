@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lora_lightning.data.resumable import ResumableLoader
+from lora_lightning.data.samplers import UnrepeatedSampler
 
 
 class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -34,7 +35,7 @@ class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A whole batch: `DataLoader` calls this instead of `__getitem__` once a sample."""
-        rows = torch.tensor(indices)
+        rows = torch.tensor(indices, dtype=torch.long)
         return self.inputs[rows], self.targets[rows]
 
     def select(self, rows: Tensor) -> InMemoryDataset:
@@ -49,7 +50,12 @@ def train_loader(dataset: InMemoryDataset, sampler: Sampler[int], batch_size: in
 
 def eval_loader(dataset: InMemoryDataset, sampler: Sampler[int], batch_size: int) -> DataLoader[Any]:
     """A loader of whole batches that leaves the run's random numbers alone."""
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, generator=torch.Generator(), **_settings())
+    loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, generator=torch.Generator(), **_settings())
+    if isinstance(sampler, UnrepeatedSampler) and not len(sampler):
+        # Lightning would skip the whole pass on a device without a batch, and leave the others waiting for it: here it
+        # gets one without samples. DataLoader has this set by its constructor alone; there, it would hide the sampler.
+        object.__setattr__(loader, "batch_sampler", [[]])
+    return loader
 
 
 def _settings() -> dict[str, Any]:

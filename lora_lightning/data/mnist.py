@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
@@ -17,7 +16,7 @@ from typing_extensions import override
 from lora_lightning.data.in_memory import InMemoryDataset, eval_loader, stratified_split, train_loader
 from lora_lightning.data.mnist_files import Source, prepare, read
 from lora_lightning.data.resumable import ResumableLoader
-from lora_lightning.data.samplers import ReplaySampler, ShuffledSampler
+from lora_lightning.data.samplers import ReplaySampler, ShuffledSampler, UnrepeatedSampler
 
 MEAN, STD = 0.1307, 0.3081
 """Of MNIST's training pixels, scaled to 0 to 1."""
@@ -99,6 +98,8 @@ class MNISTDataModule(LightningDataModule):
         self.val_fraction = val_fraction
         self.split_seed = split_seed
         self.download = download
+        # With fewer samples to test on than devices, some of these have none.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         self._why_sample = ""
         self._train_loader: ResumableLoader | None = None
         self._resume_from: dict[str, Any] = {}
@@ -203,7 +204,7 @@ class MNISTDataModule(LightningDataModule):
         sampler: Sampler[int] = SequentialSampler(dataset)
         if num_replicas > 1:
             # Lightning's default repeats samples to give every device as many: counts would not be exact.
-            sampler = UnrepeatedDistributedSampler(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+            sampler = UnrepeatedSampler(len(dataset), num_replicas=num_replicas, rank=rank)
         return eval_loader(dataset, sampler, self.eval_batch_size)
 
     def _placement(self) -> tuple[int, int, int]:

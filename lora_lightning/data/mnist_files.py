@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import queue
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchvision.datasets import MNIST
 
@@ -25,6 +27,14 @@ from lora_lightning.data.in_memory import InMemoryDataset
 Source = Literal["auto", "full", "sample"]
 
 _PARTS = ("train", "t10k")
+_DIGESTS = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+"""MD5 of the four files, unpacked."""
+_COUNTS = {"train": 60_000, "t10k": 10_000}
 _PROBE_SECONDS = 5.0
 _STALL_SECONDS = 10.0
 
@@ -100,6 +110,8 @@ def _read_full(data_dir: Path, part: str) -> InMemoryDataset:
             f"{paths[0]} holds {counts[0]} images, but {paths[1]} holds {counts[1]} labels. Remove both and run again "
             "to download them anew."
         )
+    if counts[0] == _COUNTS[part]:
+        _warn_of_other_contents(paths)
     mnist = MNIST(data_dir, train=part == "train")
     _check_digits(mnist.targets, paths[1])
     return InMemoryDataset(mnist.data, mnist.targets)
@@ -129,6 +141,18 @@ def _check_size(path: Path, item: tuple[int, ...]) -> int:
             f"{advice}"
         )
     return int(count)
+
+
+def _warn_of_other_contents(paths: list[Path]) -> None:
+    """Files of the right form may be damaged inside, or be another data set's in the same form."""
+    for path in paths:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        if digest != _DIGESTS[path.name]:
+            rank_zero_warn(
+                f"{path} is not MNIST's (MD5 {digest}, expected {_DIGESTS[path.name]}): it is damaged, or of another data "
+                "set. If it should be MNIST's, remove it and run again to download it anew."
+            )
 
 
 def _check_digits(targets: Tensor, path: Path) -> None:

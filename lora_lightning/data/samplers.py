@@ -1,6 +1,6 @@
-"""Orders of training samples: each a function of (seed, epoch) alone, on any number of devices.
+"""Orders of samples: each a function of (seed, epoch) alone, on any number of devices.
 
-Both are `DistributedSampler`s, so Lightning leaves them in place and calls `set_epoch` on them.
+All are `DistributedSampler`s, so Lightning leaves them in place and calls `set_epoch` on them.
 """
 
 from __future__ import annotations
@@ -97,6 +97,28 @@ class ReplaySampler(DistributedSampler[int]):
         focus = self.focus_rows[torch.cat(passes)[:wanted]].view(batches, -1)
         mixed = torch.cat([focus, others], dim=1)
         return iter(mixed[self.rank :: self.num_replicas].flatten().tolist())
+
+
+class UnrepeatedSampler(DistributedSampler[int]):
+    """Every sample once, in order, on one of the devices: for counts that are exact, whatever the numbers of both.
+
+    Lightning's `UnrepeatedDistributedSampler` wants a sample for every device.
+
+    Args:
+        size: Number of samples.
+        num_replicas: Number of devices.
+        rank: This device's number.
+    """
+
+    def __init__(self, size: int, *, num_replicas: int, rank: int) -> None:
+        super().__init__(range(size), num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self.rows = range(rank, size, num_replicas)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rows)
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:

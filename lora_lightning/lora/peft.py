@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -32,6 +33,8 @@ from lora_lightning.lora.several import switch_adapter
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+_DIGEST, _CONFIG_DIGEST = "lora_lightning_sha256", "lora_lightning_config_sha256"
+"""Metadata of the weights: SHA-256 of the tensors and of the configuration, which the format itself has not."""
 
 
 def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -58,11 +61,13 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     description, tensors = describe(module), exported(module)
     folder.mkdir(parents=True, exist_ok=True)
     # Each file appears whole or not at all; the configuration, without which the folder is no adapter, comes last.
+    text = json.dumps(description, indent=2) + "\n"
+    digests = {_DIGEST: _digest(tensors), _CONFIG_DIGEST: hashlib.sha256(text.encode()).hexdigest()}
     unfinished = folder / f".{WEIGHTS_NAME}.unfinished"
-    save_file(tensors, unfinished, metadata={"format": "pt"})
+    save_file(tensors, unfinished, metadata={"format": "pt", **digests})
     unfinished.replace(folder / WEIGHTS_NAME)
     unfinished = folder / f".{CONFIG_NAME}.unfinished"
-    unfinished.write_text(json.dumps(description, indent=2) + "\n")
+    unfinished.write_text(text)
     unfinished.replace(folder / CONFIG_NAME)
 
 
@@ -97,6 +102,7 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str], name: str = 
     with torch.no_grad():
         for key, value in (tensors | whole).items():
             state[key].copy_(value)
+    _warn_if_edited(folder)
     if description["peft_type"] != OWN_TYPE:
         _warn_where_peft_is_wrong(module, folder)
     return list(adapted_layers(module))
@@ -124,8 +130,11 @@ def _read_tensors(path: Path, description: dict[str, Any]) -> tuple[dict[str, Te
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
-    except (SafetensorError, OSError) as error:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}). Write the adapter again.") from None
+    if metadata.get(_DIGEST, digest := _digest(tensors)) != digest:
+        raise ValueError(f"{path} is damaged: its checksum is not that of its tensors. Write the adapter again.")
     own = {key: name for key in tensors if (name := own_key(key))}
     whole = {key: key.removeprefix(PREFIX) for key in tensors if key not in own and _is_of_whole(key, description)}
     foreign = [key for key in tensors if key not in own and key not in whole]
@@ -224,6 +233,25 @@ def _use_if_alike(module: nn.Module, config: LoRAConfig, selected: list[Candidat
         raise ValueError(
             f"The adapter in {folder} is another than the one attached (layers with their scale alpha / rank): "
             f"{described} in the folder, {attached} attached. Call detach(module) first, or give it another name."
+        )
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _warn_if_edited(folder: Path) -> None:
+    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+        written = (file.metadata() or {}).get(_CONFIG_DIGEST)
+    if written is not None and written != hashlib.sha256((folder / CONFIG_NAME).read_bytes()).hexdigest():
+        warnings.warn(
+            f"{folder / CONFIG_NAME} has changed since the adapter was written: it is damaged, or was edited. What it says now "
+            "is in effect.",
+            stacklevel=3,
         )
 
 

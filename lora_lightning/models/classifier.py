@@ -45,6 +45,7 @@ class Classifier(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.num_classes = num_classes
+        self._sums = torch.zeros(3)
 
     @override
     def forward(self, inputs: Tensor) -> Tensor:
@@ -53,15 +54,35 @@ class Classifier(LightningModule):
 
     @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        return self._step(batch, "train")
+        logits, targets, loss, accuracy = self._step(batch)
+        if self._logs_this_step():
+            logged = {"train/loss": loss.detach(), "train/accuracy": accuracy}
+            self.log_dict(logged, prog_bar=True, batch_size=len(targets))
+        return {"loss": loss, "logits": logits.detach(), "targets": targets}
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(3, device=self.device)
 
     @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        return self._step(batch, "val")
+        return self._evaluate(batch)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_means("val")
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._sums = torch.zeros(3, device=self.device)
 
     @override
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        return self._step(batch, "test")
+        return self._evaluate(batch)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_means("test")
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -87,19 +108,24 @@ class Classifier(LightningModule):
             raise ValueError("OneCycle needs to know when the run ends: give the Trainer max_epochs or max_steps.")
         return int(total)
 
-    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> dict[str, Tensor]:
+    def _step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs, targets = batch
         logits = self(inputs)
         loss = F.cross_entropy(logits, targets)
-        if stage != "train" or self._logs_this_step():
-            accuracy = (logits.detach().argmax(1) == targets).float().mean()
-            self.log_dict(
-                {f"{stage}/loss": loss.detach(), f"{stage}/accuracy": accuracy},
-                prog_bar=True,
-                batch_size=len(targets),
-                sync_dist=stage != "train",
-            )
-        return {"loss": loss, "logits": logits.detach() if stage == "train" else logits, "targets": targets}
+        accuracy = (logits.detach().argmax(1) == targets).float().mean()
+        return logits, targets, loss, accuracy
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        logits, targets, loss, accuracy = self._step(batch)
+        if len(targets):  # the mean over no sample is no number
+            self._sums += len(targets) * torch.stack([loss.detach().float(), accuracy, torch.ones_like(accuracy)])
+        return {"loss": loss, "logits": logits, "targets": targets}
+
+    def _log_means(self, stage: str) -> None:
+        """Over all samples of all devices, however many each had."""
+        loss, accuracy, samples = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        if samples:
+            self.log_dict({f"{stage}/loss": loss / samples, f"{stage}/accuracy": accuracy / samples}, prog_bar=True)
 
     def _logs_this_step(self) -> bool:
         """Whether a logger writes this step, or a callback may ask for its numbers at the end of the epoch.
