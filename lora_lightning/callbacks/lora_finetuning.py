@@ -131,6 +131,7 @@ class LoRAFinetuning(RandomState):
                 "plain model, or leave the callback out."
             )
         assert self.adapted is not None
+        _expect_frozen_layers_in_eval_mode(pl_module)
         if self.lr_ratio != 1 and "configure_optimizers" not in vars(pl_module):
             pl_module.configure_optimizers = partial(  # type: ignore[method-assign]
                 _configure_with_lora_plus, pl_module.configure_optimizers, self.adapted, self.lr_ratio
@@ -152,7 +153,6 @@ class LoRAFinetuning(RandomState):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.adapted is not None
-        _expect_frozen_layers_in_eval_mode(pl_module)
         self._listener = self.adapted.register_forward_pre_hook(self._remember_call, with_kwargs=True)
         # Not the fingerprint of setup: a precision like bf16-true has converted the base since.
         self._fingerprint_at_start = fingerprint(self.adapted)
