@@ -103,3 +103,33 @@ def test_counts_and_means_are_exact_also_when_a_device_has_no_batch(size: int, d
     assert together["matrices"][1] == alone["matrices"][1]  # the base, which training leaves alone
     assert together["tested"].keys() == alone["tested"].keys()
     assert {key for key in alone["fitted"] if key.startswith("val/")} <= together["fitted"].keys()
+
+
+@pytest.mark.usefixtures("workspace")
+def test_two_nodes_by_torchrun_train_what_two_processes_of_one_train() -> None:
+    run("fit", "-c", "configs/pretrain.yaml")
+    words = ["fit", "-c", "configs/adapt.yaml", "--trainer.max_steps", "5", "--trainer.strategy", "ddp"]
+    together = run(*words, devices=2)
+    nodes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
+                *("--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", "29653"),
+                *("-m", "lora_lightning", *words, *SAMPLE, "--trainer.num_nodes", "2", "--trainer.devices", "1"),
+            ],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    (apart,) = set(Path("logs/adapt").glob("version_*")) - {together}
+    states = [
+        torch.load(next(folder.glob("checkpoints/*.ckpt")), weights_only=True)["state_dict"]
+        for folder in (together, apart)
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

@@ -48,6 +48,7 @@ class RandomState(Callback):
         if self._to_restore is not None:
             restore_random_state(self._to_restore)
             self._to_restore = None
+            _count_the_epoch(trainer)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,6 +60,18 @@ class RandomState(Callback):
         if self._before_validation is not None:
             restore_random_state(self._before_validation)
             self._before_validation = None
+
+
+def _count_the_epoch(trainer: Trainer) -> None:
+    """Repairs what Lightning 2.6.6 forgets when it goes on from a checkpoint of an epoch's last batch.
+
+    It does not count the epoch that begins then, so that a checkpoint of that epoch would be resumed with a wrong number of
+    batches. While a batch is trained, one more epoch has begun than ended.
+    """
+    progress = trainer.fit_loop.epoch_progress
+    if progress.current.ready == progress.current.processed:  # type: ignore[attr-defined] # it is a subclass that has it
+        progress.increment_ready()
+        progress.increment_started()
 
 
 def random_state() -> dict[str, Any]:

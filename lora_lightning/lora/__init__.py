@@ -1,6 +1,9 @@
 """Low-rank adaptation in pure PyTorch.
 
-Read `config.py`, `layers.py`, `adapter.py`; then, as needed, `svd.py`, `peft.py` and `frozen.py`.
+To read it: `config.py` (what to adapt, and how), `update.py` (an adapter), `layers.py` (layers that add its output to their
+own), `effective.py` (weights that are read instead), `selection.py`, `attached.py` and `adapter.py` (the verbs). Then, as
+needed: `several.py`, `verify.py`, `lora_plus.py`, `bypass.py`, `fused.py`, `svd.py` and `extract.py`, `frozen.py` (norm
+layers), `peft.py` and `peft_format.py` (folders).
 """
 
 from lora_lightning.lora.adapter import (
