@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_lightning.callbacks import AdapterCheckpointIO, LoRAFinetuning
 from lora_lightning.lora import merge
+from lora_lightning.report import free_path
 
 _TOLERANCE = 1e-4
 
@@ -25,7 +26,7 @@ class LoRATrainer(Trainer):
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
-        output: Path = Path("merged.ckpt"),
+        output: Path | None = None,
         onnx: Path | None = None,
     ) -> None:
         """Folds trained adapters into their base, and writes a plain checkpoint.
@@ -34,7 +35,8 @@ class LoRATrainer(Trainer):
             model: The model as it was trained.
             datamodule: Where the example comes from with which an ONNX file is made and checked.
             ckpt_path: The checkpoint that holds the adapters: a file, or a log folder, whose newest one is taken.
-            output: The plain checkpoint to write; a `base_checkpoint` or `ckpt_path` like that of a pretraining.
+            output: The plain checkpoint to write, a `base_checkpoint` or `ckpt_path` like that of a pretraining; by default
+                `merged.ckpt`, or where that exists the first of `merged-v1.ckpt`, ... that does not.
             onnx: An ONNX file to write beside it.
 
         Raises:
@@ -48,6 +50,8 @@ class LoRATrainer(Trainer):
                 "--ckpt_path, a checkpoint with adapters" if callback else "a LoRAFinetuning among trainer.callbacks"
             )
             raise ValueError(f"merge needs {missing}. Give it the configuration that the adapters were trained with.")
+        if output is None:
+            output = free_path(Path("merged.ckpt"))
         for path in (output, onnx):
             if path is not None and Path(path).exists():
                 raise FileExistsError(f"{path} exists: it is not overwritten. Choose another name, or remove it.")

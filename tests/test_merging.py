@@ -51,7 +51,7 @@ def test_the_merged_checkpoint_is_a_plain_model_with_the_same_errors(trained: Ru
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the exporter's own modules
 def test_the_onnx_file_agrees_for_batches_of_any_size(trained: Run) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
-    code, output = trained(*MERGE, "--ckpt_path", "logs/adapt", "--onnx", "merged.onnx")
+    code, output = trained(*MERGE, "--ckpt_path", "logs/adapt", "--output", "merged.ckpt", "--onnx", "merged.onnx")
     assert code == 0, output
     net = RichBoyNet()
     state = torch.load("merged.ckpt", weights_only=True)["state_dict"]
@@ -65,10 +65,14 @@ def test_the_onnx_file_agrees_for_batches_of_any_size(trained: Run) -> None:
 
 def test_nothing_is_overwritten(trained: Run) -> None:
     Path("merged.ckpt").write_text("mine")
-    code, output = trained(*MERGE, "--ckpt_path", "logs/adapt")
+    code, output = trained(*MERGE, "--ckpt_path", "logs/adapt", "--output", "merged.ckpt")
     assert code == 1
     assert "merged.ckpt exists: it is not overwritten" in output
     assert Path("merged.ckpt").read_text() == "mine"
+    for _ in range(2):
+        code, output = trained(*MERGE, "--ckpt_path", "logs/adapt")
+        assert code == 0, output
+    assert {path.name for path in Path().glob("merged*")} == {"merged.ckpt", "merged-v1.ckpt", "merged-v2.ckpt"}
 
 
 def test_what_is_missing_is_named(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
