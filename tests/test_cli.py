@@ -43,18 +43,22 @@ def test_every_config_runs_as_it_is(run: Run, pretrained: Path, config: str) -> 
 
 def test_the_documented_sequence_runs_twice_without_editing_a_path(run: Run) -> None:
     text = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^lora-lightning (fit|test) (.*)$", text, re.MULTILINE)
-    assert [command for command, _ in commands] == ["fit", "test", "fit", "test"]
+    commands = re.findall(r"^lora-lightning (fit|test|merge) (.*)$", text, re.MULTILINE)
+    assert [command for command, _ in commands] == ["fit", "test", "fit", "test", "merge", "fit"]
     for _ in range(2):
         for command, words in commands:
             short = ("--trainer.max_steps", "10") if command == "fit" else ()
-            code, printed = run(command, *words.split(), *SAMPLE, *short)
-            assert code == 0, printed
+            code, output = run(command, *words.split(), *SAMPLE, *short)
+            assert code == 0, output
+            if command == "test":
+                printed = output
+            elif command == "merge":
+                newest = max(Path("logs/adapt").rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     assert len(list(Path("logs/pretrain").glob("version_*/checkpoints/*.ckpt"))) == 2
-    assert len(list(Path("logs/adapt").glob("version_*/adapter/adapter_model.safetensors"))) == 2
+    assert len(list(Path("logs/adapt").glob("version_*/adapter/adapter_model.safetensors"))) == 4  # the last resumes
+    assert {path.name for path in Path().glob("*.ckpt")} == {"merged.ckpt", "merged-v1.ckpt"}
     assert len(list(Path("logs").glob("*/version_*/confusion.json"))) == 4
     assert "before" in printed
-    newest = max(Path("logs/adapt").glob("version_*/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     assert f"Checkpoint: {newest}" in " ".join(printed.split())
 
 
