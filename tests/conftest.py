@@ -5,16 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two nested structures of tensors and values are equal, bit for bit."""
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
+    return bool(first == second) or str(first) == str(second) == "nan"
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +83,7 @@ def mnist_dir() -> Path:
     """Where the whole MNIST is, for the tests that want it."""
     folder = os.environ.get("LORA_LIGHTNING_DATA")
     if not folder:
+        # It is not shipped, and can't be downloaded everywhere; .ci/run looks for it, and the embedded sample has its own tests.
         pytest.skip("LORA_LIGHTNING_DATA does not say where the whole MNIST is")
     return (ROOT / folder).resolve()
 

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+
+from tests.conftest import same
 
 Run = Callable[..., tuple[int, str]]
 
@@ -90,16 +91,6 @@ def outcome(folder: Path) -> dict[str, Any]:
         **{key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")},
         "metrics": {key: value for key, value in rows[-1].items() if key.startswith("val/")},
     }
-
-
-def same(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
-    return bool(first == second)
 
 
 @pytest.mark.parametrize(("kills", "epochs"), [(2, 8), pytest.param(20, 50, marks=pytest.mark.slow)])

@@ -135,7 +135,10 @@ class LowRankUpdate(nn.Module):
         return full.to(weight.dtype)
 
     def lora_dora_ratio(self, weight: Tensor) -> Tensor:
-        """M / ||W + s B A||, of shape (out,); the norm is a constant to the gradient (DoRA, section 4.3)."""
+        """What DoRA scales each row by, m / ||W + s B A||, of shape (out,).
+
+        The norm is a constant to the gradient (DoRA, section 4.3).
+        """
         norms, magnitude = self._lora_row_norms(weight), self.lora_magnitude_vector.view(-1)
         return torch.where(norms > 0, magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1)
 

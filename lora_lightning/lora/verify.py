@@ -25,7 +25,7 @@ def verify(module: nn.Module, *inputs: Any, **keywords: Any) -> None:
     """Checks that every adapter has an effect on the module's output: in training, in evaluation, without gradients.
 
     An adapter is inert if no B, zero or not, changes the output, for example because some code reads the layer's
-    weight in a way that escapes `attach`, or because nothing calls the layer. Costs about four forward and two backward
+    weight in a way that escapes `attach`, or because nothing calls the layer. Costs five forward and three backward
     passes, and more only where something is suspicious. Module, random state and gradients are left as they were.
 
     Args:

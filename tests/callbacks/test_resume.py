@@ -18,6 +18,7 @@ from torch.optim import lr_scheduler
 from lora_lightning import Classifier, LoRAFinetuning, MNISTDataModule
 from lora_lightning.callbacks import AtomicCheckpointIO, RandomState
 from lora_lightning.models import OneCycle
+from tests.conftest import same
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -55,16 +56,6 @@ def everything(trainer: Trainer, module: pl.LightningModule) -> dict[str, Any]:
         "steps": trainer.global_step,
         "random": torch.get_rng_state(),
     }
-
-
-def same(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
-    return bool(first == second) or str(first) == str(second) == "nan"
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
