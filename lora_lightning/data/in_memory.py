@@ -7,10 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
-
-from lora_lightning.data.resumable import ResumableLoader
-from lora_lightning.data.samplers import UnrepeatedSampler
+from torch.utils.data import Dataset
 
 
 class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -43,23 +40,8 @@ class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
         return InMemoryDataset(self.inputs[rows], self.targets[rows])
 
 
-def train_loader(dataset: InMemoryDataset, sampler: Sampler[int], batch_size: int) -> ResumableLoader:
-    """A loader of whole batches that can go on in the middle of an epoch."""
-    return ResumableLoader(dataset, sampler, batch_size, **_settings())
-
-
-def eval_loader(dataset: InMemoryDataset, sampler: Sampler[int], batch_size: int) -> DataLoader[Any]:
-    """A loader of whole batches that leaves the run's random numbers alone."""
-    loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, generator=torch.Generator(), **_settings())
-    if isinstance(sampler, UnrepeatedSampler) and not len(sampler):
-        # Lightning would skip the whole pass on a device without a batch, and leave the others waiting for it: here it
-        # gets one without samples. DataLoader has this set by its constructor alone; there, it would hide the sampler.
-        object.__setattr__(loader, "batch_sampler", [[]])
-    return loader
-
-
-def _settings() -> dict[str, Any]:
-    """Without workers, since indexing memory is quicker than passing batches around."""
+def whole_batches() -> dict[str, Any]:
+    """Arguments of a loader for data sets that hand out whole batches."""
     return {"collate_fn": _as_it_is, "pin_memory": torch.cuda.is_available()}
 
 

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from lora_lightning.data.in_memory import InMemoryDataset, eval_loader, stratified_split, train_loader
+from lora_lightning.data.in_memory import InMemoryDataset, stratified_split, whole_batches
 from lora_lightning.data.mnist_files import Source, prepare, read
+from lora_lightning.data.module import ResumableDataModule
 from lora_lightning.data.resumable import ResumableLoader
-from lora_lightning.data.samplers import ReplaySampler, ShuffledSampler, UnrepeatedSampler
+from lora_lightning.data.samplers import ReplaySampler, ShuffledSampler
 
 MEAN, STD = 0.1307, 0.3081
 """Of MNIST's training pixels, scaled to 0 to 1."""
 
 
-class MNISTDataModule(LightningDataModule):
+class MNISTDataModule(ResumableDataModule):
     """MNIST as batches of images (B, 1, 28, 28), float32, normalised, and digits (B,), int64.
 
     The images lie in memory as uint8; a batch is indexed at once, moved to the device and normalised there.
@@ -98,11 +98,7 @@ class MNISTDataModule(LightningDataModule):
         self.val_fraction = val_fraction
         self.split_seed = split_seed
         self.download = download
-        # With fewer samples to test on than devices, some of these have none.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         self._why_sample = ""
-        self._train_loader: ResumableLoader | None = None
-        self._resume_from: dict[str, Any] = {}
         self._train: InMemoryDataset | None = None
         self._val: InMemoryDataset | None = None
         self._test: InMemoryDataset | None = None
@@ -130,55 +126,36 @@ class MNISTDataModule(LightningDataModule):
         )
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the epoch, for checkpoints."""
-        return {} if self._train_loader is None else self._train_loader.state_dict()
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # The loader's own interface for this is not asked if a scheduler has counted the steps of the run before.
-        self._resume_from = state_dict
-
-    @override
-    def train_dataloader(self) -> DataLoader[Any]:
-        self._train_loader = self._make_train_loader()
-        if self._resume_from:
-            self._train_loader.load_state_dict(self._resume_from)
-            self._resume_from = {}
-        return self._train_loader
-
-    def _make_train_loader(self) -> ResumableLoader:
+    def make_train_loader(self) -> ResumableLoader:
         dataset = _ready(self._train)
-        seed, num_replicas, rank = self._placement()
+        sampler: DistributedSampler[int]
         if self.focus is None:
-            shuffled = ShuffledSampler(len(dataset), seed=seed, num_replicas=num_replicas, rank=rank)
-            return train_loader(dataset, shuffled, self.batch_size)
-        mixed = ReplaySampler(
-            torch.isin(dataset.targets, torch.tensor(self.focus)),
-            batch_size=self.batch_size,
-            focus_fraction=self.focus_fraction,
-            seed=seed,
-            num_replicas=num_replicas,
-            rank=rank,
-        )
-        return train_loader(dataset, mixed, self.batch_size)
+            sampler = ShuffledSampler(len(dataset), **self.placement())
+        else:
+            sampler = ReplaySampler(
+                torch.isin(dataset.targets, torch.tensor(self.focus)),
+                batch_size=self.batch_size,
+                focus_fraction=self.focus_fraction,
+                **self.placement(),
+            )
+        return ResumableLoader(dataset, sampler, self.batch_size, **whole_batches())
 
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         dataset = _ready(self._val)
         if len(dataset):
-            return self._eval_loader(dataset)
+            return self.eval_loader(dataset, self.eval_batch_size, **whole_batches())
         if self.trainer is not None and self.trainer.state.fn == "validate":
             raise ValueError(f"val_fraction={self.val_fraction} holds nothing out to validate on; set it above 0.")
         return []
 
     @override
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._eval_loader(_ready(self._test))
+        return self.eval_loader(_ready(self._test), self.eval_batch_size, **whole_batches())
 
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self._eval_loader(_ready(self._test))
+        return self.eval_loader(_ready(self._test), self.eval_batch_size, **whole_batches())
 
     @override
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
@@ -198,21 +175,6 @@ class MNISTDataModule(LightningDataModule):
         if self.source == "sample":
             return f"the embedded sample ({self._why_sample})" if self._why_sample else "the embedded sample"
         return f"the whole database in {self.data_dir}"
-
-    def _eval_loader(self, dataset: InMemoryDataset) -> DataLoader[Any]:
-        _, num_replicas, rank = self._placement()
-        sampler: Sampler[int] = SequentialSampler(dataset)
-        if num_replicas > 1:
-            # Lightning's default repeats samples to give every device as many: counts would not be exact.
-            sampler = UnrepeatedSampler(len(dataset), num_replicas=num_replicas, rank=rank)
-        return eval_loader(dataset, sampler, self.eval_batch_size)
-
-    def _placement(self) -> tuple[int, int, int]:
-        """The run's seed, the number of devices, and which of them this is."""
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        if self.trainer is None:
-            return seed, 1, 0
-        return seed, self.trainer.world_size, self.trainer.global_rank
 
 
 def _check_digits(name: str, digits: list[int] | None) -> None:

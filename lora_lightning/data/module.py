@@ -1,0 +1,70 @@
+"""`ResumableDataModule`: what the data modules have in common."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from typing_extensions import override
+
+from lora_lightning.data.resumable import ResumableLoader
+from lora_lightning.data.samplers import UnrepeatedSampler
+
+
+class ResumableDataModule(LightningDataModule):
+    """Trains on an order of samples that a stopped run goes on with, and evaluates every sample once, on any number of devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # With fewer samples to test on than devices, some of these have none.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self._train_loader: ResumableLoader | None = None
+        self._resume_from: dict[str, Any] = {}
+
+    @abstractmethod
+    def make_train_loader(self) -> ResumableLoader:
+        """The loader of an epoch's training batches, from its beginning."""
+
+    @override
+    def train_dataloader(self) -> DataLoader[Any]:
+        self._train_loader = self.make_train_loader()
+        if self._resume_from:
+            self._train_loader.load_state_dict(self._resume_from)
+            self._resume_from = {}
+        return self._train_loader
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the epoch, for checkpoints."""
+        return {} if self._train_loader is None else self._train_loader.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # The loader's own interface for this is not asked if a scheduler has counted the steps of the run before.
+        self._resume_from = state_dict
+
+    def placement(self) -> dict[str, int]:
+        """The arguments of a sampler: the run's seed, the number of devices, and which of them this is."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        if self.trainer is None:
+            return {"seed": seed, "num_replicas": 1, "rank": 0}
+        return {"seed": seed, "num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+
+    def eval_loader(self, dataset: Dataset[Any], batch_size: int, **arguments: Any) -> DataLoader[Any]:
+        """A loader of every sample once, in order, that leaves the run's random numbers alone."""
+        size = len(dataset)  # type: ignore[arg-type]
+        placement = self.placement()
+        sampler: Sampler[int] = SequentialSampler(dataset)  # type: ignore[arg-type]
+        if placement["num_replicas"] > 1:
+            # Lightning's default repeats samples to give every device as many: counts would not be exact.
+            sampler = UnrepeatedSampler(size, num_replicas=placement["num_replicas"], rank=placement["rank"])
+        loader = DataLoader(dataset, batch_size, sampler=sampler, generator=torch.Generator(), **arguments)
+        if isinstance(sampler, UnrepeatedSampler) and not len(sampler):
+            # Lightning would skip the whole pass on a device without a batch, and leave the others waiting for it: here
+            # it gets one without samples. DataLoader has this set by its constructor alone; there, it would hide the sampler.
+            object.__setattr__(loader, "batch_sampler", [[]])
+        return loader
