@@ -1,7 +1,7 @@
 """LoRA for PyTorch Lightning: fine-tune any classifier with a few thousand parameters, and see what that changed."""
 
 from lora_lightning.callbacks import ConfusionReport, LoRAFinetuning
-from lora_lightning.data import MNISTDataModule
+from lora_lightning.data import ImageFolderDataModule, MNISTDataModule
 from lora_lightning.lora import (
     LoRAConfig,
     adapter_names,
@@ -23,13 +23,14 @@ from lora_lightning.lora import (
     switch_adapter,
     verify,
 )
-from lora_lightning.models import Classifier, RichBoyNet
+from lora_lightning.models import Classifier, RichBoyNet, image_backbone
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Classifier",
     "ConfusionReport",
+    "ImageFolderDataModule",
     "LoRAConfig",
     "LoRAFinetuning",
     "MNISTDataModule",
@@ -43,6 +44,7 @@ __all__ = [
     "disabled",
     "extract",
     "fingerprint",
+    "image_backbone",
     "is_adapted",
     "load_adapter",
     "lora_plus",

@@ -16,6 +16,7 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule
 
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_KEY = "lora_lightning"
 """Entry of a checkpoint that holds adapters: their configuration, and the base's fingerprint and path."""
 
@@ -35,6 +36,24 @@ def newest_checkpoint(path: str | os.PathLike[str]) -> Path:
     if not found:
         raise FileNotFoundError(f"{path} holds no checkpoint (*.ckpt); run fit first, or name another folder.")
     return found[-1]
+
+
+def newest_adapter(path: str | os.PathLike[str]) -> Path:
+    """The adapter folder that `path` means: itself if it is one, else the newest one below.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    path = Path(path)
+    if (path / ADAPTER_CONFIG).is_file():
+        return path
+    found = sorted(path.rglob(ADAPTER_CONFIG), key=lambda file: (file.stat().st_mtime_ns, file))
+    if not found:
+        raise FileNotFoundError(
+            f"{path} is no adapter folder, and holds none ({ADAPTER_CONFIG}); expected the folder that fit wrote, a log folder, "
+            "or 'none' for the base."
+        )
+    return found[-1].parent
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -141,16 +160,18 @@ def load_base(pl_module: LightningModule, path: Path) -> None:
             f"{f' ({base})' if base else ''}, and these adapters as ckpt_path."
         )
     saved: dict[str, Any] = checkpoint["state_dict"]
-    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in saved.items()}
-    expected = {key: tuple(getattr(value, "shape", ())) for key, value in pl_module.state_dict().items()}
-    if shapes != expected:
-        wrong = [key for key in {**expected, **shapes} if shapes.get(key) != expected.get(key)]
-        listed = "; ".join(
-            f"{key} is {shapes.get(key, 'missing')}, expected {expected.get(key, 'none')}" for key in wrong[:5]
-        )
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    if wrong := misfits(saved, pl_module.state_dict()):
         raise ValueError(
-            f"{path} does not fit this {type(pl_module).__name__}: {listed}{more}. Configure the model as it was "
-            "trained, or choose another base_checkpoint."
+            f"{path} does not fit this {type(pl_module).__name__}: {wrong}. Configure the model as it was trained, or choose "
+            "another base_checkpoint."
         )
     pl_module.load_state_dict(saved)
+
+
+def misfits(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    """Which names and shapes of a state dict are not the ones expected, in words; empty if all are."""
+    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in found.items()}
+    wanted = {key: tuple(getattr(value, "shape", ())) for key, value in expected.items()}
+    wrong = [key for key in {**wanted, **shapes} if shapes.get(key) != wanted.get(key)]
+    listed = [f"{key} is {shapes.get(key, 'missing')}, expected {wanted.get(key, 'none')}" for key in wrong[:5]]
+    return "; ".join(listed + ([f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []))

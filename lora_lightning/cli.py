@@ -17,12 +17,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from lora_lightning.callbacks import AtomicCheckpointIO
+from lora_lightning.callbacks import AtomicCheckpointIO, Predictions
 from lora_lightning.callbacks.stop_after_batch import StopAfterBatch
 from lora_lightning.checkpoints import check_file, explain_damage, last_checkpoint, newest_checkpoint
 from lora_lightning.cpu import tune_for_cpu
 from lora_lightning.errors import explain
-from lora_lightning.merging import LoRATrainer
+from lora_lightning.trainer import LoRATrainer
 
 DEBUG_VARIABLE = "LORA_LIGHTNING_DEBUG"
 _KEYWORDS = ("best", "hpc")
@@ -72,6 +72,8 @@ class LoRALightningCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "fit":
             trainer.callbacks.insert(0, StopAfterBatch())  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+        if self.subcommand == "predict" and not any(isinstance(each, Predictions) for each in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.callbacks.append(Predictions())  # type: ignore[attr-defined]
         trainer.strategy.checkpoint_io = AtomicCheckpointIO(trainer.strategy.checkpoint_io)
         return trainer
 
@@ -89,12 +91,17 @@ class LoRALightningCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
-        config = self.config[self.config.subcommand]
+        command = self.config.subcommand
+        config = self.config[command]
         path = config.get("ckpt_path")
+        if command == "predict" and path is None and config.adapter is None and _adapts(config.trainer.callbacks):
+            path = "last"  # fresh adapters are not what was asked for
         if path == "last":
-            found = last_checkpoint(_log_folder(config.trainer.logger))
+            folder = _log_folder(config.trainer.logger)
+            found = last_checkpoint(folder)
             config.ckpt_path = None if found is None else str(found)
-            rank_zero_info(f"Checkpoint: {found}" if found else "No checkpoint to go on with: beginning anew.")
+            nothing = "beginning anew" if command == "fit" else "the model is used as it is configured"
+            rank_zero_info(f"Checkpoint: {found}" if found else f"No checkpoint in {folder}: {nothing}.")
             return
         if not _is_local_file(path):
             return
@@ -105,6 +112,12 @@ class LoRALightningCLI(LightningCLI):
 
 def _is_local_file(path: Any) -> bool:
     return path is not None and path not in _KEYWORDS and "://" not in str(path)
+
+
+def _adapts(callbacks: Any) -> bool:
+    """Whether a LoRAFinetuning is among configured callbacks."""
+    each = callbacks if isinstance(callbacks, list) else [callbacks]
+    return any(str(getattr(callback, "class_path", "")).endswith(".LoRAFinetuning") for callback in each)
 
 
 def _log_folder(logger: Any) -> Path:

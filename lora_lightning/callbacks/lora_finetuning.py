@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from lora_lightning.lora import (
     save_adapter,
     verify,
 )
-from lora_lightning.lora.config import Initialisation
+from lora_lightning.lora.config import Initialisation, matches
 from lora_lightning.lora.frozen import FrozenStatistics
 from lora_lightning.report import free_path
 
@@ -59,7 +60,7 @@ class LoRAFinetuning(RandomState):
         rslora: Whether to scale by alpha / sqrt(rank).
         dora: Whether to train magnitudes too (DoRA).
         target_parameters: Parameters to adapt by name.
-        trainable: Modules trained whole beside the adapters, for example a new head.
+        trainable: Modules trained whole beside the adapters; the new head of an `image_backbone` always is.
         bypass: Sizes of the flattened input and output of an adapter around the whole; alone with `targets=[]`.
         lr_ratio: B's learning rate over A's (LoRA+, https://arxiv.org/abs/2402.12354; about 16 there): every parameter group
             of the optimizer is split in two, and the ratio is kept under any scheduler and after resuming.
@@ -200,14 +201,23 @@ class LoRAFinetuning(RandomState):
             self._listener.remove()
             self._listener = None
 
-    def _adapt(self, pl_module: LightningModule) -> None:
+    def load_base(self, pl_module: LightningModule) -> None:
+        """Loads `base_checkpoint`, if there is one, into a model without adapters."""
         if self.base_checkpoint is not None:
             self.base_path = newest_checkpoint(self.base_checkpoint)
             rank_zero_info(f"Base: {self.base_path}")
             load_base(pl_module, self.base_path)
+
+    def _adapt(self, pl_module: LightningModule) -> None:
+        self.load_base(pl_module)
         self.adapted = holder_of_parameters(pl_module)
+        new_head = vars(self.adapted).get("new_head")
+        config = self.config
+        if new_head and isinstance(config.trainable, list) and not matches(config.trainable, new_head):
+            rank_zero_info(f"{new_head} is a new layer: it is trained whole.")
+            config = replace(config, trainable=[*config.trainable, new_head])
         with _own_random_numbers():
-            attach(self.adapted, self.config)
+            attach(self.adapted, config)
         self.base_fingerprint = fingerprint(self.adapted)
         rank_zero_info(self._what_trains(self.adapted))
 

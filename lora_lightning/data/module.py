@@ -62,7 +62,7 @@ class ResumableDataModule(LightningDataModule):
         if placement["num_replicas"] > 1:
             # Lightning's default repeats samples to give every device as many: counts would not be exact.
             sampler = UnrepeatedSampler(size, num_replicas=placement["num_replicas"], rank=placement["rank"])
-        loader = DataLoader(dataset, batch_size, sampler=sampler, generator=torch.Generator(), **arguments)
+        loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, generator=torch.Generator(), **arguments)
         if isinstance(sampler, UnrepeatedSampler) and not len(sampler):
             # Lightning would skip the whole pass on a device without a batch, and leave the others waiting for it: here
             # it gets one without samples. DataLoader has this set by its constructor alone; there, it would hide the sampler.

@@ -41,6 +41,8 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override] # all that is used of it is next()
         self.handed_out = self.batches.skip
+        if hasattr(self.dataset, "set_epoch"):  # before workers take a copy of it
+            self.dataset.set_epoch(getattr(self.batches.sampler, "epoch", 0))
         for batch in super().__iter__():
             self.handed_out += 1
             yield batch

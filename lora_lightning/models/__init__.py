@@ -1,7 +1,8 @@
 """What is trained."""
 
+from lora_lightning.models.backbones import image_backbone
 from lora_lightning.models.classifier import Classifier
 from lora_lightning.models.one_cycle import OneCycle
 from lora_lightning.models.rich_boy_net import RichBoyNet
 
-__all__ = ["Classifier", "OneCycle", "RichBoyNet"]
+__all__ = ["Classifier", "OneCycle", "RichBoyNet", "image_backbone"]

@@ -20,7 +20,7 @@ class Classifier(LightningModule):
     Its steps return `{"loss", "logits", "targets"}`, which is all that `ConfusionReport` asks of a module.
 
     Args:
-        backbone: Maps a batch of inputs to logits of shape (B, num_classes).
+        backbone: Maps a batch of inputs to logits of shape (B, num_classes), or to an object that has them as `logits`.
         optimizer: Makes the optimizer from the trainable parameters; Adam by default, with PyTorch's fused kernel.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer; stepped after every training step.
             `OneCycle` is told the length of the run.
@@ -49,7 +49,9 @@ class Classifier(LightningModule):
 
     @override
     def forward(self, inputs: Tensor) -> Tensor:
-        logits: Tensor = self.backbone(inputs)
+        output = self.backbone(inputs)
+        # The transformers library's networks return them as one field of several.
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
 
     @override
@@ -111,6 +113,10 @@ class Classifier(LightningModule):
     def _step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs, targets = batch
         logits = self(inputs)
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"The backbone gives {logits.shape[1]} logits, but num_classes={self.num_classes}: set both to the same."
+            )
         loss = F.cross_entropy(logits, targets)
         accuracy = (logits.detach().argmax(1) == targets).float().mean()
         return logits, targets, loss, accuracy

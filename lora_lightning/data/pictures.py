@@ -1,0 +1,82 @@
+"""Pictures on disk: found by their names, and decoded to RGB or refused by name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+"""No other decoder is asked, whatever a file's name: some of Pillow's run programs, or are hardly tested."""
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture in RGB, turned as its EXIF data say; of an animation, the first frame.
+
+    What is transparent lies on white; 16 bits a channel become 8.
+
+    Raises:
+        ValueError: If the file is damaged, no picture, or one of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    with _opened(path) as picture:
+        upright = ImageOps.exif_transpose(picture)
+        if upright.mode.startswith("I"):
+            levels = np.asarray(upright).astype(np.float64) / 257
+            upright = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+        if upright.has_transparency_data:
+            transparent = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", transparent.size, "white"), transparent)
+        return upright.convert("RGB")
+
+
+def check_picture(path: Path) -> None:
+    """Reads a picture's header alone, which tells most files that are none.
+
+    Raises:
+        ValueError: As `read_picture`.
+    """
+    with _opened(path):
+        pass
+
+
+def pictures_in(folder: Path, *, below: bool = False) -> tuple[list[Path], list[Path]]:
+    """The pictures in a folder by extension, and what else lies there; hidden files count as neither.
+
+    Args:
+        folder: Where to look.
+        below: Whether to look in the folders inside too.
+    """
+    files = sorted(path for path in (folder.rglob("*") if below else folder.iterdir()) if not path.name.startswith("."))
+    pictures = [path for path in files if path.is_file() and path.suffix.lower() in EXTENSIONS]
+    others = [path for path in files if path not in set(pictures) and not (below and path.is_dir())]
+    return pictures, others
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_FORMATS) as picture:
+                yield picture
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ValueError(
+            f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, a limit against files made to fill the memory. Make it "
+            "smaller, or raise PIL.Image.MAX_IMAGE_PIXELS."
+        ) from None
+    except Exception as error:  # noqa: BLE001 - decoders raise whatever comes of a damaged file
+        reason = (
+            "it is empty"
+            if path.stat().st_size == 0
+            else str(error).replace(f" {str(path)!r}", "") or type(error).__name__
+        )
+        raise ValueError(
+            f"{path} is damaged, or no {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} picture ({reason}). Remove it, or replace it."
+        ) from None

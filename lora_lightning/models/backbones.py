@@ -1,0 +1,192 @@
+"""`image_backbone`: a classification network of torchvision, timm or transformers, by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import get_model_weights, list_models
+from torchvision.transforms._presets import ImageClassification
+
+from lora_lightning.models.weights import check_name, copy_of_download, load_strictly, read_weights, through_torchvision
+
+_AUXILIARY = ("AuxLogits", "aux1", "aux2")
+
+
+def image_backbone(name: str, weights: str | None = None, num_classes: int | None = None) -> nn.Module:
+    """Builds an image classifier, for `Classifier(backbone=...)`.
+
+    The network is the library's own, with its own parameter names. It has two attributes more: `preprocessing`, which
+    `ImageFolderDataModule` applies to pictures, and `new_head`, the name of a layer that was replaced by a fresh one (or
+    `None`), which `LoRAFinetuning` trains whole.
+
+    Args:
+        name: A classification network of torchvision (`vgg19`), `timm/<name>`, or `transformers/<folder or hub name>`.
+        weights: `None` for random ones; a name of torchvision's (`IMAGENET1K_V1`, `DEFAULT`), downloaded once and compared
+            with the hash in the file's name; `pretrained` for timm and transformers; or a file, a state dict of this
+            network (`.pth` or `.safetensors`), whose name is compared with its contents if it has a hash in it.
+        num_classes: Size of the output. Where it is not what the weights have, the last layer is replaced by a fresh one;
+            `None` keeps the layer.
+
+    Raises:
+        ValueError: If there is no such network or weights, or a file is damaged or does not fit.
+        FileNotFoundError: If there is no such file.
+
+    Example::
+
+        Classifier(image_backbone("vgg19", weights="IMAGENET1K_V1"), num_classes=1000)
+    """
+    if num_classes is not None and num_classes < 2:
+        raise ValueError(f"num_classes={num_classes}: a classifier has at least 2.")
+    library, _, rest = name.partition("/")
+    if library == "timm":
+        network = _from_timm(rest, weights, num_classes)
+    elif library == "transformers":
+        network = _from_transformers(rest, weights, num_classes)
+    else:
+        network = _from_torchvision(name, weights, num_classes)
+    return network
+
+
+def _from_torchvision(name: str, weights: str | None, num_classes: int | None) -> nn.Module:
+    names = list_models(module=torchvision.models)
+    if name not in names:
+        alike = difflib.get_close_matches(name, names, n=3)
+        raise ValueError(
+            f"torchvision has no classification network {name!r}."
+            + (f" Did you mean {', '.join(alike)}?" if alike else "")
+            + " Expected a name of torchvision.models.list_models(), timm/<name>, or transformers/<name>."
+        )
+    entries = {entry.name: entry for entry in get_model_weights(name)}
+    file = None if weights is None or weights in (*entries, "DEFAULT") else _existing(weights, [*entries, "DEFAULT"])
+    entry = copy_of_download(file, list(entries.values())) if file else None
+    if weights is not None and file is None:
+        entry = get_model_weights(name)[weights]
+    # Their builders announce that the default will change, unless it is said.
+    options: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    builder = torchvision.models.get_model_builder(name)
+    if entry is not None:
+        network = through_torchvision(builder, entry, file)
+    elif file is not None:
+        check_name(file)
+        state = read_weights(file)
+        with torch.device("meta"):
+            head = head_of(builder(**options))
+        in_file = state.get(f"{head}.weight", torch.empty(1000)).shape[0]
+        network = builder(num_classes=in_file, **options)
+        if not any(key.startswith(_AUXILIARY) for key in state):
+            _drop_auxiliary_heads(network)
+        load_strictly(network, state, file)
+    else:
+        network = builder(**options)
+    _drop_auxiliary_heads(network)
+    preset = entry or entries.get("IMAGENET1K_V1")
+    return _finished(network, preset.transforms() if preset else ImageClassification(crop_size=224), num_classes)
+
+
+def _from_timm(name: str, weights: str | None, num_classes: int | None) -> nn.Module:
+    timm = _library("timm", f"timm/{name}")
+    if not timm.is_model(name):
+        alike = timm.list_models(f"*{name}*")[:3] or difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"timm has no network {name!r}." + (f" Did you mean {', '.join(alike)}?" if alike else ""))
+    file = None if weights in (None, "pretrained") else _existing(str(weights), ["pretrained"])
+    network = timm.create_model(name, pretrained=weights == "pretrained")
+    if file is not None:
+        check_name(file)
+        load_strictly(network, read_weights(file), file)
+    preprocessing = timm.data.create_transform(**timm.data.resolve_model_data_config(network), is_training=False)
+    head = network.pretrained_cfg.get("classifier")
+    if not isinstance(head, str):
+        raise ValueError(
+            f"timm/{name} has {head or 'no layer'} for a classifier; expected a network with one last layer."
+        )
+    return _finished(network, preprocessing, num_classes, head)
+
+
+def _from_transformers(name: str, weights: str | None, num_classes: int | None) -> nn.Module:
+    transformers = _library("transformers", f"transformers/{name}")
+    if weights not in (None, "pretrained"):
+        raise ValueError(f"weights={weights!r}: expected null or 'pretrained' for transformers/<folder or hub name>.")
+    if weights is None:
+        network = transformers.AutoModelForImageClassification.from_config(
+            transformers.AutoConfig.from_pretrained(name)
+        )
+    else:
+        network = transformers.AutoModelForImageClassification.from_pretrained(name)
+    return _finished(network, _Processor(transformers.AutoImageProcessor.from_pretrained(name)), num_classes)
+
+
+class _Processor:
+    """A transformers image processor as a function of one picture."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, picture: Any) -> Tensor:
+        pixels: Tensor = self.processor(picture, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+
+def _library(name: str, wanted: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"{wanted} needs the package {name}: pip install {name}.") from None
+
+
+def head_of(network: nn.Module) -> str:
+    """The name of a classifier's last layer: of the linear layers and convolutions, the one that is defined last."""
+    layers: list[str] = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    if not layers:
+        raise ValueError(f"{type(network).__name__} has no linear layer or convolution that could be its head.")
+    return layers[-1]
+
+
+def _finished(network: nn.Module, preprocessing: Any, num_classes: int | None, name: str = "") -> nn.Module:
+    new_head = None
+    name = name or head_of(network)
+    head = network.get_submodule(name)
+    if num_classes is not None and num_classes != len(head.get_parameter("weight")):
+        new_head = name
+        parent, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(parent), leaf, _like(head, num_classes))
+    # Not as a submodule, which a preprocessing may be: it is none of the network's.
+    vars(network).update(preprocessing=preprocessing, new_head=new_head)
+    return network
+
+
+def _like(head: nn.Module, num_classes: int) -> nn.Module:
+    """A fresh layer of another size."""
+    if isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1):
+        return nn.Conv2d(head.in_channels, num_classes, kernel_size=1, bias=head.bias is not None)
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"The last layer is {head}; expected a linear layer or a convolution of size 1, to be replaced."
+        )
+    return nn.Linear(head.in_features, num_classes, bias=head.bias is not None)
+
+
+def _drop_auxiliary_heads(network: nn.Module) -> None:
+    """GoogLeNet and Inception have classifiers inside, whose outputs they return in training alone."""
+    if hasattr(network, "aux_logits"):
+        network.aux_logits = False  # type: ignore[assignment] # a plain attribute
+        for name in _AUXILIARY:
+            if hasattr(network, name):
+                setattr(network, name, None)
+
+
+def _existing(weights: str, names: list[str]) -> Path:
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return path
+    alike = difflib.get_close_matches(weights, names, n=1)
+    raise FileNotFoundError(
+        f"weights={weights!r} is no file."
+        + (f" Did you mean {alike[0]}?" if alike else "")
+        + f" Expected one of {', '.join(names)}, a file with a state dict, or null for random weights."
+    )

@@ -1,0 +1,128 @@
+"""Weights of a network from a file: whole, the ones that its name says, and fitting."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlparse
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lora_lightning.checkpoints import check_file, explain_damage, misfits
+
+_HASH = re.compile(r"-([0-9a-f]{8,64})\.")
+
+
+def check_name(path: Path) -> None:
+    """Compares a file with the hash in its name, written as torchvision does: `vgg19-dcbb9e9d.pth`, SHA-256.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    found = _HASH.search(path.name)
+    if found is None:
+        return
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    # Digits alone may as well be a date, unless torchvision itself gave the name.
+    if not digest.startswith(found[1]) and not found[1].isdecimal():
+        raise ValueError(
+            f"{path} is damaged, or not the file that its name says: its SHA-256 begins with {digest[: len(found[1])]}, not "
+            f"{found[1]}. Remove it, and get it again."
+        )
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, without running code from it.
+
+    Raises:
+        ValueError: If the file is damaged, or holds something else.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged or no safetensors file ({error}). Choose another one.") from None
+    if zipfile.is_zipfile(path):  # torchvision's oldest files are not
+        check_file(path)
+    with explain_damage(path):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
+        return content
+    found = f"a dictionary of {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else type(content)
+    raise ValueError(
+        f"{path} holds {found}; expected a state dict, names and tensors alone. A Lightning checkpoint goes to "
+        "LoRAFinetuning's base_checkpoint."
+    )
+
+
+def load_strictly(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Loads a state dict that has to have every name and shape of the network.
+
+    Raises:
+        ValueError: If it has not; the network is then as it was.
+    """
+    expected = network.state_dict()
+    for key in expected.keys() - state.keys():
+        if key.endswith("num_batches_tracked"):  # which files of old versions have not
+            state[key] = expected[key]
+    if wrong := misfits(state, expected):
+        raise ValueError(f"{path} does not fit this {type(network).__name__}: {wrong}. Choose other weights.")
+    network.load_state_dict(state)
+
+
+def copy_of_download(path: Path, entries: Iterable[Any]) -> Any:
+    """Which of torchvision's weights this file is, by its name; `None` if none of them."""
+    return next((entry for entry in entries if _file_name(entry) == path.name), None)
+
+
+def through_torchvision(builder: Callable[..., nn.Module], entry: Any, copy: Path | None) -> nn.Module:
+    """Has torchvision build a network with its own weights, from its download folder or a copy of the file.
+
+    It compares the hash when it downloads; here a file that is there is compared too.
+
+    Raises:
+        ValueError: If the file is not what its name says.
+        RuntimeError: If it can't be downloaded.
+    """
+    folder = Path(torch.hub.get_dir())
+    file = copy or folder / "checkpoints" / _file_name(entry)
+    if file.exists():
+        check_name(file)
+    if copy is None:
+        return _build(builder, entry, file)
+    with tempfile.TemporaryDirectory() as stand_in:
+        (Path(stand_in) / "checkpoints").mkdir()
+        (Path(stand_in) / "checkpoints" / _file_name(entry)).symlink_to(copy.resolve())
+        torch.hub.set_dir(stand_in)
+        try:
+            return _build(builder, entry, file)
+        finally:
+            torch.hub.set_dir(folder)
+
+
+def _build(builder: Callable[..., nn.Module], entry: Any, file: Path) -> nn.Module:
+    try:
+        return builder(weights=entry)
+    except URLError as error:
+        raise RuntimeError(
+            f"{entry.url} can't be downloaded ({error.reason}). Put the file to {file}, give its path as weights, or "
+            "use weights: null for random ones."
+        ) from None
+    except RuntimeError as error:
+        if "invalid hash value" not in str(error):
+            raise
+        raise ValueError(f"{entry.url}: what was downloaded is not the file that its name says ({error}).") from None
+
+
+def _file_name(entry: Any) -> str:
+    return Path(urlparse(entry.url).path).name
