@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from typing_extensions import override
 
 from lora_lightning.lora import disabled, is_adapted
-from lora_lightning.report import Confusion, Report, confusion_figures, report_table, write_report
+from lora_lightning.report import SHOWN_CLASSES, Confusion, Report, confusion_figures, report_table, write_report
 
 
 class ConfusionReport(Callback):
@@ -24,7 +24,8 @@ class ConfusionReport(Callback):
 
     In `test` and `validate` one pass over the data gives a table in the terminal, confusion figures and per-class
     recall and precision in TensorBoard, and `confusion.json` and `confusion.csv` in the run's log folder. During `fit`,
-    each validation logs the recall of every class as `val/recall/<class>`. Counts are exact, on any number of devices.
+    each validation logs the recall of every class as `val/recall/<class>`, or of more than 20 their mean as
+    `val/mean_recall`. Of more than 20 classes the table, the figures and the scalars have the 20 of lowest recall. Counts are exact, on any number of devices.
 
     The module's `test_step` and `validation_step` have to return a dictionary with `"logits"` (B, C) and `"targets"`
     (B,), as those of `Classifier` do. The base's logits come from calling the module, adapters disabled, on the first
@@ -76,9 +77,10 @@ class ConfusionReport(Callback):
         elif self._model_counts is not None:
             confusion = self._confusion(trainer, self._model_counts)
             recalls = zip(confusion.class_names, confusion.recall, strict=True)
-            pl_module.log_dict(
-                {f"val/recall/{name}": recall for name, recall in recalls if not isnan(recall)}, sync_dist=True
-            )
+            known = {f"val/recall/{name}": recall for name, recall in recalls if not isnan(recall)}
+            if len(known) > SHOWN_CLASSES:
+                known = {"val/mean_recall": sum(known.values()) / len(known)}
+            pl_module.log_dict(known, sync_dist=True)
 
     def _count(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         if not isinstance(outputs, dict) or "logits" not in outputs or "targets" not in outputs:
@@ -146,14 +148,14 @@ def _counter(num_classes: int, device: torch.device) -> MulticlassConfusionMatri
 
 
 def _per_class_metrics(report: Report) -> dict[str, float]:
-    """`test/recall/9`, `test/precision/9` and, for the base, `test/base_recall/9`, ..."""
+    """`test/recall/9`, `test/precision/9` and, for the base, `test/base_recall/9`, ..., of the classes that are shown."""
     confusions = {"": report.model} if report.base is None else {"": report.model, "base_": report.base}
     return {
-        f"{report.stage}/{prefix}{ratio}/{name}": value
+        f"{report.stage}/{prefix}{ratio}/{confusion.class_names[index]}": getattr(confusion, ratio)[index]
         for prefix, confusion in confusions.items()
         for ratio in ("recall", "precision")
-        for name, value in zip(confusion.class_names, getattr(confusion, ratio), strict=True)
-        if not isnan(value)
+        for index in report.model.shown()
+        if not isnan(getattr(confusion, ratio)[index])
     }
 
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import isnan
 from typing import Any
 
+import torch
 from torch import Tensor
+
+SHOWN_CLASSES = 20
+"""Of more classes, tables, figures and scalars show the worst only; the files have all."""
+_DENSE_CLASSES = 100
 
 
 @dataclass(frozen=True)
@@ -26,38 +32,38 @@ class Confusion:
         if tuple(self.matrix.shape) != (size, size):
             raise ValueError(f"A confusion matrix of shape {tuple(self.matrix.shape)} for {size} class names.")
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Number of samples."""
         return int(self.matrix.sum())
 
-    @property
+    @cached_property
     def correct(self) -> list[int]:
         """Samples of each class that were recognised."""
         return [int(count) for count in self.matrix.diagonal()]
 
-    @property
+    @cached_property
     def support(self) -> list[int]:
         """Samples of each class."""
         return [int(count) for count in self.matrix.sum(1)]
 
-    @property
+    @cached_property
     def errors(self) -> list[int]:
         """Samples of each class that were taken for another."""
         return [support - correct for support, correct in zip(self.support, self.correct, strict=True)]
 
-    @property
+    @cached_property
     def recall(self) -> list[float]:
         """Share of each class that was recognised; NaN for a class without samples."""
         return [_ratio(correct, support) for correct, support in zip(self.correct, self.support, strict=True)]
 
-    @property
+    @cached_property
     def precision(self) -> list[float]:
         """Share of the predictions of each class that were right; NaN for a class never predicted."""
         predicted = [int(count) for count in self.matrix.sum(0)]
         return [_ratio(correct, count) for correct, count in zip(self.correct, predicted, strict=True)]
 
-    @property
+    @cached_property
     def accuracy(self) -> float:
         """Share of all samples that were recognised; NaN without samples."""
         return _ratio(sum(self.correct), self.total)
@@ -67,8 +73,22 @@ class Confusion:
         known = [index for index, support in enumerate(self.support) if support]
         return min(known, key=lambda index: self.recall[index])
 
+    def shown(self) -> list[int]:
+        """The classes that a reader is shown: all, or of more than 20 the 20 of lowest recall, as far as they have samples."""
+        classes = range(len(self.class_names))
+        if len(classes) <= SHOWN_CLASSES:
+            return list(classes)
+        known = [index for index in classes if self.support[index]]
+        return sorted(known, key=lambda index: (self.recall[index], -self.errors[index]))[:SHOWN_CLASSES]
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON; a ratio that is not defined is `None`."""
+        """Plain numbers, for JSON; a ratio that is not defined is `None`.
+
+        Of more than 100 classes, `matrix` is `None` and `counts` lists `[target, predicted, count]` where it is not zero.
+        """
+        dense = len(self.class_names) <= _DENSE_CLASSES
+        places = self.matrix.nonzero()
+        counts = torch.cat([places, self.matrix[places[:, :1], places[:, 1:]]], dim=1)
         return {
             "accuracy": _or_none(self.accuracy),
             "errors": sum(self.errors),
@@ -82,7 +102,8 @@ class Confusion:
                 }
                 for index, name in enumerate(self.class_names)
             ],
-            "matrix": self.matrix.tolist(),
+            "matrix": self.matrix.tolist() if dense else None,
+            **({} if dense else {"counts": counts.tolist()}),
         }
 
 

@@ -13,11 +13,17 @@ from lora_lightning.report.confusion import Confusion, Report
 def report_table(report: Report, title: str | None = None) -> Table:
     """One row a class, one for all: support, errors, recall and precision, before and after where there is a base.
 
-    The last row has the accuracy in place of the recall.
+    Of more than 20 classes, the 20 of lowest recall come first and alone, as the caption says. The last row has the accuracy in place of the recall.
     """
     model, base = report.model, report.base
     names = model.class_names
-    table = Table(title=title, title_justify="left", show_footer=True)
+    shown = model.shown()
+    caption = (
+        None
+        if len(shown) == len(names)
+        else f"{len(shown)} of lowest recall, of {len(names):,} classes; confusion.csv has all"
+    )
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", show_footer=True)
     changes = [] if base is None else [b - a for a, b in zip(base.errors, model.errors, strict=True)]
     kind = "digit" if all(name.isdigit() for name in names) else "class"
 
@@ -32,8 +38,8 @@ def report_table(report: Report, title: str | None = None) -> Table:
     table.add_column("recall %", _transition(base, model, "accuracy"), justify="right", no_wrap=True)
     table.add_column("precision %", "", justify="right", no_wrap=True)
 
-    for index, name in enumerate(names):
-        cells: list[str | Text] = [name, f"{model.support[index]:,}"]
+    for index in shown:
+        cells: list[str | Text] = [names[index], f"{model.support[index]:,}"]
         if base is not None:
             cells += [f"{base.errors[index]:,}", f"{model.errors[index]:,}", _signed(changes[index])]
         else:
