@@ -1,6 +1,6 @@
 """LoRA for PyTorch Lightning: fine-tune any classifier with a few thousand parameters, and see what that changed."""
 
-from lora_lightning.callbacks import ConfusionReport, LoRAFinetuning
+from lora_lightning.callbacks import ConfusionReport, FrozenPrefixCache, LoRAFinetuning, Predictions
 from lora_lightning.data import ImageFolderDataModule, MNISTDataModule
 from lora_lightning.lora import (
     LoRAConfig,
@@ -30,10 +30,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Classifier",
     "ConfusionReport",
+    "FrozenPrefixCache",
     "ImageFolderDataModule",
     "LoRAConfig",
     "LoRAFinetuning",
     "MNISTDataModule",
+    "Predictions",
     "RichBoyNet",
     "adapter_names",
     "adapter_parameters",
