@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import get_model_weights, list_models
 from torchvision.transforms._presets import ImageClassification
 
@@ -27,7 +28,7 @@ def image_backbone(name: str, weights: str | None = None, num_classes: int | Non
 
     Args:
         name: A classification network of torchvision (`vgg19`), `timm/<name>`, or `transformers/<folder or hub name>`.
-        weights: `None` for random ones; a name of torchvision's (`IMAGENET1K_V1`, `DEFAULT`), downloaded once and compared
+        weights: `None` for random ones, with norm layers that have seen a batch of noise; a name of torchvision's (`IMAGENET1K_V1`, `DEFAULT`), downloaded once and compared
             with the hash in the file's name; `pretrained` for timm and transformers; or a file, a state dict of this
             network (`.pth` or `.safetensors`), whose name is compared with its contents if it has a hash in it.
         num_classes: Size of the output. Where it is not what the weights have, the last layer is replaced by a fresh one;
@@ -86,7 +87,10 @@ def _from_torchvision(name: str, weights: str | None, num_classes: int | None) -
         network = builder(**options)
     _drop_auxiliary_heads(network)
     preset = entry or entries.get("IMAGENET1K_V1")
-    return _finished(network, preset.transforms() if preset else ImageClassification(crop_size=224), num_classes)
+    preprocessing = preset.transforms() if preset else ImageClassification(crop_size=224)
+    if weights is None:
+        _settle_norms(network, (3, *preprocessing.crop_size * 2))
+    return _finished(network, preprocessing, num_classes)
 
 
 def _from_timm(name: str, weights: str | None, num_classes: int | None) -> nn.Module:
@@ -99,7 +103,10 @@ def _from_timm(name: str, weights: str | None, num_classes: int | None) -> nn.Mo
     if file is not None:
         check_name(file)
         load_strictly(network, read_weights(file), file)
-    preprocessing = timm.data.create_transform(**timm.data.resolve_model_data_config(network), is_training=False)
+    config = timm.data.resolve_model_data_config(network)
+    if weights is None:
+        _settle_norms(network, config["input_size"])
+    preprocessing = timm.data.create_transform(**config, is_training=False)
     head = network.pretrained_cfg.get("classifier")
     if not isinstance(head, str):
         raise ValueError(
@@ -169,6 +176,27 @@ def _like(head: nn.Module, num_classes: int) -> nn.Module:
             f"The last layer is {head}; expected a linear layer or a convolution of size 1, to be replaced."
         )
     return nn.Linear(head.in_features, num_classes, bias=head.bias is not None)
+
+
+@torch.no_grad()
+def _settle_norms(network: nn.Module, size: tuple[int, ...]) -> None:
+    """Gives the norm layers of a random network the statistics of what they see, from a batch of noise.
+
+    Fresh ones are 0 and 1 whatever comes. Frozen like that, they pass next to no signal through a deep network: in
+    EfficientNet-B0 features of 1e-14 reach the last layer, and nothing can be trained.
+    """
+    norms = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    network.eval()
+    for norm in norms:
+        norm.momentum = None  # take the batch's statistics as they are
+        norm.train()
+    network(torch.randn(8, *size, generator=torch.Generator().manual_seed(0)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.train()
 
 
 def _drop_auxiliary_heads(network: nn.Module) -> None:
