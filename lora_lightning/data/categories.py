@@ -60,5 +60,5 @@ def indices_of(folders: Sequence[str], categories: Sequence[str], where: str) ->
 def _with_close_matches(folder: str, categories: Sequence[str]) -> str:
     plain = {name.casefold(): name for name in categories}
     spelled = folder.replace("_", " ").casefold()
-    close = difflib.get_close_matches(spelled, plain, n=3) or [name for name in plain if spelled in name][:3]
+    close = [name for name in plain if spelled in name][:3] or difflib.get_close_matches(spelled, plain, n=3)
     return repr(folder) + (f" (close: {', '.join(plain[name] for name in close)})" if close else "")

@@ -158,9 +158,10 @@ class ImageFolderDataModule(ResumableDataModule):
                 )
             self.class_names = tuple(names)
         labelled = {part: labelled_pictures(folder, self.class_names) for part, folder in folders.items()}
+        of_all = len(labelled["train"][0])
         for part, fraction in {"test": self.test_fraction, "val": self.val_fraction}.items():
             if part not in folders:
-                labelled["train"], labelled[part] = self._split(labelled["train"], fraction)
+                labelled["train"], labelled[part] = self._split(labelled["train"], round(fraction * of_all))
         tested_on_training = not labelled["test"][0]
         if tested_on_training:
             labelled["test"] = labelled["train"]
@@ -174,9 +175,9 @@ class ImageFolderDataModule(ResumableDataModule):
             + (" (those trained on: nothing is held out)." if tested_on_training else ".")
         )
 
-    def _split(self, labelled: Labelled, fraction: float) -> tuple[Labelled, Labelled]:
+    def _split(self, labelled: Labelled, held_out: int) -> tuple[Labelled, Labelled]:
         files, targets = labelled
-        kept, held = stratified_split(torch.tensor(targets), round(fraction * len(files)), self.split_seed)
+        kept, held = stratified_split(torch.tensor(targets), held_out, self.split_seed)
         first, second = (([files[row] for row in rows], [targets[row] for row in rows]) for rows in (kept, held))
         return first, second
 
