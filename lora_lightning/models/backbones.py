@@ -164,7 +164,7 @@ def _finished(network: nn.Module, preprocessing: Any, num_classes: int | None, n
         setattr(network.get_submodule(parent), leaf, _like(head, num_classes))
     # Not as a submodule, which a preprocessing may be: it is none of the network's.
     vars(network).update(preprocessing=preprocessing, new_head=new_head)
-    return network
+    return network.train()  # the transformers library hands it out in evaluation mode
 
 
 def _like(head: nn.Module, num_classes: int) -> nn.Module:
@@ -183,7 +183,8 @@ def _settle_norms(network: nn.Module, size: tuple[int, ...]) -> None:
     """Gives the norm layers of a random network the statistics of what they see, from a batch of noise.
 
     Fresh ones are 0 and 1 whatever comes. Frozen like that, they pass next to no signal through a deep network: in
-    EfficientNet-B0 features of 1e-14 reach the last layer, and nothing can be trained.
+    EfficientNet-B0 features of 1e-14 reach the last layer, and nothing can be trained. Nor can it in a branch whose norm has
+    a weight of zero, as timm's residual networks begin: it becomes one.
     """
     norms = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
     if not norms:
@@ -191,12 +192,13 @@ def _settle_norms(network: nn.Module, size: tuple[int, ...]) -> None:
     momenta = [norm.momentum for norm in norms]
     network.eval()
     for norm in norms:
+        if norm.affine and not norm.weight.any():
+            nn.init.ones_(norm.weight)
         norm.momentum = None  # take the batch's statistics as they are
         norm.train()
     network(torch.randn(8, *size, generator=torch.Generator().manual_seed(0)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    network.train()
 
 
 def _drop_auxiliary_heads(network: nn.Module) -> None:
