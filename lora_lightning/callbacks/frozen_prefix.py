@@ -56,9 +56,10 @@ class FrozenPrefixCache(Callback):
         self.cache.active = False
         if not self._said and self.cache.prefix:
             self._said = True
+            names = ", ".join(repr(step.name) for step in self.cache.prefix.kept)
             rank_zero_info(
-                f"Frozen prefix: what {self.cache.prefix.steps[-1].name!r} returns is computed once a sample and kept, "
-                f"{self.cache.bytes_per_sample:,} bytes each. First after it comes {self.cache.prefix.ended_by}."
+                f"Frozen prefix: the output of {names} is computed once a sample and kept, {self.cache.bytes_per_sample:,} bytes "
+                f"each. First after it comes {self.cache.prefix.ended_by}."
             )
 
     @override

@@ -1,8 +1,8 @@
 """The frozen prefix of a network: what it computes of a sample, always the same, before anything that trains.
 
 A network is run once with hooks on all of its modules. The prefix are the modules that returned before the first output that
-requires a gradient, the first random number and the first buffer that changed; of nested ones the outermost. Its cut is
-the last of these modules whose output alone is enough: with all others replaced by NaN, the network's output is the same.
+requires a gradient, the first random number and the first buffer that changed; of nested ones the outermost. Of what they
+return, only that has to be kept which the rest of the network uses: without which, NaN in its place, its output is another.
 """
 
 from __future__ import annotations
@@ -31,39 +31,49 @@ class Step:
     """How many times this forward pass called the module before."""
     output: Any
     """What it returned when the prefix was found."""
+    kept: bool = True
+    """Whether the rest of the network uses its output."""
 
 
 @dataclass
 class Prefix:
-    """The calls up to the cut, in their order, and what comes after them."""
+    """The calls in their order, and what comes after them."""
 
     steps: list[Step]
     ended_by: str
 
+    @property
+    def kept(self) -> list[Step]:
+        """Those whose outputs are to be kept."""
+        return [step for step in self.steps if step.kept]
+
 
 def find_prefix(module: nn.Module, call: Callable[[], Any], samples: int) -> Prefix:
-    """Finds the prefix of `module` and its cut, the last of the steps.
+    """Finds the prefix of `module`.
 
     Args:
         module: Adapted, in the mode in which it trains.
         call: Calls it with a batch. Random numbers are left as they were.
-        samples: How many samples the batch has; the first dimension of what the cut returns counts them.
+        samples: How many samples the batch has. Modules of whose output the first dimension does not count them are left out.
 
     Raises:
-        ValueError: If there is no prefix; the message says what comes first.
+        ValueError: If there is no prefix with parameters; the message says what comes first.
     """
     with same_random_numbers():
         trace = _Trace(module)
         expected = trace.run(call)
     ended_by = trace.ended_by or "nothing that trains"
-    for last in reversed(range(len(trace.steps))):
-        steps = trace.steps[: last + 1]
-        if all(_counts(leaf, samples) for leaf in tree_leaves(steps[-1].output)) and _is_enough(steps, call, expected):
-            return Prefix(steps, ended_by)
-    raise ValueError(
-        f"This {type(module).__name__} has no frozen prefix whose features could be kept: first comes {ended_by}. Put adapters "
-        "into later layers alone, or do without the cache."
-    )
+    steps = [step for step in trace.steps if all(_counts(leaf, samples) for leaf in tree_leaves(step.output))]
+    computes = any(True for step in steps for _ in step.module.parameters())
+    if not computes or not _is_enough(steps, call, expected):
+        raise ValueError(
+            f"This {type(module).__name__} has no frozen prefix whose features could be kept: first comes {ended_by}. Put adapters "
+            "into later layers alone, or do without the cache."
+        )
+    for step in steps:
+        step.kept = False
+        step.kept = not _is_enough(steps, call, expected)
+    return Prefix(steps, ended_by)
 
 
 @contextmanager
@@ -202,10 +212,10 @@ class _Trace:
 
 
 def _is_enough(steps: list[Step], call: Callable[[], Any], expected: Any) -> bool:
-    """Whether the network's output is the same with what the last step returned, and without what the others did."""
+    """Whether the network's output is the same with what the kept steps returned, and without what the others did."""
 
     def answer(step: Step, forward: Forward) -> Any:
-        return copied(step.output) if step is steps[-1] else placeholders(tree_map_only(Tensor, Like.of, step.output))
+        return copied(step.output) if step.kept else placeholders(tree_map_only(Tensor, Like.of, step.output))
 
     with same_random_numbers(), torch.no_grad(), replaced(steps, answer):
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,10 +31,15 @@ class _Features:
     """Of batches of one size, with the same other arguments."""
 
     prefix: Prefix
-    of_sample: dict[bytes, list[Tensor]] = field(default_factory=dict)
-    """What the cut returned, by the sample's digest: its row of every tensor."""
+    of_sample: dict[bytes, dict[Step, list[Tensor]]] = field(default_factory=dict)
+    """What the kept steps returned, by the sample's digest: its row of every tensor."""
     outputs: dict[Step, Any] = field(default_factory=dict)
     """What the steps return but for the values."""
+
+    def knows(self, digests: list[bytes]) -> bool:
+        """Whether everything was kept of these samples."""
+        complete = len(self.prefix.kept)
+        return all(len(self.of_sample.get(digest, ())) == complete for digest in digests)
 
 
 class PrefixCache:
@@ -83,8 +88,8 @@ class PrefixCache:
     @property
     def bytes_per_sample(self) -> int:
         """Memory that the features of one sample take."""
-        kept = [rows for features in self._features.values() for rows in features.of_sample.values()]
-        return sum(row.numel() * row.element_size() for row in kept[0]) if kept else 0
+        kept = [steps for features in self._features.values() for steps in features.of_sample.values()]
+        return sum(row.numel() * row.element_size() for rows in kept[0].values() for row in rows) if kept else 0
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self.active or self._probing or not module.training or not torch.is_grad_enabled():
@@ -95,8 +100,7 @@ class PrefixCache:
         if key not in self._features:
             self._features[key] = _Features(self._find(args, kwargs, len(digests)))
         features = self._features[key]
-        known = all(digest in features.of_sample for digest in digests)
-        answer = (_replay if known else _record)(features, digests)
+        answer = (_replay if features.knows(digests) else _record)(features, digests)
         self._plan.enter_context(replaced(features.prefix.steps, answer))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -119,42 +123,42 @@ class PrefixCache:
             prefix = find_prefix(self.module, lambda: self.module(*args, **kwargs), size)
             for step in prefix.steps:
                 step.output = None  # which is large, and served its purpose
-            self._refuse_if_mixing(prefix.steps, args, kwargs, size)
+            self._refuse_if_mixing(prefix, args, kwargs, size)
             return prefix
         finally:
             self._probing = False
 
-    def _refuse_if_mixing(self, steps: list[Step], args: Any, kwargs: Any, size: int) -> None:
+    def _refuse_if_mixing(self, prefix: Prefix, args: Any, kwargs: Any, size: int) -> None:
         """A sample's features must not depend on its place in the batch, nor on the others there."""
         rows = (torch.arange(size) // 2).flip(0).tolist()
         mixed = tree_map_only(Tensor, lambda value: value[rows], (args, kwargs))
-        usual, other = (self._cut_output(steps, *each) for each in ((args, kwargs), mixed))
-        if not equal(tree_map_only(Tensor, lambda value: value[rows], usual), other):
-            raise ValueError(
-                f"What {steps[-1].name!r} returns of a sample depends on the batch that it is in, if only in "
-                "their rounding: kept, they would not be exactly those that are computed anew. Train without the cache."
-            )
+        usual, other = self._kept_of(prefix, args, kwargs), self._kept_of(prefix, *mixed)
+        for step, output in usual.items():
+            if not equal(tree_map_only(Tensor, lambda value: value[rows], output), other[step]):
+                raise ValueError(
+                    f"What {step.name!r} returns of a sample depends on the batch that it is in, if only in the rounding: "
+                    "kept, it would not be exactly what is computed anew. Train without the cache."
+                )
 
-    def _cut_output(self, steps: list[Step], args: Any, kwargs: Any) -> Any:
-        """What the cut returns for a batch; nothing after it is computed."""
+    def _kept_of(self, prefix: Prefix, args: Any, kwargs: Any) -> dict[Step, Any]:
+        """What the kept steps return for a batch."""
+        outputs: dict[Step, Any] = {}
 
         def answer(step: Step, forward: Forward) -> Any:
             output = forward()
-            if step is steps[-1]:
-                raise _Reached(copied(output))
+            if step.kept:
+                outputs[step] = copied(output)
+            if step is prefix.steps[-1]:
+                raise _Reached  # what comes after is of no interest
             return output
 
-        try:
-            with same_random_numbers(), replaced(steps, answer):
-                self.module(*args, **kwargs)
-        except _Reached as reached:
-            return reached.output
-        raise AssertionError("the prefix is no longer called")
+        with suppress(_Reached), same_random_numbers(), replaced(prefix.steps, answer):
+            self.module(*args, **kwargs)
+        return outputs
 
 
 class _Reached(Exception):
-    def __init__(self, output: Any) -> None:
-        self.output = output
+    pass
 
 
 def _taken_apart(args: Any, kwargs: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
@@ -185,32 +189,33 @@ def _digests(tensors: list[Tensor]) -> list[bytes]:
 
 
 def _record(features: _Features, digests: list[bytes]) -> Callable[[Step, Forward], Any]:
-    """Computes everything, and keeps what the cut returns."""
+    """Computes everything, and keeps what is to be kept."""
 
     def answer(step: Step, forward: Forward) -> Any:
         output = forward()
         features.outputs[step] = tree_map_only(Tensor, Like.of, output)
-        if step is features.prefix.steps[-1]:
+        if step.kept:
             for row, digest in enumerate(digests):
-                features.of_sample[digest] = [leaf[row].detach().clone() for leaf in tree_leaves(output)]
+                rows = [leaf[row].detach().clone() for leaf in tree_leaves(output)]
+                features.of_sample.setdefault(digest, {})[step] = rows
         return output
 
     return answer
 
 
 def _replay(features: _Features, digests: list[bytes]) -> Callable[[Step, Forward], Any]:
-    """Computes nothing, and has the cut return what was kept."""
+    """Computes nothing, and has the steps return what was kept."""
 
     def answer(step: Step, forward: Forward) -> Any:
         output = features.outputs[step]
-        if step is not features.prefix.steps[-1]:
+        if not step.kept:
             return placeholders(output)
         leaves, structure = tree_flatten(output)
         batch = []
         for place, leaf in enumerate(leaves):
             values = leaf.empty()
             for row, digest in enumerate(digests):
-                values[row] = features.of_sample[digest][place]
+                values[row] = features.of_sample[digest][step][place]
             batch.append(values)
         return tree_unflatten(batch, structure)
 

@@ -1,0 +1,117 @@
+"""FrozenPrefixCache: the same adapters, without computing what is always the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
+
+from lora_lightning import (
+    Classifier,
+    FrozenPrefixCache,
+    ImageFolderDataModule,
+    LoRAFinetuning,
+    MNISTDataModule,
+    adapter_state,
+)
+from tests.conftest import same
+
+MakeTrainer = Callable[..., Trainer]
+
+
+class Counting(nn.Linear):
+    """Counts how often it is computed."""
+
+    computed = 0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.computed += 1
+        return super().forward(input)
+
+
+class Net(nn.Sequential):
+    def __init__(self) -> None:
+        layers = Counting(784, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 32), nn.Linear(32, 10)
+        super().__init__(nn.Flatten(), *layers)
+
+
+def fit(make_trainer: MakeTrainer, *callbacks: Any, **arguments: Any) -> tuple[dict[str, Any], int, Trainer]:
+    torch.manual_seed(0)
+    model = Classifier(Net())
+    data = MNISTDataModule(source="sample", digits=[3], batch_size=90, val_fraction=0.1)
+    trainer = make_trainer(LoRAFinetuning(rank=2, targets=["4", "5"]), *callbacks, max_epochs=4, **arguments)
+    trainer.fit(model, datamodule=data)
+    return {key: value.clone() for key, value in adapter_state(model).items()}, model.backbone[1].computed, trainer
+
+
+def test_adapters_are_bitwise_those_of_a_run_without_it(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, computed, plain = fit(make_trainer)
+    with caplog.at_level("INFO"):
+        found, skipped, cached = fit(make_trainer, FrozenPrefixCache())
+    assert same(found, expected)
+    assert cached.callback_metrics["val/loss"] == plain.callback_metrics["val/loss"]
+    assert skipped < computed
+    assert "Frozen prefix: the output of '2' is computed once a sample and kept, 128 bytes each." in caplog.text
+    assert "First after it comes '3', which draws random numbers." in caplog.text
+
+
+def test_from_the_second_epoch_on_nothing_is_computed_again(make_trainer: MakeTrainer) -> None:
+    data = MNISTDataModule(source="sample", digits=[3], batch_size=90, val_fraction=0.1)  # 360 pictures
+    model, counts = Classifier(Net()), []
+
+    class Epochs(FrozenPrefixCache):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            counts.append(pl_module.backbone[1].computed)
+
+    callbacks = LoRAFinetuning(rank=2, targets=["4", "5"]), Epochs()
+    make_trainer(*callbacks, max_epochs=3, limit_val_batches=0).fit(model, datamodule=data)
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_afterwards_the_model_is_as_it_was(make_trainer: MakeTrainer) -> None:
+    model = Classifier(Net())
+    hooks = len(model.backbone._forward_pre_hooks)
+    trainer = make_trainer(LoRAFinetuning(rank=2, targets=["4", "5"]), FrozenPrefixCache(), max_epochs=2)
+    trainer.fit(model, datamodule=MNISTDataModule(source="sample", digits=[3], batch_size=90))
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert len(model.backbone._forward_pre_hooks) == hooks
+
+
+def test_layers_that_were_frozen_by_hand_are_a_prefix_too(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Classifier(Net())
+    model.backbone[1].requires_grad_(False)
+    trainer = make_trainer(FrozenPrefixCache(), max_epochs=1, limit_val_batches=0)
+    with caplog.at_level("INFO"):
+        trainer.fit(model, datamodule=MNISTDataModule(source="sample", digits=[3], batch_size=90))
+    assert "Frozen prefix: the output of '2' is computed once" in caplog.text
+
+
+def test_augmented_pictures_are_refused(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+        Image.new("L", (28, 28)).save(tmp_path / "root" / name / "0.png")
+    data = ImageFolderDataModule(tmp_path / "root", augmentation=v2.RandomHorizontalFlip(), num_workers=0)
+    model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 2)), num_classes=2)
+    with pytest.raises(
+        ValueError, match=r"FrozenPrefixCache needs inputs that are the same .* ImageFolderDataModule has an aug"
+    ):
+        make_trainer(FrozenPrefixCache(), limit_val_batches=0).fit(model, datamodule=data)
+
+
+def test_a_network_whose_first_layer_trains_is_refused(make_trainer: MakeTrainer) -> None:
+    model = Classifier(Net())
+    callbacks = LoRAFinetuning(rank=2, targets="all"), FrozenPrefixCache()
+    with pytest.raises(ValueError, match=r"This Net has no frozen prefix .*: first comes '1', which trains"):
+        make_trainer(*callbacks, max_epochs=1).fit(model, datamodule=MNISTDataModule(source="sample"))
+    assert not any("forward" in vars(module) for module in model.modules())

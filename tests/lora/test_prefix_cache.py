@@ -1,0 +1,222 @@
+"""The frozen prefix: found, skipped, and never otherwise than exact."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_lightning import LoRAConfig, adapter_parameters, attach
+from lora_lightning.lora.prefix_cache import PrefixCache
+
+
+class Residual(nn.Module):
+    """Functional steps between modules, and a value that is used again later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.head = nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(x)) + 1
+        z = self.second(y).relu_() * 0.5
+        return self.head((self.third(z) + y).flatten(1))
+
+
+def vgg() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(32, 16), nn.Dropout(0.5),
+        nn.Linear(16, 16), nn.ReLU(inplace=True), nn.Linear(16, 5),
+    )  # fmt: skip
+
+
+class Counted:
+    """Counts how many samples a module computes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.samples = 0
+        self._original = module.forward
+        module.forward = self._forward  # type: ignore[method-assign]
+
+    def _forward(self, x: Tensor) -> Tensor:
+        self.samples += len(x)
+        return self._original(x)
+
+
+def train(net: nn.Module, batches: list[Tensor], *, cached: bool, epochs: int = 3, **arguments: Any) -> list[Tensor]:
+    """A loss of the outputs, and what the adapters become."""
+    torch.manual_seed(3)
+    optimizer = torch.optim.Adam(adapter_parameters(net), lr=0.01)
+    cache = PrefixCache(net, **arguments)
+    cache.active = cached
+    losses = []
+    for _ in range(epochs):
+        for batch in batches:
+            loss = net(batch).logsumexp(1).mean() + net(batch).std()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+    cache.remove()
+    return [*losses, *(parameter.detach().clone() for parameter in adapter_parameters(net))]
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], list[str], tuple[int, ...]]] = {
+    "sequence with dropout": (vgg, ["6", "8"], (3, 4, 4)),
+    "before the first adapter": (vgg, ["4"], (3, 4, 4)),
+    "head alone": (Residual, ["head"], (3, 4, 4)),
+    "inside a residual": (Residual, ["third"], (3, 4, 4)),
+    "resnet18, a block": (lambda: torchvision.models.resnet18(num_classes=5), ["layer4.1.conv2"], (3, 32, 32)),
+    "vision transformer": (
+        lambda: torchvision.models.VisionTransformer(16, 4, 3, 2, 32, 64, dropout=0.1, num_classes=5),
+        ["encoder.layers.encoder_layer_2.mlp.3", "heads.head"],
+        (3, 16, 16),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_training_is_bitwise_the_same(name: str) -> None:
+    make, targets, size = NETS[name]
+    net = make()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    attach(net, LoRAConfig(rank=2, targets=targets))
+    batches = [torch.randn(4, *size) for _ in range(2)] + [torch.randn(3, *size)]
+    expected = train(copy.deepcopy(net), batches, cached=False)
+    found = train(net, batches, cached=True, samples=11)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_a_sample_is_computed_once_in_every_size_of_batch_whatever_the_order() -> None:
+    net = vgg()
+    attach(net, LoRAConfig(rank=2, targets=["8"]))
+    samples = torch.randn(8, 3, 4, 4)
+    train(net, [samples[:4]], cached=True, epochs=1)
+    counted, cache = Counted(net[0]), PrefixCache(net)
+    cache.active = True
+    for batch in ([0, 1, 2, 3], [4, 5, 6, 7], [2, 7, 1, 4], [0, 3, 5, 6], [6, 6, 6, 6]):
+        net(samples[batch])
+        assert cache.prefix is not None
+        seen = counted.samples
+    assert [step.name for step in cache.prefix.kept] == ["4"]
+    assert cache.prefix.ended_by == "'5', which draws random numbers"
+    for batch in ([0, 1, 2, 3], [7, 6, 5, 4]):
+        net(samples[batch])
+    assert counted.samples == seen
+    net(samples[:3])
+    assert counted.samples > seen
+    assert cache.bytes_per_sample == 16 * 4
+
+
+def test_what_is_kept_is_what_the_rest_uses() -> None:
+    for target, kept in {"head": ["first", "third"], "third": ["first", "second"], "second": ["first"]}.items():
+        net = Residual()
+        attach(net, LoRAConfig(rank=2, targets=[target]))
+        cache = PrefixCache(net)
+        cache.active = True
+        net(torch.randn(2, 3, 4, 4))
+        assert [step.name for step in cache.prefix.kept] == kept
+
+
+def test_it_acts_on_training_calls_while_it_is_active_alone() -> None:
+    net = vgg()
+    attach(net, LoRAConfig(rank=2, targets=["8"]))
+    batch = torch.randn(4, 3, 4, 4)
+    cache = PrefixCache(net)
+    cache.active = True
+    net(batch)
+    counted = Counted(net[0])
+    net(batch)
+    assert counted.samples == 0
+    net.eval()
+    net(batch)
+    net.train()
+    with torch.no_grad():
+        net(batch)
+    cache.active = False
+    net(batch)
+    assert counted.samples == 12
+    cache.active = True
+    net(batch)
+    assert counted.samples == 12
+    cache.remove()
+    net(batch)
+    assert counted.samples == 16
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("targets", "why"),
+        [("all", r"first comes '0', which trains"), (["0"], r"first comes '0', which trains")],
+    )
+    def test_if_the_first_layer_trains(self, targets: Any, why: str) -> None:
+        net = vgg()
+        attach(net, LoRAConfig(rank=2, targets=targets))
+        self.refused(net, rf"This Sequential has no frozen prefix whose features could be kept: {why}")
+
+    def test_if_random_numbers_come_first(self) -> None:
+        net = nn.Sequential(nn.Dropout(0.1), nn.Conv2d(3, 3, 1), nn.Flatten(), nn.Linear(48, 5))
+        attach(net, LoRAConfig(rank=2, targets=["3"]))
+        self.refused(net, r"first comes '0', which draws random numbers")
+
+    def test_if_random_numbers_come_first_outside_of_any_module(self) -> None:
+        class Noisy(nn.Sequential):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x + torch.randn_like(x))
+
+        net = Noisy(nn.Conv2d(3, 3, 1), nn.Flatten(), nn.Linear(48, 5))
+        attach(net, LoRAConfig(rank=2, targets=["2"]))
+        self.refused(net, r"first comes what is computed before '0', which draws random numbers")
+
+    def test_if_a_norm_layer_still_learns(self) -> None:
+        net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.Flatten(), nn.Linear(48, 5))
+        net[:3].requires_grad_(False)
+        self.refused(net, r"first comes '0', which changes its buffers")
+
+    def test_if_samples_mix(self) -> None:
+        net = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten(), nn.Linear(48, 5))
+        attach(net, LoRAConfig(rank=2, targets=["2"]))
+        self.refused(net, r"What '1' returns of a sample depends on the batch that it is in")
+
+    def test_if_inputs_change(self) -> None:
+        net = vgg()
+        attach(net, LoRAConfig(rank=2, targets=["8"]))
+        cache = PrefixCache(net, samples=6)
+        cache.active = True
+        net(torch.randn(4, 3, 4, 4))
+        with pytest.raises(
+            ValueError, match="8 different inputs of a training set of 6 samples: they are not the same in every"
+        ):
+            net(torch.randn(4, 3, 4, 4))
+
+    def test_if_inputs_do_not_count_the_samples(self) -> None:
+        net = nn.Bilinear(3, 3, 2)
+        cache = PrefixCache(net)
+        cache.active = True
+        with pytest.raises(
+            ValueError, match=r"whose first dimension counts the samples; the module was called with \(4, 3\), \(3,\)"
+        ):
+            net(torch.randn(4, 3), torch.randn(3))
+
+    @staticmethod
+    def refused(net: nn.Module, message: str) -> None:
+        cache = PrefixCache(net)
+        cache.active = True
+        state, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+        with pytest.raises(ValueError, match=message):
+            net(torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+        assert all(
+            torch.equal(value, net.state_dict()[key])
+            for key, value in state.items()
+            if "running" not in key and "num_" not in key
+        )
+        assert torch.equal(random, torch.get_rng_state())
+        assert not any("forward" in vars(module) for module in net.modules())
