@@ -25,7 +25,11 @@ def explain(error: BaseException) -> str:
         if match := re.match(r'Parser key "[^"]+":', str(found)):
             key = f"{match[0]} "
         error, found = found, found.__cause__ or found.__context__
-    text = " ".join(str(found or error).split())
+    message = str(found or error)
+    if re.match(r"Caught \w+ in DataLoader worker process", message):
+        # With a traceback of the worker's, at whose end the message stands.
+        message = message.rpartition(f"\n{type(found or error).__name__}: ")[2]
+    text = " ".join(message.split())
     if text.startswith("Expected"):
         text = key + text
     text = re.sub(rf"{_UNION}.*?Errors: - (.*?) - Expected a <class 'NoneType'>.*", r"\1", text)

@@ -5,7 +5,9 @@ Every format takes 500 mutations, drawn with fixed seeds.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
 import io
 import json
 import pickle
@@ -19,11 +21,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_lightning import LoRAConfig, adapter_state, attach, fingerprint, is_adapted, load_adapter, save_adapter
 from lora_lightning.checkpoints import read_checkpoint
 from lora_lightning.data import mnist_files
+from lora_lightning.data.pictures import read_picture
+from lora_lightning.models.weights import check_name, load_strictly, read_weights
 
 MUTATIONS = 500
 Run = Callable[..., tuple[int, str]]
@@ -177,6 +183,50 @@ def test_idx_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path.write_bytes(files[path])
     assert len(messages) > MUTATIONS // 3
     assert all(message.count(message.split(":")[0]) > 1 or "labels" in message for message in messages)
+
+
+@pytest.mark.filterwarnings("ignore")  # of EXIF data that a mutation made odd
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_pictures(kind: str, tmp_path: Path) -> None:
+    """Each is read, if perhaps with other pixels, where its format has no checksum, or refused by name."""
+    noise = torch.randint(256, (24, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise.numpy()).save(file := io.BytesIO(), format=kind, exif=exif)
+    path, messages = tmp_path / "mutated.jpg", []
+    for seed in range(MUTATIONS):
+        path.write_bytes(mutated(file.getvalue(), seed))
+        try:
+            picture = read_picture(path)
+        except ValueError as error:
+            messages.append(str(error))
+        else:
+            assert picture.mode == "RGB"
+            assert 0 < picture.width * picture.height <= Image.MAX_IMAGE_PIXELS
+    assert len(messages) > MUTATIONS // 4
+    expected = (f"{path} is damaged, or no JPEG", f"{path} has more than")
+    assert all(message.startswith(expected) for message in messages)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # which a mutation made another
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_weights_of_a_backbone(suffix: str, tmp_path: Path) -> None:
+    """With the hash in their name, whatever was mutated is noticed; without it, nothing runs code."""
+    state = net().state_dict()
+    torch.save(state, tmp_path / "good.pth")
+    save_file(state, tmp_path / "good.safetensors")
+    content = (tmp_path / f"good.{suffix}").read_bytes()
+    named = tmp_path / f"net-{hashlib.sha256(content).hexdigest()[:16]}.{suffix}"
+    plain = tmp_path / f"mutated.{suffix}"
+    for seed in range(MUTATIONS):
+        data = mutated(content, seed)
+        named.write_bytes(data)
+        if data != content:
+            with pytest.raises(ValueError, match="is damaged, or not the file that its name says"):
+                check_name(named)
+        plain.write_bytes(data)
+        with contextlib.suppress(ValueError):
+            load_strictly(net(), read_weights(plain), plain)
 
 
 @pytest.mark.filterwarnings("ignore")  # of values that a mutation made odd; the outcome is what counts

@@ -220,3 +220,22 @@ class TestRefused:
         )
         assert torch.equal(random, torch.get_rng_state())
         assert not any("forward" in vars(module) for module in net.modules())
+
+
+def test_features_come_back_in_the_same_order_in_memory() -> None:
+    """On which kernels depend."""
+    strides: list[tuple[int, ...]] = []
+
+    class Seen(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            strides.append(input.stride())
+            return super().forward(input.flatten(1))
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), Seen(64, 2)).to(memory_format=torch.channels_last)
+    net[0].requires_grad_(False)
+    cache = PrefixCache(net)
+    cache.active = True
+    batch = torch.randn(3, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        net(batch)
+    assert set(strides) == {(64, 1, 16, 4)}

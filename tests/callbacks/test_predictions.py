@@ -1,0 +1,111 @@
+"""What a model takes each sample for: a line each, and a table on disk."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lora_lightning import Classifier, MNISTDataModule, Predictions, RichBoyNet
+
+MakeTrainer = Callable[..., Trainer]
+LOGITS = torch.tensor([[0.0, 3.0, 1.0], [2.0, 1.0, 0.0], [1.0, 0.0, 5.0]])
+
+
+class Data(LightningDataModule):
+    """Three samples whose logits are their values."""
+
+    predict_files = (Path("a/one.png"), Path("a/b/two.png"), Path("a/three.png"))
+    class_names = ("cat", "dog", "sea [red]eel")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(list(LOGITS), batch_size=2)
+
+
+def predicted(trainer: Trainer, model: Any = None, data: Any = None) -> list[dict[str, str]]:
+    trainer.predict(model or Classifier(nn.Identity(), num_classes=3), datamodule=data or Data())
+    with (Path(trainer.log_dir) / "predictions.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_file_gets_a_line_with_its_likeliest_classes(
+    make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = predicted(make_trainer(Predictions(top_k=2)))
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "one.png    dog 84.4 %  (sea [red]eel 11.4 %)",
+        "b/two.png  cat 66.5 %  (dog 24.5 %)",
+        "three.png  sea [red]eel 97.6 %  (cat 1.8 %)",
+    ]
+    assert [row["file"] for row in rows] == ["a/one.png", "a/b/two.png", "a/three.png"]
+    assert [row["category"] for row in rows] == ["dog", "cat", "sea [red]eel"]
+    assert [row["class"] for row in rows] == ["1", "0", "2"]
+    assert [float(row["probability"]) for row in rows] == pytest.approx(LOGITS.softmax(1).amax(1).tolist())
+    assert list(rows[0]) == ["file", "class", "category", "probability", "category_2", "probability_2"]
+    assert rows[0]["category_2"] == "sea [red]eel"
+
+
+def test_more_classes_than_there_are_is_all_of_them(make_trainer: MakeTrainer) -> None:
+    assert "probability_3" in predicted(make_trainer(Predictions(top_k=9)))[0]
+
+
+def test_without_files_and_names_there_are_numbers(make_trainer: MakeTrainer) -> None:
+    class Bare(Data):
+        predict_files = ()
+        class_names = None
+
+    rows = predicted(make_trainer(Predictions()), data=Bare())
+    assert [(row["file"], row["category"]) for row in rows] == [("0", "1"), ("1", "0"), ("2", "2")]
+
+
+def test_digits_are_predicted_too(make_trainer: MakeTrainer) -> None:
+    rows = predicted(make_trainer(Predictions()), Classifier(RichBoyNet(8, 8)), MNISTDataModule(source="sample"))
+    assert len(rows) == 1000
+    assert {row["category"] for row in rows} <= set("0123456789")
+
+
+def test_a_second_prediction_does_not_overwrite_the_first(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(Predictions(), logger=None, default_root_dir="here")
+    for _ in range(2):
+        trainer = make_trainer(Predictions())
+        trainer.logger._version = 0
+        predicted(trainer)
+    assert {path.name for path in Path(trainer.log_dir).glob("*.csv")} == {"predictions.csv", "predictions-v1.csv"}
+
+
+def test_what_was_predicted_before_an_error_is_written(make_trainer: MakeTrainer) -> None:
+    class Failing(Classifier):
+        def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if batch_idx:
+                raise RuntimeError("out of memory")
+            return super().predict_step(batch, batch_idx)
+
+    trainer = make_trainer(Predictions())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.predict(Failing(nn.Identity(), num_classes=3), datamodule=Data())
+    with (Path(trainer.log_dir) / "predictions.csv").open() as file:
+        assert [row["file"] for row in csv.DictReader(file)] == ["a/one.png", "a/b/two.png"]
+
+
+def test_other_outputs_are_named_and_not_guessed_at(make_trainer: MakeTrainer) -> None:
+    class Other(LightningModule):
+        def predict_step(self, batch: Tensor, batch_idx: int) -> str:
+            return "a cat"
+
+    with pytest.warns(
+        UserWarning, match=r"predict_step of Other returns str; expected logits of shape \(batch, classes\)"
+    ):
+        make_trainer(Predictions()).predict(Other(), datamodule=Data())
+
+
+def test_one_class_at_least() -> None:
+    with pytest.raises(ValueError, match="top_k=0: expected at least 1"):
+        Predictions(top_k=0)

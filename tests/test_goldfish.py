@@ -1,0 +1,208 @@
+"""VGG-19 and five goldfish: the configurations that come with the project, as a user runs them."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_lightning import image_backbone
+from lora_lightning.data.image_folder import SAMPLE
+
+Run = Callable[..., tuple[int, str]]
+PICTURES = sorted(path.name for path in (SAMPLE / "goldfish").iterdir())
+
+
+def predictions(folder: str) -> list[dict[str, str]]:
+    """Of the newest run in a log folder."""
+    newest = max(Path(folder).rglob("predictions*.csv"), key=lambda path: path.stat().st_mtime_ns)
+    with newest.open() as file:
+        return list(csv.DictReader(file))
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def check_that_every_picture_is_a_goldfish(folder: str) -> None:
+    rows = predictions(folder)
+    assert [Path(row["file"]).name for row in rows] == PICTURES
+    assert {(row["class"], row["category"]) for row in rows} == {("1", "goldfish")}
+
+
+def test_adapters_in_all_layers_of_vgg19(run: Run) -> None:
+    config = ("--config", "configs/goldfish_lora.yaml")
+    code, text = run("fit", *config)
+    assert code == 0, text
+    assert "The base is bitwise unchanged" in text
+    [adapter] = Path("logs/goldfish_lora").glob("version_*/adapter")
+    assert bytes_of(adapter) <= 6_000_000
+
+    code, text = run("predict", *config)
+    assert code == 0, text
+    assert all(f"{name}  " in text for name in PICTURES)
+    check_that_every_picture_is_a_goldfish("logs/goldfish_lora")
+    adapted = predictions("logs/goldfish_lora")
+
+    code, text = run("predict", *config, "--adapter", str(adapter))
+    assert code == 0, text
+    assert predictions("logs/goldfish_lora") == adapted
+
+    code, text = run("predict", *config, "--adapter", "none")
+    assert code == 0, text
+    assert "the base predicts" in text
+    of_base = predictions("logs/goldfish_lora")
+    torch.manual_seed(0)
+    net = image_backbone("vgg19").eval()
+    with torch.no_grad():
+        plain = [net(net.preprocessing(_picture(name))[None]).softmax(1)[0] for name in PICTURES]
+    for row, expected in zip(of_base, plain, strict=True):
+        assert float(row["probability"]) == pytest.approx(float(expected.max()), rel=1e-4)
+        assert int(row["class"]) == int(expected.argmax())
+
+
+def _picture(name: str) -> object:
+    from lora_lightning.data.pictures import read_picture
+
+    return read_picture(SAMPLE / "goldfish" / name)
+
+
+def test_the_bypass_around_vgg19_predicts_the_same_in_a_new_process(run: Run) -> None:
+    config = ("--config", "configs/goldfish.yaml")
+    code, text = run("fit", *config)
+    assert code == 0, text
+    assert f"Trained: {150_528 * 10 + 10 * 1_000:,} of " in text
+    assert "The base is bitwise unchanged" in text
+    code, text = run("predict", *config)
+    assert code == 0, text
+    check_that_every_picture_is_a_goldfish("logs/goldfish")
+    here = predictions("logs/goldfish")
+    words = [sys.executable, "-m", "lora_lightning", "predict", *config, "--adapter", "logs/goldfish"]
+    there = subprocess.run(words, check=False, capture_output=True, text=True, timeout=300)
+    assert there.returncode == 0, there.stderr
+    assert predictions("logs/goldfish") == here
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "efficientnet_b0",
+        "timm/mobilenetv3_small_100",
+        pytest.param("vit_b_16", marks=pytest.mark.slow),
+        pytest.param("convnext_tiny", marks=pytest.mark.slow),
+    ],
+)
+def test_any_other_backbone_by_its_name(run: Run, name: str) -> None:
+    config = ("--config", "configs/goldfish_lora.yaml", "--model.backbone.name", name)
+    code, text = run("fit", *config)
+    assert code == 0, text
+    assert "The base is bitwise unchanged" in text
+    [adapter] = Path("logs/goldfish_lora").glob("version_*/adapter")
+    assert bytes_of(adapter) <= 6_000_000
+    code, text = run("predict", *config)
+    assert code == 0, text
+    check_that_every_picture_is_a_goldfish("logs/goldfish_lora")
+
+
+class TestSmall:
+    """The same commands with a network that takes no time."""
+
+    CONFIG = ("--config", "configs/goldfish_lora.yaml", "--model.backbone.name", "timm/test_resnet")
+
+    @pytest.fixture
+    def fitted(self, run: Run) -> Path:
+        code, text = run("fit", *self.CONFIG, "--trainer.max_epochs", "1")
+        assert code == 0, text
+        return Path("logs/goldfish_lora")
+
+    def test_validate_has_nothing_to_validate_on(self, run: Run) -> None:
+        code, text = run("validate", *self.CONFIG)
+        assert code == 1
+        assert "has no folder val, and val_fraction=0.0 holds nothing out." in text
+
+    def test_test_shows_base_and_adapted(self, run: Run, fitted: Path) -> None:
+        code, text = run("test", *self.CONFIG, "--ckpt_path", str(fitted))
+        assert code == 0, text
+        assert "1 of lowest recall, of 1,000 classes; confusion.csv has all" in text
+        assert "goldfish" in text
+
+    @pytest.mark.parametrize("config", ["goldfish", "goldfish_lora"])
+    def test_both_configs_stop_after_a_batch(self, run: Run, config: str) -> None:
+        for command in ("fit", "test", "predict"):
+            words = "--model.backbone.name", "squeezenet1_1", "--trainer.fast_dev_run", "true"
+            code, text = run(command, "--config", f"configs/{config}.yaml", *words)
+            assert code == 0, text
+
+    def test_a_file_a_folder_or_a_pattern_is_predicted(self, run: Run, fitted: Path) -> None:
+        for what, expected in {
+            SAMPLE / "goldfish" / "two.jpg": ["two.jpg"],
+            SAMPLE: PICTURES,
+            SAMPLE / "*" / "*.jpg": ["close.jpg", "one.jpg", "two.jpg"],
+        }.items():
+            code, text = run("predict", *self.CONFIG, "--data.predict", str(what))
+            assert code == 0, text
+            assert [Path(row["file"]).name for row in predictions(str(fitted))] == expected
+
+    def test_without_any_run_the_base_predicts_and_that_is_said(self, run: Run) -> None:
+        code, text = run("predict", *self.CONFIG)
+        assert code == 0, text
+        assert "No checkpoint in logs/goldfish_lora: the model is used as it is configured." in text
+
+    def test_adapters_of_another_folder_are_taken(self, run: Run, fitted: Path, tmp_path: Path) -> None:
+        other = ("--trainer.logger.name", "other", "--seed_everything", "0", "--model.optimizer.lr", "0.1")
+        code, text = run("fit", *self.CONFIG, *other)
+        assert code == 0, text
+        rows = []
+        for adapter in ("logs/goldfish_lora", "logs/other", "none"):
+            code, text = run("predict", *self.CONFIG, "--adapter", adapter)
+            assert code == 0, text
+            rows.append(predictions("logs/goldfish_lora"))
+        assert rows[0] != rows[1] != rows[2] != rows[0]
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("--adapter", "logs/nowhere"), "logs/nowhere is no adapter folder, and holds none (adapter_config.json)"),
+            (("--data.predict", "*.tiff"), "*.tiff is or matches no picture"),
+            (("--model.backbone.name", "vgg20"), "torchvision has no classification network 'vgg20'. Did you mean vgg"),
+            (("--model.backbone.weights", "IMAGENET"), "weights='IMAGENET' is no file."),
+            (("--data.root", "nowhere"), "nowhere is or matches no picture"),
+            (
+                ("--data.classes", "VGG"),
+                "classes='VGG': expected a list of names, or the name of torchvision's weights",
+            ),
+            (("--model.num_classes", "3"), "the model has num_classes=3: set it, and the backbone's, to 1000"),
+        ],
+    )
+    def test_what_is_wrong_is_said_in_one_line(self, run: Run, words: tuple[str, str], message: str) -> None:
+        code, text = run("predict", *self.CONFIG, *words)
+        assert code in (1, 2)
+        assert message in " ".join(text.split())
+        assert "Traceback" not in text
+
+    def test_a_damaged_picture_ends_the_run_by_name(self, run: Run, tmp_path: Path) -> None:
+        (tmp_path / "root" / "goldfish").mkdir(parents=True)
+        content = (SAMPLE / "goldfish" / "one.jpg").read_bytes()
+        (tmp_path / "root" / "goldfish" / "half.jpg").write_bytes(content[: len(content) // 2])
+        words = ("--data.root", "root", "--data.in_memory", "false")
+        code, text = run("fit", *self.CONFIG, *words)
+        assert code == 1
+        line = next(line for line in text.splitlines() if line.startswith("lora-lightning: error:"))
+        assert line.startswith(
+            "lora-lightning: error: root/goldfish/half.jpg is damaged, or no JPEG, PNG, WEBP or BMP picture"
+        )
+
+    def test_a_network_of_torchvision_may_be_named_as_a_class(self, run: Run) -> None:
+        text = Path("configs/goldfish_lora.yaml").read_text()
+        text = text.replace("lora_lightning.image_backbone", "torchvision.models.resnet18").replace(
+            "{name: vgg19, ", "{"
+        )
+        Path("direct.yaml").write_text(text)
+        code, printed = run("fit", "--config", "direct.yaml", "--trainer.max_epochs", "1")
+        assert code == 0, printed
