@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-SAMPLE = ["--data.source", "sample", "--trainer.accelerator", "cpu"]
+from lora_lightning.data.image_folder import SAMPLE as PICTURES
+
+SAMPLE = ["--data.source", "sample"]
 
 
 def run(*words: str, devices: int = 1) -> Path:
@@ -19,7 +21,7 @@ def run(*words: str, devices: int = 1) -> Path:
     strategy = ["--trainer.strategy", "ddp", "--trainer.devices", str(devices)] if devices > 1 else []
     before = set(Path("logs").glob("*/version_*"))
     outcome = subprocess.run(
-        [sys.executable, "-m", "lora_lightning", *words, *SAMPLE, *strategy],
+        [sys.executable, "-m", "lora_lightning", *words, "--trainer.accelerator", "cpu", *strategy],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -33,7 +35,7 @@ def run(*words: str, devices: int = 1) -> Path:
 
 @pytest.mark.usefixtures("workspace")
 def test_three_devices_count_every_digit_once() -> None:
-    words = ["test", "-c", "configs/pretrain.yaml", "--data.eval_batch_size", "100"]
+    words = ["test", "-c", "configs/pretrain.yaml", *SAMPLE, "--data.eval_batch_size", "100"]
     alone, together = (json.loads((run(*words, devices=n) / "confusion.json").read_text()) for n in (1, 3))
     assert together["samples"] == 1000  # which 3 does not divide
     assert together["model"]["matrix"] == alone["model"]["matrix"]
@@ -41,10 +43,10 @@ def test_three_devices_count_every_digit_once() -> None:
 
 @pytest.mark.usefixtures("workspace")
 def test_two_devices_train_the_adapters_that_one_trains_with_batches_twice_as_large() -> None:
-    run("fit", "-c", "configs/pretrain.yaml")
+    run("fit", "-c", "configs/pretrain.yaml", *SAMPLE)
     states = []
     for devices, batch_size in ((1, 80), (2, 40)):
-        words = ["--data.batch_size", str(batch_size), "--trainer.max_steps", "10"]
+        words = [*SAMPLE, "--data.batch_size", str(batch_size), "--trainer.max_steps", "10"]
         folder = run("fit", "-c", "configs/adapt.yaml", *words, devices=devices)
         (path,) = folder.glob("checkpoints/*.ckpt")
         states.append(torch.load(path, weights_only=True)["state_dict"])
@@ -54,6 +56,26 @@ def test_two_devices_train_the_adapters_that_one_trains_with_batches_twice_as_la
     assert any(value.abs().max() > 0.01 for value in alone.values())
     for key, value in alone.items():
         torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("workspace")
+def test_two_devices_predict_every_picture_once() -> None:
+    words = [
+        "predict",
+        "-c",
+        "configs/goldfish_lora.yaml",
+        "--model.backbone.name",
+        "timm/test_resnet",
+        "--adapter",
+        "none",
+    ]
+    alone, together = ((run(*words, devices=n) / "predictions.csv").read_text() for n in (1, 2))
+    assert [line.split(",")[:3] for line in together.splitlines()] == [
+        line.split(",")[:3] for line in alone.splitlines()
+    ]
+    assert len(alone.splitlines()) == 6
+    one = run(*words, "--data.predict", str(PICTURES / "goldfish" / "two.jpg"), devices=2)
+    assert len((one / "predictions.csv").read_text().splitlines()) == 2
 
 
 SCRIPT = """
@@ -107,7 +129,7 @@ def test_counts_and_means_are_exact_also_when_a_device_has_no_batch(size: int, d
 
 @pytest.mark.usefixtures("workspace")
 def test_two_nodes_by_torchrun_train_what_two_processes_of_one_train() -> None:
-    run("fit", "-c", "configs/pretrain.yaml")
+    run("fit", "-c", "configs/pretrain.yaml", *SAMPLE)
     words = ["fit", "-c", "configs/adapt.yaml", "--trainer.max_steps", "5", "--trainer.strategy", "ddp"]
     together = run(*words, devices=2)
     nodes = [

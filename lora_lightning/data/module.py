@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 from typing_extensions import override
 
 from lora_lightning.data.resumable import ResumableLoader
@@ -66,5 +67,15 @@ class ResumableDataModule(LightningDataModule):
         if isinstance(sampler, UnrepeatedSampler) and not len(sampler):
             # Lightning would skip the whole pass on a device without a batch, and leave the others waiting for it: here
             # it gets one without samples. DataLoader has this set by its constructor alone; there, it would hide the sampler.
-            object.__setattr__(loader, "batch_sampler", [[]])
+            object.__setattr__(loader, "batch_sampler", _EmptyBatch(sampler, batch_size, drop_last=False))
         return loader
+
+
+class _EmptyBatch(BatchSampler):
+    """One batch without samples; of a class that Lightning can make again, as it does to predict."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield []
+
+    def __len__(self) -> int:
+        return 1

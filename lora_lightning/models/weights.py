@@ -52,7 +52,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged or no safetensors file ({error}). Choose another one.") from None
-    if zipfile.is_zipfile(path):  # torchvision's oldest files are not
+    with explain_damage(path):
+        in_archive = zipfile.is_zipfile(path)  # torchvision's oldest files are not
+    if in_archive:
         check_file(path)
     with explain_damage(path):
         content = torch.load(path, map_location="cpu", weights_only=True)

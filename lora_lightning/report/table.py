@@ -18,12 +18,9 @@ def report_table(report: Report, title: str | None = None) -> Table:
     model, base = report.model, report.base
     names = model.class_names
     shown = model.shown()
-    caption = (
-        None
-        if len(shown) == len(names)
-        else f"{len(shown)} of lowest recall, of {len(names):,} classes; confusion.csv has all"
+    table = Table(
+        title=title, title_justify="left", caption=_caption(model, len(shown)), caption_justify="left", show_footer=True
     )
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", show_footer=True)
     changes = [] if base is None else [b - a for a, b in zip(base.errors, model.errors, strict=True)]
     kind = "digit" if all(name.isdigit() for name in names) else "class"
 
@@ -47,6 +44,15 @@ def report_table(report: Report, title: str | None = None) -> Table:
         cells += [_transition(base, model, "recall", index), _transition(base, model, "precision", index)]
         table.add_row(*cells)
     return table
+
+
+def _caption(model: Confusion, shown: int) -> str | None:
+    classes, with_samples = len(model.class_names), sum(support > 0 for support in model.support)
+    if shown == classes:
+        return None
+    if shown == with_samples:
+        return f"the other {classes - shown:,} classes have no samples"
+    return f"{shown} of lowest recall, of {classes:,} classes; confusion.csv has all"
 
 
 def _signed(change: int) -> Text:
