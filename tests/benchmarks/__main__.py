@@ -1,6 +1,6 @@
 """Runs the benchmarks, prints their tables and writes them as JSON.
 
-LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol]
+LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol] [memory] [prefix]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich import get_console
 
-from tests.benchmarks import lora_step, networks, seed_protocol
+from tests.benchmarks import lora_step, networks, seed_protocol, vgg19
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = {
@@ -22,6 +22,8 @@ BENCHMARKS = {
     "networks": lambda: networks.run("networks"),
     "idle": lambda: networks.run("idle"),
     "seed_protocol": lambda: seed_protocol.run(Path(os.environ.get("LORA_LIGHTNING_DATA", "data")).resolve()),
+    "memory": vgg19.run_memory,
+    "prefix": vgg19.run_prefix,
 }
 
 
