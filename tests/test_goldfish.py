@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import torch
 
 from lora_lightning import image_backbone
 from lora_lightning.data.image_folder import SAMPLE
+from tests.conftest import ROOT
 
 Run = Callable[..., tuple[int, str]]
 PICTURES = sorted(path.name for path in (SAMPLE / "goldfish").iterdir())
@@ -120,6 +123,22 @@ class TestSmall:
         code, text = run("fit", *self.CONFIG, "--trainer.max_epochs", "1")
         assert code == 0, text
         return Path("logs/goldfish_lora")
+
+    def test_the_documented_commands_run_twice(self, run: Run) -> None:
+        commands = re.findall(
+            r"^lora-lightning (fit|predict) (.*goldfish.*)$", (ROOT / "README.md").read_text(), re.MULTILINE
+        )
+        assert [command for command, _ in commands] == ["fit", "predict", "predict"]
+        Path("lora_lightning").symlink_to(ROOT / "lora_lightning")
+        for _ in range(2):
+            for command, words in commands:
+                code, text = run(command, *shlex.split(words), *self.CONFIG[2:])
+                assert code == 0, text
+        assert [Path(row["file"]).name for row in predictions("logs/goldfish_lora")] == [
+            "close.jpg",
+            "one.jpg",
+            "two.jpg",
+        ]
 
     def test_validate_has_nothing_to_validate_on(self, run: Run) -> None:
         code, text = run("validate", *self.CONFIG)

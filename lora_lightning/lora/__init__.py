@@ -3,7 +3,7 @@
 To read it: `config.py` (what to adapt, and how), `update.py` (an adapter), `layers.py` (layers that add its output to their
 own), `effective.py` (weights that are read instead), `selection.py`, `attached.py` and `adapter.py` (the verbs). Then, as
 needed: `several.py`, `verify.py`, `lora_plus.py`, `bypass.py`, `fused.py`, `svd.py` and `extract.py`, `frozen.py` (norm
-layers), `peft.py` and `peft_format.py` (folders).
+layers), `frozen_prefix.py` and `prefix_cache.py`, `peft.py` and `peft_format.py` (folders).
 """
 
 from lora_lightning.lora.adapter import (

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_lightning.lora.adapter import adapted_layers, attach_beside, is_adapted
+from lora_lightning.lora.adapter import adapted_layers, attach_beside, fingerprint, is_adapted
 from lora_lightning.lora.attached import adapter_names, attachment, bare, sites
 from lora_lightning.lora.config import LoRAConfig, matches
 from lora_lightning.lora.peft_format import (
@@ -34,7 +34,9 @@ from lora_lightning.lora.several import switch_adapter
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _DIGEST, _CONFIG_DIGEST = "lora_lightning_sha256", "lora_lightning_config_sha256"
-"""Metadata of the weights: SHA-256 of the tensors and of the configuration, which the format itself has not."""
+_BASE = "lora_lightning_base_sha256"
+"""Metadata of the weights, which the format itself has not: SHA-256 of the tensors and of the configuration, and the base's
+fingerprint."""
 
 
 def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -63,6 +65,7 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     # Each file appears whole or not at all; the configuration, without which the folder is no adapter, comes last.
     text = json.dumps(description, indent=2) + "\n"
     digests = {_DIGEST: _digest(tensors), _CONFIG_DIGEST: hashlib.sha256(text.encode()).hexdigest()}
+    digests[_BASE] = fingerprint(module)
     unfinished = folder / f".{WEIGHTS_NAME}.unfinished"
     save_file(tensors, unfinished, metadata={"format": "pt", **digests})
     unfinished.replace(folder / WEIGHTS_NAME)
@@ -102,7 +105,7 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str], name: str = 
     with torch.no_grad():
         for key, value in (tensors | whole).items():
             state[key].copy_(value)
-    _warn_if_edited(folder)
+    _warn_if_not_as_written(module, folder)
     if description["peft_type"] != OWN_TYPE:
         _warn_where_peft_is_wrong(module, folder)
     return list(adapted_layers(module))
@@ -244,13 +247,20 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _warn_if_edited(folder: Path) -> None:
+def _warn_if_not_as_written(module: nn.Module, folder: Path) -> None:
     with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
-        written = (file.metadata() or {}).get(_CONFIG_DIGEST)
-    if written is not None and written != hashlib.sha256((folder / CONFIG_NAME).read_bytes()).hexdigest():
+        metadata = file.metadata() or {}
+    digest = hashlib.sha256((folder / CONFIG_NAME).read_bytes()).hexdigest()
+    if metadata.get(_CONFIG_DIGEST, digest) != digest:
         warnings.warn(
             f"{folder / CONFIG_NAME} has changed since the adapter was written: it is damaged, or was edited. What it says now "
             "is in effect.",
+            stacklevel=3,
+        )
+    if _BASE in metadata and metadata[_BASE] != (found := fingerprint(module)):
+        warnings.warn(
+            f"The adapter in {folder} was trained on another base, or on this one in another precision: the fingerprint was "
+            f"{metadata[_BASE][:12]}, that of this {type(module).__name__} is {found[:12]}. It does what it did on that base alone.",
             stacklevel=3,
         )
 

@@ -140,6 +140,14 @@ def test_adapters_that_are_attached_take_the_numbers_of_the_folder(tmp_path: Pat
     assert torch.equal(other(x), net(x))
 
 
+def test_another_base_than_the_one_trained_on_is_noticed(tmp_path: Path) -> None:
+    save_adapter(adapted(LoRAConfig(rank=2)), tmp_path)
+    with pytest.warns(
+        UserWarning, match=r"was trained on another base, or on this one in another precision: the fingerprint was"
+    ):
+        load_adapter(Net(), tmp_path)
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     net = adapted(LoRAConfig(rank=2))
     save_adapter(net, tmp_path)
