@@ -16,8 +16,8 @@ from lora_lightning.lora.prefix_cache import PrefixCache
 class FrozenPrefixCache(Callback):
     """Keeps the features that the frozen part of a network computes of each training sample before anything trains.
 
-    From the second epoch on, that part is skipped: adapters in the last layers train many times faster, and end bitwise as
-    they would have. It needs memory for the features, on the model's device; the first batch says how much. To be used
+    From the second epoch on, training skips that part: adapters in the last layers train many times faster, and end bitwise as
+    they would have. Validation computes everything, as always. It needs memory for the features, on the model's device; the first batch says how much. To be used
     beside `LoRAFinetuning`, or with layers frozen in another way.
 
     Raises:

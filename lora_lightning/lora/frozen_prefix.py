@@ -71,8 +71,14 @@ def find_prefix(module: nn.Module, call: Callable[[], Any], samples: int) -> Pre
             "into later layers alone, or do without the cache."
         )
     for step in steps:
-        step.kept = False
-        step.kept = not _is_enough(steps, call, expected)
+        if all(leaf.is_floating_point() for leaf in tree_leaves(step.output)):  # others have no NaN to show by
+            step.kept = False
+            step.kept = not _is_enough(steps, call, expected)
+    if not _gradients_are_finite(module, steps, call):
+        raise ValueError(
+            f"The backward pass of this {type(module).__name__} computes its frozen prefix again, as activation checkpointing "
+            "does: do without that, or without the cache."
+        )
     return Prefix(steps, ended_by)
 
 
@@ -213,15 +219,26 @@ class _Trace:
 
 def _is_enough(steps: list[Step], call: Callable[[], Any], expected: Any) -> bool:
     """Whether the network's output is the same with what the kept steps returned, and without what the others did."""
-
-    def answer(step: Step, forward: Forward) -> Any:
-        return copied(step.output) if step.kept else placeholders(tree_map_only(Tensor, Like.of, step.output))
-
-    with same_random_numbers(), torch.no_grad(), replaced(steps, answer):
+    with same_random_numbers(), torch.no_grad(), replaced(steps, _found_answer):
         try:
             return equal(call(), expected)
         except Exception:  # noqa: BLE001 - whatever a network raises that is given NaN
             return False
+
+
+def _gradients_are_finite(module: nn.Module, steps: list[Step], call: Callable[[], Any]) -> bool:
+    with same_random_numbers():
+        with torch.enable_grad(), replaced(steps, _found_answer):
+            outputs = [leaf for leaf in tree_leaves(call()) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if not outputs or not trained:
+            return True
+        gradients = torch.autograd.grad([output.sum() for output in outputs], trained, allow_unused=True)
+    return all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
+
+
+def _found_answer(step: Step, forward: Forward) -> Any:
+    return copied(step.output) if step.kept else placeholders(tree_map_only(Tensor, Like.of, step.output))
 
 
 def _counts(leaf: Any, samples: int) -> bool:

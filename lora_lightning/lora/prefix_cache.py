@@ -78,6 +78,7 @@ class PrefixCache:
         """Leaves the module as it was, and forgets all features."""
         for hook in self._hooks:
             hook.remove()
+        self._plan.close()  # still open if the last call was interrupted
         self._features, self._seen = {}, set()
 
     @property

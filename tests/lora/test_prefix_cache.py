@@ -11,6 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lora_lightning import LoRAConfig, adapter_parameters, attach
 from lora_lightning.lora.prefix_cache import PrefixCache
@@ -185,6 +186,35 @@ class TestRefused:
         net = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten(), nn.Linear(48, 5))
         attach(net, LoRAConfig(rank=2, targets=["2"]))
         self.refused(net, r"What '1' returns of a sample depends on the batch that it is in")
+
+    def test_if_the_backward_pass_computes_it_again(self) -> None:
+        class Checkpointed(nn.Sequential):
+            def forward(self, x: Tensor) -> Tensor:
+                return checkpoint(super().forward, self[0](x), use_reentrant=False)
+
+        net = Checkpointed(nn.Conv2d(3, 3, 1), nn.Flatten(), nn.Linear(48, 5))
+        attach(net, LoRAConfig(rank=2, targets=["2"]))
+        self.refused(
+            net, r"The backward pass of this Checkpointed computes its frozen prefix again, as activation checkpointing"
+        )
+
+    def test_not_if_a_mask_comes_out_of_it_which_is_kept(self) -> None:
+        class Positive(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x.flatten(1) > 0
+
+        class Masked(nn.Sequential):
+            def forward(self, x: Tensor) -> Tensor:
+                return self[2](x.flatten(1).masked_fill(self[1](self[0](x)), 0.0))
+
+        net = Masked(nn.Conv2d(3, 3, 1), Positive(), nn.Linear(48, 5))
+        attach(net, LoRAConfig(rank=2, targets=["2"]))
+        with torch.no_grad():
+            net[0].bias.fill_(-10)  # nothing is masked: zeros in its place would not show
+        cache = PrefixCache(net)
+        cache.active = True
+        net(torch.randn(4, 3, 4, 4))
+        assert [step.name for step in cache.prefix.kept] == ["1"]
 
     def test_if_inputs_change(self) -> None:
         net = vgg()
