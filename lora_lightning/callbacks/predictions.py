@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from rich import get_console
 from torch import Tensor
 from typing_extensions import override
@@ -38,7 +38,7 @@ class Predictions(BasePredictionWriter):
         top_k: How many classes a sample gets, the likeliest first.
 
     Raises:
-        ValueError: If `top_k` is below 1.
+        ValueError: If `top_k` is below 1; in `predict`, if there are not as many names as classes.
     """
 
     def __init__(self, top_k: int = 5) -> None:
@@ -70,6 +70,12 @@ class Predictions(BasePredictionWriter):
                 "logits of shape (batch, classes)."
             )
             return
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        if names and len(names) != prediction.shape[1]:
+            raise ValueError(
+                f"{len(names)} class names ({', '.join(names[:5])}, ...) for a model of {prediction.shape[1]} classes: the data "
+                "module has those of another model."
+            )
         top = prediction.detach().float().softmax(1).topk(min(self.top_k, prediction.shape[1]))
         self._predictions += map(_Prediction, batch_indices, top.indices.tolist(), top.values.tolist())
 
@@ -112,7 +118,7 @@ class Predictions(BasePredictionWriter):
         path = free_path(Path(log_dir) / "predictions.csv")
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, labels, self._predictions, rows)
-        rank_zero_info(f"Predictions: {path}")
+        get_console().print(f"Predictions: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _write(path: Path, labels: list[str], predictions: list[_Prediction], rows: list[list[str]]) -> None:

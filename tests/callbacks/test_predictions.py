@@ -39,7 +39,8 @@ def test_every_file_gets_a_line_with_its_likeliest_classes(
     make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = predicted(make_trainer(Predictions(top_k=2)))
-    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    *lines, where = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert where.endswith("version_0/predictions.csv")
     assert lines == [
         "one.png    dog 84.4 %  (sea [red]eel 11.4 %)",
         "b/two.png  cat 66.5 %  (dog 24.5 %)",
@@ -73,7 +74,6 @@ def test_digits_are_predicted_too(make_trainer: MakeTrainer) -> None:
 
 
 def test_a_second_prediction_does_not_overwrite_the_first(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(Predictions(), logger=None, default_root_dir="here")
     for _ in range(2):
         trainer = make_trainer(Predictions())
         trainer.logger._version = 0
@@ -104,6 +104,14 @@ def test_other_outputs_are_named_and_not_guessed_at(make_trainer: MakeTrainer) -
         UserWarning, match=r"predict_step of Other returns str; expected logits of shape \(batch, classes\)"
     ):
         make_trainer(Predictions()).predict(Other(), datamodule=Data())
+
+
+def test_names_that_do_not_fit_are_refused(make_trainer: MakeTrainer) -> None:
+    class Named(Data):
+        class_names = ("cat", "dog")
+
+    with pytest.raises(ValueError, match=r"2 class names \(cat, dog, ...\) for a model of 3 classes"):
+        predicted(make_trainer(Predictions()), data=Named())
 
 
 def test_one_class_at_least() -> None:
