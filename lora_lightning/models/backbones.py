@@ -28,9 +28,10 @@ def image_backbone(name: str, weights: str | None = None, num_classes: int | Non
 
     Args:
         name: A classification network of torchvision (`vgg19`), `timm/<name>`, or `transformers/<folder or hub name>`.
-        weights: `None` for random ones, with norm layers that have seen a batch of noise; a name of torchvision's (`IMAGENET1K_V1`, `DEFAULT`), downloaded once and compared
-            with the hash in the file's name; `pretrained` for timm and transformers; or a file, a state dict of this
-            network (`.pth` or `.safetensors`), whose name is compared with its contents if it has a hash in it.
+        weights: `None` for random ones, with norm layers that have seen a batch of noise; a name of torchvision's
+            (`IMAGENET1K_V1`, `DEFAULT`), downloaded once and compared with the hash in the file's name; `pretrained` for timm
+            and transformers; or a file, a state dict of this network (`.pth` or `.safetensors`), compared with the hash in its
+            name if there is one.
         num_classes: Size of the output. Where it is not what the weights have, the last layer is replaced by a fresh one;
             `None` keeps the layer.
 

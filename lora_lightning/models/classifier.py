@@ -24,7 +24,7 @@ class Classifier(LightningModule):
         optimizer: Makes the optimizer from the trainable parameters; Adam by default, with PyTorch's fused kernel.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer; stepped after every training step.
             `OneCycle` is told the length of the run.
-        num_classes: Size of the last dimension of the logits.
+        num_classes: Size of the last dimension of the logits; if given, it is compared with the backbone's and the data's.
 
     Example::
 
@@ -36,10 +36,10 @@ class Classifier(LightningModule):
         backbone: nn.Module,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-3, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
-        num_classes: int = 10,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
+        if num_classes is not None and num_classes < 2:
             raise ValueError(f"num_classes={num_classes}: a classifier has at least 2.")
         self.backbone = backbone
         self.optimizer = optimizer
@@ -113,7 +113,7 @@ class Classifier(LightningModule):
     def _step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs, targets = batch
         logits = self(inputs)
-        if logits.shape[1] != self.num_classes:
+        if self.num_classes not in (None, logits.shape[1]):
             raise ValueError(
                 f"The backbone gives {logits.shape[1]} logits, but num_classes={self.num_classes}: set both to the same."
             )

@@ -131,7 +131,7 @@ class TestClasses:
             small(draw(cat=1), classes=classes)
 
     def test_have_to_be_as_many_as_the_models(self, draw: Draw, make_trainer: MakeTrainer) -> None:
-        model = Classifier(nn.Linear(3, 10))
+        model = Classifier(nn.Linear(3, 10), num_classes=10)
         with pytest.raises(
             ValueError, match=r"pictures of 2 classes \(cat, dog, ...\), the model has num_classes=10: set it"
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,3 +122,16 @@ def test_one_cycle_needs_an_end(make_trainer: Callable[..., Trainer]) -> None:
 def test_a_classifier_has_two_classes_at_least() -> None:
     with pytest.raises(ValueError, match="num_classes=1: a classifier has at least 2"):
         Classifier(small(), num_classes=1)
+
+
+def test_a_backbone_of_another_number_of_classes_is_refused(make_trainer: Callable[..., Trainer]) -> None:
+    with pytest.raises(ValueError, match=r"The backbone gives 10 logits, but num_classes=3: set both to the same"):
+        make_trainer(max_epochs=1).fit(Classifier(small(), num_classes=3), datamodule=sample())
+
+
+def test_a_backbone_may_return_its_logits_as_one_field_of_several() -> None:
+    class Wrapped(nn.Module):
+        def forward(self, x: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=2 * x, hidden_states=None)
+
+    assert torch.equal(Classifier(Wrapped())(torch.ones(2, 3)), torch.full((2, 3), 2.0))
