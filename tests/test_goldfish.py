@@ -15,6 +15,7 @@ import torch
 
 from lora_lightning import image_backbone
 from lora_lightning.data.image_folder import SAMPLE
+from lora_lightning.data.pictures import read_picture
 from tests.conftest import ROOT
 
 Run = Callable[..., tuple[int, str]]
@@ -28,28 +29,29 @@ def predictions(folder: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def bytes_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
-
-
 def check_that_every_picture_is_a_goldfish(folder: str) -> None:
     rows = predictions(folder)
     assert [Path(row["file"]).name for row in rows] == PICTURES
     assert {(row["class"], row["category"]) for row in rows} == {("1", "goldfish")}
 
 
-def test_adapters_in_all_layers_of_vgg19(run: Run) -> None:
-    config = ("--config", "configs/goldfish_lora.yaml")
+def fit_and_predict(run: Run, *config: str) -> Path:
+    """Both commands, and what holds after them whatever the network; the adapter folder."""
     code, text = run("fit", *config)
     assert code == 0, text
     assert "The base is bitwise unchanged" in text
     [adapter] = Path("logs/goldfish_lora").glob("version_*/adapter")
-    assert bytes_of(adapter) <= 6_000_000
-
+    assert sum(path.stat().st_size for path in adapter.iterdir()) <= 6_000_000
     code, text = run("predict", *config)
     assert code == 0, text
     assert all(f"{name}  " in text for name in PICTURES)
     check_that_every_picture_is_a_goldfish("logs/goldfish_lora")
+    return adapter
+
+
+def test_adapters_in_all_layers_of_vgg19(run: Run) -> None:
+    config = ("--config", "configs/goldfish_lora.yaml")
+    adapter = fit_and_predict(run, *config)
     adapted = predictions("logs/goldfish_lora")
 
     code, text = run("predict", *config, "--adapter", str(adapter))
@@ -59,20 +61,14 @@ def test_adapters_in_all_layers_of_vgg19(run: Run) -> None:
     code, text = run("predict", *config, "--adapter", "none")
     assert code == 0, text
     assert "the base predicts" in text
-    of_base = predictions("logs/goldfish_lora")
     torch.manual_seed(0)
     net = image_backbone("vgg19").eval()
+    pictures = torch.stack([net.preprocessing(read_picture(SAMPLE / "goldfish" / name)) for name in PICTURES])
     with torch.no_grad():
-        plain = [net(net.preprocessing(_picture(name))[None]).softmax(1)[0] for name in PICTURES]
-    for row, expected in zip(of_base, plain, strict=True):
-        assert float(row["probability"]) == pytest.approx(float(expected.max()), rel=1e-4)
+        of_base = net(pictures).softmax(1)
+    for row, expected in zip(predictions("logs/goldfish_lora"), of_base, strict=True):
         assert int(row["class"]) == int(expected.argmax())
-
-
-def _picture(name: str) -> object:
-    from lora_lightning.data.pictures import read_picture
-
-    return read_picture(SAMPLE / "goldfish" / name)
+        assert float(row["probability"]) == pytest.approx(float(expected.max()), rel=1e-5)
 
 
 def test_the_bypass_around_vgg19_predicts_the_same_in_a_new_process(run: Run) -> None:
@@ -102,15 +98,7 @@ def test_the_bypass_around_vgg19_predicts_the_same_in_a_new_process(run: Run) ->
     ],
 )
 def test_any_other_backbone_by_its_name(run: Run, name: str) -> None:
-    config = ("--config", "configs/goldfish_lora.yaml", "--model.backbone.name", name)
-    code, text = run("fit", *config)
-    assert code == 0, text
-    assert "The base is bitwise unchanged" in text
-    [adapter] = Path("logs/goldfish_lora").glob("version_*/adapter")
-    assert bytes_of(adapter) <= 6_000_000
-    code, text = run("predict", *config)
-    assert code == 0, text
-    check_that_every_picture_is_a_goldfish("logs/goldfish_lora")
+    fit_and_predict(run, "--config", "configs/goldfish_lora.yaml", "--model.backbone.name", name)
 
 
 class TestSmall:

@@ -87,10 +87,7 @@ class ImageFolderDataModule(ResumableDataModule):
         num_workers: int = 2,
         in_memory: bool = False,
     ) -> None:
-        super().__init__()
-        for name, size in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
-            if size < 1:
-                raise ValueError(f"{name}={size!r}: expected at least 1.")
+        super().__init__(batch_size, eval_batch_size)
         if num_workers < 0:
             raise ValueError(f"num_workers={num_workers!r}: expected at least 0.")
         for name, fraction in {"val_fraction": val_fraction, "test_fraction": test_fraction}.items():
@@ -104,8 +101,6 @@ class ImageFolderDataModule(ResumableDataModule):
         self.preprocessing = _preset(preprocessing) if isinstance(preprocessing, str) else preprocessing
         self.augmentation = augmentation
         self.predict = predict
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.split_seed = split_seed
@@ -133,19 +128,19 @@ class ImageFolderDataModule(ResumableDataModule):
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         dataset = self._dataset("val")
         if len(dataset):
-            return self.eval_loader(dataset, self.eval_batch_size, **self._loading())
+            return self.eval_loader(dataset, **self._loading())
         if self.trainer is not None and self.trainer.state.fn == "validate":
             raise ValueError(f"{self.root} has no folder val, and val_fraction={self.val_fraction} holds nothing out.")
         return []
 
     @override
     def test_dataloader(self) -> DataLoader[Any]:
-        return self.eval_loader(self._dataset("test"), self.eval_batch_size, **self._loading())
+        return self.eval_loader(self._dataset("test"), **self._loading())
 
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
         dataset = PictureDataset(self.predict_files, None, self._preprocessing())
-        return self.eval_loader(dataset, self.eval_batch_size, **self._loading())
+        return self.eval_loader(dataset, **self._loading())
 
     def _set_up_parts(self) -> None:
         folders = part_folders(self.root)

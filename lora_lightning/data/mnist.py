@@ -68,7 +68,7 @@ class MNISTDataModule(ResumableDataModule):
         split_seed: int = 0,
         download: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, eval_batch_size)
         if source not in ("auto", "full", "sample"):
             raise ValueError(f"source={source!r}: expected 'auto', 'full' or 'sample'.")
         for name, value in {"digits": digits, "focus": focus, "eval_digits": eval_digits}.items():
@@ -82,9 +82,6 @@ class MNISTDataModule(ResumableDataModule):
             raise ValueError(f"focus={focus} leaves no other digit to mix in; name fewer digits.")
         if not 0 < focus_fraction < 1:
             raise ValueError(f"focus_fraction={focus_fraction!r}: expected a share above 0 and below 1.")
-        for name, size in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
-            if size < 1:
-                raise ValueError(f"{name}={size!r}: expected at least 1.")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction!r}: expected a share of at least 0 and below 1.")
         self.data_dir = Path(data_dir)
@@ -93,8 +90,6 @@ class MNISTDataModule(ResumableDataModule):
         self.focus = focus
         self.focus_fraction = focus_fraction
         self.eval_digits = eval_digits
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
         self.val_fraction = val_fraction
         self.split_seed = split_seed
         self.download = download
@@ -144,18 +139,18 @@ class MNISTDataModule(ResumableDataModule):
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         dataset = _ready(self._val)
         if len(dataset):
-            return self.eval_loader(dataset, self.eval_batch_size, **whole_batches())
+            return self.eval_loader(dataset, **whole_batches())
         if self.trainer is not None and self.trainer.state.fn == "validate":
             raise ValueError(f"val_fraction={self.val_fraction} holds nothing out to validate on; set it above 0.")
         return []
 
     @override
     def test_dataloader(self) -> DataLoader[Any]:
-        return self.eval_loader(_ready(self._test), self.eval_batch_size, **whole_batches())
+        return self.eval_loader(_ready(self._test), **whole_batches())
 
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self.eval_loader(_ready(self._test), self.eval_batch_size, **whole_batches())
+        return self.eval_loader(_ready(self._test), **whole_batches())
 
     @override
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,23 @@ from lora_lightning.data.samplers import UnrepeatedSampler
 
 
 class ResumableDataModule(LightningDataModule):
-    """Trains on an order of samples that a stopped run goes on with, and evaluates every sample once, on any number of devices."""
+    """Trains on an order of samples that a stopped run goes on with, and evaluates every sample once, on any number of devices.
 
-    def __init__(self) -> None:
+    Args:
+        batch_size: Training samples in a batch, on each device.
+        eval_batch_size: Samples in a batch of validation, test and prediction, on each device.
+
+    Raises:
+        ValueError: If one is below 1.
+    """
+
+    def __init__(self, batch_size: int, eval_batch_size: int) -> None:
         super().__init__()
+        for name, size in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+            if size < 1:
+                raise ValueError(f"{name}={size!r}: expected at least 1.")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
         # With fewer samples to test on than devices, some of these have none.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._train_loader: ResumableLoader | None = None
@@ -55,9 +68,9 @@ class ResumableDataModule(LightningDataModule):
             return {"seed": seed, "num_replicas": 1, "rank": 0}
         return {"seed": seed, "num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
 
-    def eval_loader(self, dataset: Dataset[Any], batch_size: int, **arguments: Any) -> DataLoader[Any]:
+    def eval_loader(self, dataset: Dataset[Any], **arguments: Any) -> DataLoader[Any]:
         """A loader of every sample once, in order, that leaves the run's random numbers alone."""
-        size = len(dataset)  # type: ignore[arg-type]
+        size, batch_size = len(dataset), self.eval_batch_size  # type: ignore[arg-type]
         placement = self.placement()
         sampler: Sampler[int] = SequentialSampler(dataset)  # type: ignore[arg-type]
         if placement["num_replicas"] > 1:

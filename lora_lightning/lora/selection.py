@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from lora_lightning.lora.layers import (
     LoRALinear,
     LoRATransposedLinear,
 )
-from lora_lightning.lora.update import LowRankUpdate, ParameterUpdate
+from lora_lightning.lora.update import LowRankUpdate, ParameterUpdate, dense
 
 SIDE_PATHS: dict[type[nn.Module], type[LowRankUpdate]] = {
     nn.Linear: LoRALinear,
@@ -32,6 +33,7 @@ SIDE_PATHS: dict[type[nn.Module], type[LowRankUpdate]] = {
 
 _TRANSPOSED = "transformers.pytorch_utils.Conv1D"
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_SHOWN = 20
 _SUPPORTED = (
     "nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN, their cells, "
     "and the transformers library's Conv1D"
@@ -186,6 +188,8 @@ def _complaints(candidate: Candidate, config: LoRAConfig) -> Iterator[str]:
         )
     if isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict) and candidate.side_path is None:
         yield f"Parameter {name!r} is that of a {type(layer).__name__}, which would take the adapter for one of its modules."
+    if config.init == "pissa" and not bool(dense(weight).isfinite().all()):
+        yield f"Layer {name!r} has weights that are not finite, of which PiSSA can't take singular values: {leave_out}"
     rank, limit = config.rank_of(*candidate.names), min(candidate.update_class.lora_matrix_shape(weight))
     if rank > limit:
         yield (
@@ -211,7 +215,10 @@ def _no_match(modules: dict[str, nn.Module], known: list[str], missing: list[str
     ]
     what = f"Targets {missing} match no layer" if missing else "No layer is left to adapt"
     why = f" ({'; '.join(dict.fromkeys(unsupported))})" if unsupported else ""
-    return f"{what} of a supported kind ({_SUPPORTED}){why}. Layers that can be adapted: {', '.join(known) or 'none'}."
+    close = [name for target in missing for name in difflib.get_close_matches(target, known)]
+    shown = list(dict.fromkeys(close + known))[:_SHOWN] if len(known) > _SHOWN else known
+    more = f" and {len(known) - len(shown)} more" if len(known) > len(shown) else ""
+    return f"{what} of a supported kind ({_SUPPORTED}){why}. Layers that can be adapted: {', '.join(shown) or 'none'}{more}."
 
 
 def bypass_weight(module: nn.Module, bypass: tuple[int, int]) -> Tensor:

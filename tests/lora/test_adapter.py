@@ -192,6 +192,25 @@ def test_hooks_and_references_survive(mlp: nn.Sequential) -> None:
     assert first.weight is weight
 
 
+def test_pissa_of_weights_that_are_not_finite_is_refused_and_changes_nothing(mlp: nn.Sequential) -> None:
+    with torch.no_grad():
+        mlp[3].weight[1, 2] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"Layer '3' has weights that are not finite, of which PiSSA can't take singular"
+    ):
+        attach(mlp, LoRAConfig(rank=2, init="pissa"))
+    assert not is_adapted(mlp)
+    assert all(parameter.requires_grad for parameter in mlp.parameters())
+
+
+def test_a_target_of_a_large_network_that_matches_nothing_is_answered_with_close_names() -> None:
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(200)))
+    with pytest.raises(
+        ValueError, match=r"Targets \['19o'\] match no layer .* can be adapted: 19\d?, .* and 180 more\.$"
+    ):
+        attach(net, LoRAConfig(rank=2, targets=["19o"]))
+
+
 def test_merging_a_tied_weight_is_refused_and_changes_nothing() -> None:
     net = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
     net["head"].weight = net["embed"].weight
