@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 from typing_extensions import override
 
 from lora_lightning.callbacks import AdapterCheckpointIO, LoRAFinetuning
 from lora_lightning.callbacks.lora_finetuning import holder_of_parameters
 from lora_lightning.checkpoints import load_base, newest_adapter, newest_checkpoint
 from lora_lightning.exporting import example_input, export
-from lora_lightning.lora import load_adapter, merge
+from lora_lightning.lora import fingerprint, load_adapter, merge, trained_on
 from lora_lightning.report import free_path
 
 NO_ADAPTER = "none"
@@ -66,8 +67,10 @@ class LoRATrainer(Trainer):
             rank_zero_info("Adapter: none, the base predicts.")
         else:
             folder = newest_adapter(adapter)
-            load_adapter(holder_of_parameters(model), folder)
+            adapted = holder_of_parameters(model)
+            load_adapter(adapted, folder)
             rank_zero_info(f"Adapter: {folder}")
+            _warn_of_another_base(adapted, folder)
         self.callbacks = [each for each in callbacks if each is not callback]
         try:
             return super().predict(model, dataloaders, datamodule, **arguments)
@@ -121,6 +124,15 @@ class LoRATrainer(Trainer):
             rank_zero_info(f"ONNX: {onnx}, of the model's forward; it agrees with PyTorch.")
         self.save_checkpoint(output, weights_only=True)
         rank_zero_info(f"Merged: {output}")
+
+
+def _warn_of_another_base(adapted: nn.Module, folder: Path) -> None:
+    expected, found = trained_on(folder), fingerprint(adapted)
+    if expected not in (None, found):
+        rank_zero_warn(
+            f"The adapter in {folder} was trained on another base, or on this one in another precision: its fingerprint was "
+            f"{str(expected)[:12]}, this one's is {found[:12]}. Use the configuration, seed and base_checkpoint of the training."
+        )
 
 
 def _lora_finetuning(callbacks: list[Any]) -> LoRAFinetuning | None:

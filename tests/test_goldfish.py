@@ -172,6 +172,13 @@ class TestSmall:
             rows.append(predictions("logs/goldfish_lora"))
         assert rows[0] != rows[1] != rows[2] != rows[0]
 
+    def test_adapters_of_another_base_are_noticed(self, run: Run, fitted: Path) -> None:
+        with pytest.warns(
+            UserWarning, match=r"was trained on another base, .* Use the configuration, seed and base_checkpoint"
+        ):
+            code, text = run("predict", *self.CONFIG, "--adapter", str(fitted), "--seed_everything", "1")
+        assert code == 0, text
+
     @pytest.mark.parametrize(
         ("words", "message"),
         [

@@ -24,7 +24,7 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.extract import extract
 from lora_lightning.lora.layers import LoRALinear
 from lora_lightning.lora.lora_plus import check_lr_ratio, lora_plus
-from lora_lightning.lora.peft import load_adapter, save_adapter
+from lora_lightning.lora.peft import load_adapter, save_adapter, trained_on
 from lora_lightning.lora.several import combine_adapters, switch_adapter
 from lora_lightning.lora.svd import low_rank
 from lora_lightning.lora.update import LowRankUpdate
@@ -56,6 +56,7 @@ __all__ = [
     "merged",
     "save_adapter",
     "switch_adapter",
+    "trained_on",
     "verify",
     "whole_keys",
 ]

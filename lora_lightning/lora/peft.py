@@ -105,10 +105,18 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str], name: str = 
     with torch.no_grad():
         for key, value in (tensors | whole).items():
             state[key].copy_(value)
-    _warn_if_not_as_written(module, folder)
+    _warn_if_edited(folder)
     if description["peft_type"] != OWN_TYPE:
         _warn_where_peft_is_wrong(module, folder)
     return list(adapted_layers(module))
+
+
+def trained_on(folder: str | os.PathLike[str]) -> str | None:
+    """The `fingerprint` of the base that the adapters in a folder were saved with; `None` if PEFT wrote it.
+
+    `load_adapter` does not ask for it: a base in another precision has another one.
+    """
+    return _metadata(Path(folder)).get(_BASE)
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -247,22 +255,19 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _warn_if_not_as_written(module: nn.Module, folder: Path) -> None:
-    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
-        metadata = file.metadata() or {}
+def _warn_if_edited(folder: Path) -> None:
     digest = hashlib.sha256((folder / CONFIG_NAME).read_bytes()).hexdigest()
-    if metadata.get(_CONFIG_DIGEST, digest) != digest:
+    if _metadata(folder).get(_CONFIG_DIGEST, digest) != digest:
         warnings.warn(
             f"{folder / CONFIG_NAME} has changed since the adapter was written: it is damaged, or was edited. What it says now "
             "is in effect.",
             stacklevel=3,
         )
-    if _BASE in metadata and metadata[_BASE] != (found := fingerprint(module)):
-        warnings.warn(
-            f"The adapter in {folder} was trained on another base, or on this one in another precision: the fingerprint was "
-            f"{metadata[_BASE][:12]}, that of this {type(module).__name__} is {found[:12]}. It does what it did on that base alone.",
-            stacklevel=3,
-        )
+
+
+def _metadata(folder: Path) -> dict[str, str]:
+    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def _warn_where_peft_is_wrong(module: nn.Module, folder: Path) -> None:

@@ -24,6 +24,7 @@ from lora_lightning import (
     load_adapter,
     save_adapter,
 )
+from lora_lightning.lora import trained_on
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of PEFT's dependencies, while they are imported
@@ -140,12 +141,12 @@ def test_adapters_that_are_attached_take_the_numbers_of_the_folder(tmp_path: Pat
     assert torch.equal(other(x), net(x))
 
 
-def test_another_base_than_the_one_trained_on_is_noticed(tmp_path: Path) -> None:
-    save_adapter(adapted(LoRAConfig(rank=2)), tmp_path)
-    with pytest.warns(
-        UserWarning, match=r"was trained on another base, or on this one in another precision: the fingerprint was"
-    ):
-        load_adapter(Net(), tmp_path)
+def test_a_folder_says_which_base_it_was_trained_on(tmp_path: Path) -> None:
+    net = adapted(LoRAConfig(rank=2))
+    save_adapter(net, tmp_path / "here")
+    assert trained_on(tmp_path / "here") == fingerprint(plain(net))
+    peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["head"])).save_pretrained(tmp_path / "there")
+    assert trained_on(tmp_path / "there") is None
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
