@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info
 
 from lora_lightning.data.categories import indices_of
-from lora_lightning.data.pictures import EXTENSIONS, check_picture, pictures_in
+from lora_lightning.data.pictures import EXTENSIONS, check_picture, pictures_among, pictures_in
 
 PARTS = ("train", "val", "test")
 Labelled = tuple[list[Path], list[int]]
@@ -86,9 +86,7 @@ def pictures_to_predict(where: Path) -> list[Path]:
         pictures = [where]
     else:
         pattern = str(where.relative_to(where.anchor))
-        found = sorted(path for path in Path(where.anchor).glob(pattern) if path.is_file())
-        pictures = [path for path in found if path.suffix.lower() in EXTENSIONS]
-        others = [path for path in found if path not in set(pictures)]
+        pictures, others = pictures_among(path for path in Path(where.anchor).glob(pattern) if path.is_file())
     if not pictures:
         raise FileNotFoundError(
             f"{where} is or matches no picture; expected a picture ({', '.join(EXTENSIONS)}), a folder of them, or a glob "

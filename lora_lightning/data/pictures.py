@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -45,16 +46,23 @@ def check_picture(path: Path) -> None:
 
 
 def pictures_in(folder: Path, *, below: bool = False) -> tuple[list[Path], list[Path]]:
-    """The pictures in a folder by extension, and what else lies there; hidden files count as neither.
+    """The pictures in a folder by extension, and what else lies there.
 
     Args:
         folder: Where to look.
         below: Whether to look in the folders inside too.
     """
-    files = sorted(path for path in (folder.rglob("*") if below else folder.iterdir()) if not path.name.startswith("."))
-    pictures = [path for path in files if path.is_file() and path.suffix.lower() in EXTENSIONS]
-    others = [path for path in files if path not in set(pictures) and not (below and path.is_dir())]
-    return pictures, others
+    found = folder.rglob("*") if below else folder.iterdir()
+    return pictures_among(path for path in found if not (below and path.is_dir()))
+
+
+def pictures_among(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """The pictures among these paths by extension, and the others, both sorted; hidden files count as neither."""
+    visible = sorted(path for path in paths if not path.name.startswith("."))
+    is_picture = [path.suffix.lower() in EXTENSIONS and path.is_file() for path in visible]
+    return list(compress(visible, is_picture)), [
+        path for path, is_one in zip(visible, is_picture, strict=True) if not is_one
+    ]
 
 
 @contextmanager
@@ -72,11 +80,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             "smaller, or raise PIL.Image.MAX_IMAGE_PIXELS."
         ) from None
     except Exception as error:  # noqa: BLE001 - decoders raise whatever comes of a damaged file
-        reason = (
-            "it is empty"
-            if path.stat().st_size == 0
-            else str(error).replace(f" {str(path)!r}", "") or type(error).__name__
-        )
+        reason = str(error).replace(f" {str(path)!r}", "") or type(error).__name__
+        if path.stat().st_size == 0:
+            reason = "it is empty"
         raise ValueError(
             f"{path} is damaged, or no {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} picture ({reason}). Remove it, or replace it."
         ) from None
