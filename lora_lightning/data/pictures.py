@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -58,11 +57,12 @@ def pictures_in(folder: Path, *, below: bool = False) -> tuple[list[Path], list[
 
 def pictures_among(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """The pictures among these paths by extension, and the others, both sorted; hidden files count as neither."""
-    visible = sorted(path for path in paths if not path.name.startswith("."))
-    is_picture = [path.suffix.lower() in EXTENSIONS and path.is_file() for path in visible]
-    return list(compress(visible, is_picture)), [
-        path for path, is_one in zip(visible, is_picture, strict=True) if not is_one
-    ]
+    pictures: list[Path] = []
+    others: list[Path] = []
+    for path in sorted(path for path in paths if not path.name.startswith(".")):
+        is_picture = path.suffix.lower() in EXTENSIONS and path.is_file()
+        (pictures if is_picture else others).append(path)
+    return pictures, others
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from lora_lightning import (
     MNISTDataModule,
     adapter_state,
 )
+from tests.benchmarks import vgg19
 from tests.conftest import same
 
 MakeTrainer = Callable[..., Trainer]
@@ -62,6 +63,12 @@ def test_adapters_are_bitwise_those_of_a_run_without_it(
     assert skipped < computed
     assert "Frozen prefix: the output of '2' is computed once a sample and kept, 128 bytes each." in caplog.text
     assert "First after it comes '3', which draws random numbers." in caplog.text
+
+
+def test_adapters_of_vgg19s_last_two_layers_are_bitwise_those_of_a_run_without_it() -> None:
+    (_, expected), (_, found) = vgg19.fit(cached=False), vgg19.fit(cached=True)
+    assert same(found, expected)
+    assert any(value.abs().max() > 0.001 for key, value in found.items() if key.endswith("lora_B"))
 
 
 def test_from_the_second_epoch_on_nothing_is_computed_again(make_trainer: MakeTrainer) -> None:
