@@ -11,10 +11,9 @@ from torch import nn
 from typing_extensions import override
 
 from lora_lightning.callbacks import AdapterCheckpointIO, LoRAFinetuning
-from lora_lightning.callbacks.lora_finetuning import holder_of_parameters
 from lora_lightning.checkpoints import load_base, newest_adapter, newest_checkpoint
 from lora_lightning.exporting import example_input, export
-from lora_lightning.lora import fingerprint, load_adapter, merge, trained_on
+from lora_lightning.lora import fingerprint, holder_of_parameters, load_adapter, merge, trained_on
 from lora_lightning.report import free_path
 
 NO_ADAPTER = "none"

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lora_lightning.callbacks.lora_finetuning import holder_of_parameters
+from lora_lightning.lora import holder_of_parameters
 from lora_lightning.lora.prefix_cache import PrefixCache
 
 

@@ -29,7 +29,9 @@ from lora_lightning.lora import (
     attach,
     check_lr_ratio,
     fingerprint,
+    holder_of_parameters,
     is_adapted,
+    is_fresh,
     lora_plus,
     save_adapter,
     verify,
@@ -170,6 +172,18 @@ class LoRAFinetuning(RandomState):
             verify(self.adapted, *inputs, **keywords)
 
     @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._say_if_fresh(trainer)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._say_if_fresh(trainer)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._say_if_fresh(trainer)
+
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop_listening()
 
@@ -191,6 +205,11 @@ class LoRAFinetuning(RandomState):
         rank_zero_info(
             f"The base is bitwise unchanged (SHA-256 {self.base_fingerprint[:12]}). Adapter: {self.adapter_folder}"
         )
+
+    def _say_if_fresh(self, trainer: Trainer) -> None:
+        assert self.adapted is not None
+        if trainer.state.fn != "fit" and is_fresh(self.adapted):
+            rank_zero_info("The adapters are as they began, and change nothing: ckpt_path gives them what was trained.")
 
     def _remember_call(self, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if module.training and self._call_to_verify is None:
@@ -268,14 +287,3 @@ def _own_random_numbers() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed) + _SEED_OFFSET)
         yield
-
-
-def holder_of_parameters(module: nn.Module) -> nn.Module:
-    """The part of a LightningModule to adapt: its one child that holds all parameters, else the whole.
-
-    For a `Classifier` this is the backbone, so that an adapter folder has the backbone's own layer names and serves
-    the bare backbone as well.
-    """
-    holders = [child for child in module.children() if any(True for _ in child.parameters())]
-    own = list(module.parameters(recurse=False))
-    return holders[0] if len(holders) == 1 and not own else module

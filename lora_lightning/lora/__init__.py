@@ -16,6 +16,7 @@ from lora_lightning.lora.adapter import (
     fingerprint,
     is_adapted,
     is_adapter_key,
+    is_fresh,
     merge,
     merged,
 )
@@ -25,6 +26,7 @@ from lora_lightning.lora.extract import extract
 from lora_lightning.lora.layers import LoRALinear
 from lora_lightning.lora.lora_plus import check_lr_ratio, lora_plus
 from lora_lightning.lora.peft import load_adapter, save_adapter, trained_on
+from lora_lightning.lora.selection import holder_of_parameters
 from lora_lightning.lora.several import combine_adapters, switch_adapter
 from lora_lightning.lora.svd import low_rank
 from lora_lightning.lora.update import LowRankUpdate
@@ -47,8 +49,10 @@ __all__ = [
     "disabled",
     "extract",
     "fingerprint",
+    "holder_of_parameters",
     "is_adapted",
     "is_adapter_key",
+    "is_fresh",
     "load_adapter",
     "lora_plus",
     "low_rank",

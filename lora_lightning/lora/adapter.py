@@ -200,6 +200,11 @@ def is_adapted(module: nn.Module) -> bool:
     return any(isinstance(layer, LowRankUpdate) for layer in module.modules())
 
 
+def is_fresh(module: nn.Module) -> bool:
+    """Whether there are adapters, and all of them are as they began: ΔW is zero."""
+    return is_adapted(module) and all(site.update.lora_is_fresh() for site in sites(module))
+
+
 def adapted_layers(module: nn.Module) -> dict[str, LowRankUpdate]:
     """What holds the adapters, by the dotted name of what is adapted."""
     return {site.name: site.update for site in sites(module)}

@@ -126,6 +126,17 @@ def select(module: nn.Module, config: LoRAConfig) -> list[Candidate]:
     return selected
 
 
+def holder_of_parameters(module: nn.Module) -> nn.Module:
+    """The part of a module to adapt: its one child that holds all parameters, else the whole.
+
+    For a `Classifier` this is the backbone, so that an adapter folder has the backbone's own layer names and serves
+    the bare backbone as well.
+    """
+    holders = [child for child in module.children() if any(True for _ in child.parameters())]
+    own = list(module.parameters(recurse=False))
+    return holders[0] if len(holders) == 1 and not own else module
+
+
 def read_elsewhere(module: nn.Module) -> set[tuple[str, str]]:
     """Names of children and their parameters that code of this module, or of one inside it, reads."""
     return read_in_code(type(layer) for layer in module.modules())

@@ -155,6 +155,13 @@ class LowRankUpdate(nn.Module):
             squares = matrix.square().sum(1) + self.lora_scaling * (up * crossed).sum(1)
             return squares.clamp_min(0).sqrt()
 
+    def lora_is_fresh(self) -> bool:
+        """Whether the adapter changes nothing yet: B is zero or, by PiSSA, A and B are what they were."""
+        down, up = self.get_parameter(self.lora_name_A), self.get_parameter(self.lora_name_B)
+        if "lora_B_initial" in self._buffers:
+            return torch.equal(up, self.lora_B_initial) and torch.equal(down, self.lora_A_initial)
+        return not bool(up.any())
+
     def lora_take_off(self) -> dict[str, Any]:
         """Removes the adapter and returns it, for `put_on`."""
         taken: dict[str, Any] = {}

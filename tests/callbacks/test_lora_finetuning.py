@@ -326,3 +326,19 @@ def test_a_precision_that_converts_the_base_is_no_change_of_it(make_trainer: Mak
     again.test(other, datamodule=sample(), ckpt_path=trainer.checkpoint_callback.best_model_path, verbose=False)
     for key, value in adapters(module).items():
         torch.testing.assert_close(adapters(other)[key], value.float())
+
+
+@pytest.mark.parametrize("variant", [{}, {"init": "pissa"}, {"dora": True}])
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_adapters_that_were_not_trained_are_said_to_be_the_base(
+    make_trainer: MakeTrainer, command: str, variant: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "The adapters are as they began, and change nothing: ckpt_path gives them what was trained."
+    callback, module = LoRAFinetuning(rank=2, **variant), model()
+    with caplog.at_level("INFO"):
+        getattr(make_trainer(callback), command)(module, datamodule=sample())
+        assert said in caplog.text
+        caplog.clear()
+        make_trainer(callback, max_steps=2).fit(module, datamodule=sample())
+        getattr(make_trainer(callback), command)(module, datamodule=sample())
+        assert said not in caplog.text
