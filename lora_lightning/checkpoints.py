@@ -17,6 +17,7 @@ import yaml
 from lightning.pytorch import LightningModule
 
 ADAPTER_CONFIG = "adapter_config.json"
+_OF_OTHER_COMMANDS = {"verbose", "return_predictions"}
 ADAPTER_KEY = "lora_lightning"
 """Entry of a checkpoint that holds adapters: their configuration, and the base's fingerprint and path."""
 
@@ -57,7 +58,7 @@ def newest_adapter(path: str | os.PathLike[str]) -> Path:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with which the last run in `folder` goes on: the newest one of its newest `version_N`.
+    """The checkpoint with which the last training in `folder` goes on: the newest one of its newest `version_N`.
 
     A run that was itself resumed and then stopped before it saved goes on with the checkpoint that it began with. `None` if
     the last run had none at all: there is nothing to go on with.
@@ -77,10 +78,13 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _began_with(config: Path) -> str | None:
-    """The `ckpt_path` of a run; empty if it had none, `None` if the run did not get as far as writing its configuration."""
+    """The `ckpt_path` of a training; empty if it had none, `None` if it did not get as far as writing its configuration.
+
+    `None` for other commands too: their configurations have options of their own.
+    """
     try:
         content = yaml.safe_load(config.read_text())
-        return str(content.get("ckpt_path") or "")
+        return None if content.keys() & _OF_OTHER_COMMANDS else str(content.get("ckpt_path") or "")
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
         return None
 

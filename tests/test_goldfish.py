@@ -161,6 +161,15 @@ class TestSmall:
         assert code == 0, text
         assert "No checkpoint in logs/goldfish_lora: the model is used as it is configured." in text
 
+    def test_the_last_training_predicts_whatever_was_predicted_or_tested_since(self, run: Run, fitted: Path) -> None:
+        for command, words in {"predict": ("--adapter", "none"), "test": ()}.items():
+            code, text = run(command, *self.CONFIG, *words)
+            assert code == 0, text
+        for command, words in {"predict": (), "fit": ("--ckpt_path", "last")}.items():
+            code, text = run(command, *self.CONFIG, *words)
+            assert code == 0, text
+            assert f"Checkpoint: {fitted}/version_0/checkpoints/" in text
+
     def test_adapters_of_another_folder_are_taken(self, run: Run, fitted: Path, tmp_path: Path) -> None:
         other = ("--trainer.logger.name", "other", "--seed_everything", "0", "--model.optimizer.lr", "0.1")
         code, text = run("fit", *self.CONFIG, *other)
