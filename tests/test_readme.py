@@ -30,11 +30,22 @@ def test_the_pure_pytorch_examples_run(workspace: Path, code: str) -> None:
 
 
 def test_the_lightning_example_runs(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = [block for block in blocks("python") if "Trainer" in block]
+    (code,) = [block for block in blocks("python") if "Trainer" in block and "MNIST" in block]
     assert code.count("max_epochs=1,") == code.count('base_checkpoint="logs/pretrain"') == 1
     short = code.replace("max_epochs=1,", "fast_dev_run=True, accelerator='cpu',")
     short = short.replace(', base_checkpoint="logs/pretrain"', "").replace("focus=[9]", "focus=[9], source='sample'")
     exec(compile(short, "README.md", "exec"), {})  # noqa: S102 - the README's own code
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")  # there is nothing to validate on
+def test_the_example_with_pictures_runs(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (code,) = [block for block in blocks("python") if "ImageFolderDataModule" in block]
+    with caplog.at_level("INFO"):
+        exec(
+            compile(code.replace("Trainer(", "Trainer(accelerator='cpu', log_every_n_steps=1, "), "README.md", "exec"),
+            {},
+        )  # noqa: S102
+    assert "Frozen prefix: the output of 'layer4.0'" in caplog.text
 
 
 def test_every_file_and_config_it_names_exists() -> None:
