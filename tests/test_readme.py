@@ -44,7 +44,7 @@ def test_the_example_with_pictures_runs(workspace: Path, caplog: pytest.LogCaptu
         exec(
             compile(code.replace("Trainer(", "Trainer(accelerator='cpu', log_every_n_steps=1, "), "README.md", "exec"),
             {},
-        )  # noqa: S102
+        )
     assert "Frozen prefix: the output of 'layer4.0'" in caplog.text
 
 

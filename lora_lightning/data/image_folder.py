@@ -32,6 +32,9 @@ from lora_lightning.data.samplers import ShuffledSampler
 SAMPLE = Path(__file__).parent / "sample" / "pictures"
 
 
+_USUAL = ImageClassification(crop_size=224)
+
+
 class ImageFolderDataModule(ResumableDataModule):
     """Pictures from `root/<class name>/*.{jpg,jpeg,png,webp,bmp}`, preprocessed for a backbone: (B, 3, H, W), float32.
 
@@ -116,6 +119,8 @@ class ImageFolderDataModule(ResumableDataModule):
             self._set_up_prediction()
         elif not self._datasets:
             self._set_up_parts()
+        for dataset in self._datasets.values():  # which may have been set up for another model
+            dataset.preprocess_by(self._preprocessing())
         self._compare_with_model()
 
     @override
@@ -203,7 +208,7 @@ class ImageFolderDataModule(ResumableDataModule):
         of_backbone: Transform | None = next(
             (vars(each)["preprocessing"] for each in modules if "preprocessing" in vars(each)), None
         )
-        return of_backbone or ImageClassification(crop_size=224)
+        return of_backbone or _USUAL
 
     def _loading(self) -> dict[str, Any]:
         """In memory, workers would each keep pictures of their own."""

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from lora_lightning.data.pictures import read_picture
 
 Transform = Callable[[Any], Any]
+_PRIME = 1_000_003
 
 
 class PictureDataset(Dataset[Any]):
@@ -58,6 +59,12 @@ class PictureDataset(Dataset[Any]):
         inputs = self._stack(indices) if indices else self._stack([0])[:0]
         return inputs if self.targets is None else (inputs, self.targets[torch.tensor(indices, dtype=torch.long)])
 
+    def preprocess_by(self, preprocessing: Transform) -> None:
+        """Preprocesses otherwise from now on, as another backbone wants it."""
+        if preprocessing is not self.preprocessing:
+            self.preprocessing = preprocessing
+            self._kept = {}
+
     def set_epoch(self, epoch: int) -> None:
         """Augments otherwise from now on."""
         self.epoch = epoch
@@ -82,7 +89,7 @@ class PictureDataset(Dataset[Any]):
         picture = self._remembered(index, self._decoded)
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((seed, self.epoch, index)))
+            torch.manual_seed(((seed * _PRIME + self.epoch) * _PRIME + index) % 2**63)
             augmented = self.augmentation(picture)
         return self._to_tensor(augmented, index)
 

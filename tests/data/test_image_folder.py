@@ -93,6 +93,14 @@ def test_the_preprocessing_is_that_of_the_backbone(draw: Draw, make_trainer: Mak
     make_trainer(max_epochs=1, limit_val_batches=0).fit(Classifier(backbone, num_classes=2), datamodule=data)
 
 
+def test_one_data_module_serves_two_models_in_turn(draw: Draw, make_trainer: MakeTrainer) -> None:
+    data = ImageFolderDataModule(draw(cat=2, dog=2), num_workers=0, in_memory=True)
+    for size in (8, 6, 8):
+        backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, 2))
+        vars(backbone)["preprocessing"] = v2.Compose([TO_TENSOR, v2.CenterCrop(size)])
+        make_trainer(max_epochs=1, limit_val_batches=0).fit(Classifier(backbone, num_classes=2), datamodule=data)
+
+
 class TestClasses:
     def test_of_a_named_list_of_categories(self, draw: Draw) -> None:
         data = small(draw(goldfish=1, great_white_shark=1), classes="VGG19_Weights.IMAGENET1K_V1")
