@@ -30,8 +30,6 @@ from lora_lightning.data.resumable import ResumableLoader
 from lora_lightning.data.samplers import ShuffledSampler
 
 SAMPLE = Path(__file__).parent / "sample" / "pictures"
-
-
 _USUAL = ImageClassification(crop_size=224)
 
 
