@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
@@ -43,25 +44,38 @@ class Net(nn.Sequential):
         super().__init__(nn.Flatten(), *layers)
 
 
-def fit(make_trainer: MakeTrainer, *callbacks: Any, **arguments: Any) -> tuple[dict[str, Any], int, Trainer]:
+def fit(
+    make_trainer: MakeTrainer, *callbacks: Any, ckpt_path: Path | None = None, **arguments: Any
+) -> tuple[dict[str, Any], int, Trainer]:
     torch.manual_seed(0)
     model = Classifier(Net())
     data = MNISTDataModule(source="sample", digits=[3], batch_size=90, val_fraction=0.1)
     trainer = make_trainer(LoRAFinetuning(rank=2, targets=["4", "5"]), *callbacks, max_epochs=4, **arguments)
-    trainer.fit(model, datamodule=data)
+    trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     return {key: value.clone() for key, value in adapter_state(model).items()}, model.backbone[1].computed, trainer
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16-true"},
+        {"accumulate_grad_batches": 3},
+        {"num_sanity_val_steps": 0},
+    ],
+)
 def test_adapters_are_bitwise_those_of_a_run_without_it(
-    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, arguments: dict[str, Any]
 ) -> None:
-    expected, computed, plain = fit(make_trainer)
+    expected, computed, plain = fit(make_trainer, **arguments)
     with caplog.at_level("INFO"):
-        found, skipped, cached = fit(make_trainer, FrozenPrefixCache())
+        found, skipped, cached = fit(make_trainer, FrozenPrefixCache(), **arguments)
     assert same(found, expected)
     assert cached.callback_metrics["val/loss"] == plain.callback_metrics["val/loss"]
     assert skipped < computed
-    assert "Frozen prefix: the output of '2' is computed once a sample and kept, 128 bytes each." in caplog.text
+    assert "Frozen prefix: the output of '2' is computed once a sample and kept," in caplog.text
+    assert f"{64 if 'precision' in arguments else 128} bytes each." in caplog.text
     assert "First after it comes '3', which draws random numbers." in caplog.text
 
 
@@ -69,6 +83,13 @@ def test_adapters_of_vgg19s_last_two_layers_are_bitwise_those_of_a_run_without_i
     (_, expected), (_, found) = vgg19.fit(cached=False), vgg19.fit(cached=True)
     assert same(found, expected)
     assert any(value.abs().max() > 0.001 for key, value in found.items() if key.endswith("lora_B"))
+
+
+def test_a_resumed_run_ends_with_the_same_adapters(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    files = ModelCheckpoint(tmp_path / "kept", filename="{step}", save_top_k=-1, every_n_train_steps=6)
+    expected, _, _ = fit(make_trainer, FrozenPrefixCache(), files)
+    found, _, _ = fit(make_trainer, FrozenPrefixCache(), ckpt_path=tmp_path / "kept" / "step=6.ckpt")
+    assert same(found, expected)
 
 
 def test_from_the_second_epoch_on_nothing_is_computed_again(make_trainer: MakeTrainer) -> None:
