@@ -86,9 +86,12 @@ def test_adapters_of_vgg19s_last_two_layers_are_bitwise_those_of_a_run_without_i
 
 
 def test_a_resumed_run_ends_with_the_same_adapters(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    files = ModelCheckpoint(tmp_path / "kept", filename="{step}", save_top_k=-1, every_n_train_steps=6)
-    expected, _, _ = fit(make_trainer, FrozenPrefixCache(), files)
-    found, _, _ = fit(make_trainer, FrozenPrefixCache(), ckpt_path=tmp_path / "kept" / "step=6.ckpt")
+    def files(name: str) -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / name, filename="{step}", save_top_k=-1, every_n_train_steps=6)
+
+    expected, _, _ = fit(make_trainer, FrozenPrefixCache(), files("whole"))
+    halfway = tmp_path / "whole" / "step=6.ckpt"
+    found, _, _ = fit(make_trainer, FrozenPrefixCache(), files("resumed"), ckpt_path=halfway)
     assert same(found, expected)
 
 
