@@ -25,7 +25,8 @@ class ConfusionReport(Callback):
     In `test` and `validate` one pass over the data gives a table in the terminal, confusion figures and per-class
     recall and precision in TensorBoard, and `confusion.json` and `confusion.csv` in the run's log folder. During `fit`,
     each validation logs the recall of every class as `val/recall/<class>`, or of more than 20 their mean as
-    `val/mean_recall`. Of more than 20 classes the table, the figures and the scalars have the 20 of lowest recall. Counts are exact, on any number of devices.
+    `val/mean_recall`. Of more than 20 classes the table, the figures and the scalars have the 20 of lowest recall. Counts
+    are exact, on any number of devices.
 
     The module's `test_step` and `validation_step` have to return a dictionary with `"logits"` (B, C) and `"targets"`
     (B,), as those of `Classifier` do. The base's logits come from calling the module, adapters disabled, on the first

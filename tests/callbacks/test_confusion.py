@@ -131,6 +131,22 @@ def test_any_number_of_classes_by_name(make_trainer: MakeTrainer, capsys: pytest
     assert "eel" in capsys.readouterr().out
 
 
+def test_of_many_classes_the_worst_are_logged_and_in_fit_their_mean(make_trainer: MakeTrainer) -> None:
+    model = Classifier(nn.Linear(4, 30), num_classes=30)
+    samples = TensorDataset(torch.randn(90, 4), torch.arange(90) % 30)
+    trainer = make_trainer(report := ConfusionReport(verbose=False), max_epochs=1)
+    trainer.fit(model, DataLoader(samples, batch_size=45), DataLoader(samples, batch_size=45))
+    trainer.test(model, DataLoader(samples, batch_size=45), verbose=False)
+    trainer.logger.experiment.flush()
+    tags = EventAccumulator(trainer.log_dir).Reload().Tags()["scalars"]
+    assert [tag for tag in tags if tag.startswith("val/") and "recall" in tag] == ["val/mean_recall"]
+    recall = report.report.model.recall
+    shown = {int(tag.rpartition("/")[2]) for tag in tags if tag.startswith("test/recall/")}
+    assert len(shown) == 20
+    assert max(recall[index] for index in shown) <= min(recall[index] for index in set(range(30)) - shown)
+    assert trainer.callback_metrics["test/accuracy"] == pytest.approx(sum(recall) / 30)
+
+
 def test_classes_without_names_are_numbered(make_trainer: MakeTrainer) -> None:
     report = ConfusionReport()
     make_trainer(report).test(own())
