@@ -86,7 +86,7 @@ def find_prefix(module: nn.Module, call: Callable[[], Any], samples: int) -> Pre
 def replaced(steps: list[Step], answer: Callable[[Step, Forward], Any]) -> Iterator[None]:
     """Within this context, `answer(step, forward)` is what the module of a step returns in that call of it.
 
-    It is called with no arguments but those that the module got.
+    `forward()` computes what the module would have returned.
     """
     calls: dict[nn.Module, int] = {}
     by_module: dict[nn.Module, dict[int, Step]] = {}
