@@ -62,7 +62,8 @@ class LoRAFinetuning(RandomState):
         rslora: Whether to scale by alpha / sqrt(rank).
         dora: Whether to train magnitudes too (DoRA).
         target_parameters: Parameters to adapt by name.
-        trainable: Modules trained whole beside the adapters; the new head of an `image_backbone` always is.
+        trainable: Modules trained whole beside the adapters. The new head of an `image_backbone` is added to a list; a regular
+            expression has to match it.
         bypass: Sizes of the flattened input and output of an adapter around the whole; alone with `targets=[]`.
         lr_ratio: B's learning rate over A's (LoRA+, https://arxiv.org/abs/2402.12354; about 16 there): every parameter group
             of the optimizer is split in two, and the ratio is kept under any scheduler and after resuming.

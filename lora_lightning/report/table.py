@@ -13,7 +13,8 @@ from lora_lightning.report.confusion import Confusion, Report
 def report_table(report: Report, title: str | None = None) -> Table:
     """One row a class, one for all: support, errors, recall and precision, before and after where there is a base.
 
-    Of more than 20 classes, the 20 of lowest recall come first and alone, as the caption says. The last row has the accuracy in place of the recall.
+    Of more than 20 classes, there are the 20 of lowest recall alone, as the caption says. The last row has the accuracy in
+    place of the recall.
     """
     model, base = report.model, report.base
     names = model.class_names

@@ -18,6 +18,7 @@ from torchvision.models import ResNet18_Weights
 
 from lora_lightning import Classifier, ImageFolderDataModule, LoRAFinetuning, image_backbone, is_adapted
 from lora_lightning.models import weights
+from lora_lightning.models.backbones import head_of
 from tests.conftest import same
 
 MakeTrainer = Callable[..., Trainer]
@@ -174,6 +175,19 @@ class TestHead:
         assert backbone.eval()(torch.randn(2, 3, *_size(backbone))).shape == (2, 3)
         assert image_backbone(name).new_head is None
 
+    def test_is_the_last_layer_of_every_network_of_torchvision(self) -> None:
+        for name in torchvision.models.list_models(module=torchvision.models):
+            options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+            with torch.device("meta"):
+                network = torchvision.models.get_model(name, **options)
+            outputs = {
+                key: len(layer.weight)
+                for key, layer in network.named_modules()
+                if isinstance(layer, nn.Linear | nn.Conv2d)
+            }
+            main = [key for key, size in outputs.items() if size == 1000 and not key.startswith(("aux", "AuxLogits"))]
+            assert main == [head_of(network)], name
+
     def test_is_trained_whole_beside_the_adapters(self, tmp_path: Path, make_trainer: MakeTrainer) -> None:
         model = Classifier(image_backbone("timm/test_resnet", num_classes=2), num_classes=2)
         before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
@@ -233,7 +247,8 @@ def test_random_backbones_depend_on_the_seed_alone() -> None:
 class TestTransformers:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> str:
-        transformers = pytest.importorskip("transformers")
+        import transformers
+
         config = transformers.ViTConfig(
             hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
             num_labels=4,
