@@ -16,6 +16,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from lora_lightning.models.weights import check_name, copy_of_download, load_strictly, read_weights, through_torchvision
 
+_IMAGENET_CLASSES = 1000
 _AUXILIARY = ("AuxLogits", "aux1", "aux2")
 
 
@@ -77,10 +78,10 @@ def _from_torchvision(name: str, weights: str | None, num_classes: int | None) -
     elif file is not None:
         check_name(file)
         state = read_weights(file)
-        with torch.device("meta"):
-            head = head_of(builder(**options))
-        in_file = state.get(f"{head}.weight", torch.empty(1000)).shape[0]
-        network = builder(num_classes=in_file, **options)
+        network = builder(**options)
+        head = state.get(f"{head_of(network)}.weight")
+        if head is not None and len(head) != _IMAGENET_CLASSES:
+            network = builder(num_classes=len(head), **options)
         if not any(key.startswith(_AUXILIARY) for key in state):
             _drop_auxiliary_heads(network)
         load_strictly(network, state, file)
