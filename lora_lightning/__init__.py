@@ -1,59 +1,28 @@
-"""LoRA for PyTorch Lightning: fine-tune any classifier with a few thousand parameters, and see what that changed."""
+"""LoRA for PyTorch Lightning: fine-tune any model with a few thousand parameters, and see class by class what that changed."""
 
-from lora_lightning.callbacks import ConfusionReport, FrozenPrefixCache, LoRAFinetuning, Predictions
-from lora_lightning.data import ImageFolderDataModule, MNISTDataModule
-from lora_lightning.lora import (
-    LoRAConfig,
-    adapter_names,
-    adapter_parameters,
-    adapter_state,
-    attach,
-    combine_adapters,
-    detach,
-    disabled,
-    extract,
-    fingerprint,
-    is_adapted,
-    load_adapter,
-    lora_plus,
-    low_rank,
-    merge,
-    merged,
-    save_adapter,
-    switch_adapter,
-    verify,
-)
-from lora_lightning.models import Classifier, RichBoyNet, image_backbone
+from lora_lightning import lora
+from lora_lightning.callbacks import ConfusionReport, FeatureCache, LoRAFinetuning, PredictionWriter
+from lora_lightning.data import ImageFolderDataModule, MNISTDataModule, TextDataModule
+from lora_lightning.lora import LoRAConfig
+from lora_lightning.models import Classifier, RichBoyNet, image_backbone, text_backbone
+from lora_lightning.peft_format import load_adapter, save_adapter
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Classifier",
     "ConfusionReport",
-    "FrozenPrefixCache",
+    "FeatureCache",
     "ImageFolderDataModule",
     "LoRAConfig",
     "LoRAFinetuning",
     "MNISTDataModule",
-    "Predictions",
+    "PredictionWriter",
     "RichBoyNet",
-    "adapter_names",
-    "adapter_parameters",
-    "adapter_state",
-    "attach",
-    "combine_adapters",
-    "detach",
-    "disabled",
-    "extract",
-    "fingerprint",
+    "TextDataModule",
     "image_backbone",
-    "is_adapted",
     "load_adapter",
-    "lora_plus",
-    "low_rank",
-    "merge",
-    "merged",
+    "lora",
     "save_adapter",
-    "switch_adapter",
-    "verify",
+    "text_backbone",
 ]

@@ -1,19 +1,8 @@
-"""What joins a Trainer."""
+"""Callbacks that join a Trainer."""
 
-from lora_lightning.callbacks.adapter_checkpoint import AdapterCheckpointIO
-from lora_lightning.callbacks.atomic_checkpoint import AtomicCheckpointIO
 from lora_lightning.callbacks.confusion import ConfusionReport
-from lora_lightning.callbacks.frozen_prefix import FrozenPrefixCache
+from lora_lightning.callbacks.feature_cache import FeatureCache
 from lora_lightning.callbacks.lora_finetuning import LoRAFinetuning
-from lora_lightning.callbacks.predictions import Predictions
-from lora_lightning.callbacks.random_state import RandomState
+from lora_lightning.callbacks.prediction_writer import PredictionWriter
 
-__all__ = [
-    "AdapterCheckpointIO",
-    "AtomicCheckpointIO",
-    "ConfusionReport",
-    "FrozenPrefixCache",
-    "LoRAFinetuning",
-    "Predictions",
-    "RandomState",
-]
+__all__ = ["ConfusionReport", "FeatureCache", "LoRAFinetuning", "PredictionWriter"]

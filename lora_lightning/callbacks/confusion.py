@@ -1,71 +1,111 @@
-"""`ConfusionReport`: per-class counts of a model, and of its base beside it."""
+"""Defines `ConfusionReport`, which counts a model class by class, with its base beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import isnan
-from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from rich import get_console
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torch import Tensor
 from typing_extensions import override
 
-from lora_lightning.lora import disabled, is_adapted
+from lora_lightning.callbacks.recorded_calls import Call, RecordedCalls
+from lora_lightning.lora import adapter_parameters, disabled, is_adapted, some_of
 from lora_lightning.report import SHOWN_CLASSES, Confusion, Report, confusion_figures, report_table, write_report
+from lora_lightning.report.counts import Counts, sum_over_devices
+from lora_lightning.report.found import align, counted, described, find_targets
+from lora_lightning.report.loggers import log_figure
+
+_MOST_CLASSES = 4096
 
 
 class ConfusionReport(Callback):
     """Counts, class by class, what a model takes for what; with adapters attached, its base beside it.
 
     In `test` and `validate` one pass over the data gives a table in the terminal, confusion figures and per-class
-    recall and precision in TensorBoard, and `confusion.json` and `confusion.csv` in the run's log folder. During `fit`,
+    recall and precision in the loggers, and `confusion.json` and `confusion.csv` in the run's log folder. During `fit`,
     each validation logs the recall of every class as `val/recall/<class>`, or of more than 20 their mean as
     `val/mean_recall`. Of more than 20 classes the table, the figures and the scalars have the 20 of lowest recall. Counts
-    are exact, on any number of devices.
+    are exact, on any number of devices. Each of several loaders has a report of its own.
 
-    The module's `test_step` and `validation_step` have to return a dictionary with `"logits"` (B, C) and `"targets"`
-    (B,), as those of `Classifier` do. The base's logits come from calling the module, adapters disabled, on the first
-    element of the batch.
+    It asks nothing of the module. The logits are what the module's `forward` returned in the step, or else one of its
+    children: a tensor, or an object, mapping or tuple that holds them. The base's logits come from the same call with adapters
+    disabled; the step runs once. The targets come from the batch: the second element, or what has the key `labels`, `label`,
+    `targets`, `target`, `y` or `mask`. Logits of shape (B, C, ...), for example of pixels, count one by one. One
+    logit a sample stands for two classes. A warning says what could not be found.
 
     Args:
-        class_names: Names of the C classes; by default the data module's `class_names`, or else their numbers.
+        class_names: Names of the C classes; by default the data module's `class_names`, the data set's `classes`, or their numbers.
+        verbose: Whether to print the table.
+        target_key: Key or position of the targets in a batch, if it is another one.
+        ignore_index: Target that does not count, besides -100. By default the module's hyper-parameter of this name, if it has one.
 
     Attributes:
-        report: The latest `Report` of `test` or `validate`, on every device; `None` before.
+        reports: The latest `Report` of `test` or `validate` of each loader, on every device.
+        report: The first of them; `None` before.
     """
 
-    def __init__(self, class_names: list[str] | None = None, verbose: bool = True) -> None:
+    def __init__(
+        self,
+        class_names: list[str] | None = None,
+        verbose: bool = True,
+        target_key: str | int | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
         self.class_names = class_names
         self.verbose = verbose
-        self.report: Report | None = None
-        self._model_counts: MulticlassConfusionMatrix | None = None
-        self._base_counts: MulticlassConfusionMatrix | None = None
+        self.target_key = target_key
+        self.ignore_index = ignore_index
+        self.reports: list[Report] = []
+        self._counts: dict[tuple[int, bool], Counts] = {}
+        """Holds the counts by number of the loader, and whether it is the base that is counted."""
+        self._recorded: RecordedCalls | None = None
+        self._warned: set[str] = set()
+
+    @property
+    def report(self) -> Report | None:
+        """Return the latest report, of the first loader."""
+        return self.reports[0] if self.reports else None
 
     @override
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._model_counts = self._base_counts = None
+        self._counts = {}
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._model_counts = self._base_counts = None
+        self._counts = {}
+
+    @override
+    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        self._record(pl_module)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        self._record(pl_module)
 
     @override
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        self._count(trainer, pl_module, outputs, batch)
+        self._count(trainer, pl_module, batch, dataloader_idx)
 
     @override
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        if not trainer.sanity_checking:
-            self._count(trainer, pl_module, outputs, batch)
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        self.on_test_batch_end(trainer, pl_module, *args, **kwargs)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop_recording()
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,68 +113,137 @@ class ConfusionReport(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         if trainer.state.fn == "validate":
             self._finish(trainer, "val", trainer.val_dataloaders)
-        elif self._model_counts is not None:
-            confusion = self._confusion(trainer, self._model_counts)
-            recalls = zip(confusion.class_names, confusion.recall, strict=True)
-            known = {f"val/recall/{name}": recall for name, recall in recalls if not isnan(recall)}
+            return
+        for report in self._gathered(trainer, "val", trainer.val_dataloaders):
+            recalls = zip(report.model.class_names, report.model.recall, strict=True)
+            known = {f"recall/{name}": recall for name, recall in recalls if not isnan(recall)}
             if len(known) > SHOWN_CLASSES:
-                known = {"val/mean_recall": sum(known.values()) / len(known)}
-            pl_module.log_dict(known, sync_dist=True)
+                known = {"mean_recall": sum(known.values()) / len(known)}
+            pl_module.log_dict({f"val/{name}{report.suffix}": value for name, value in known.items()}, sync_dist=True)
 
-    def _count(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
-        if not isinstance(outputs, dict) or "logits" not in outputs or "targets" not in outputs:
-            found = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
-            raise ValueError(
-                f"ConfusionReport got {found} from {type(pl_module).__name__}'s step; expected a dictionary with "
-                "'logits' of shape (batch, classes) and 'targets' of shape (batch,). Return them from test_step and "
-                "validation_step."
+    def _record(self, pl_module: LightningModule) -> None:
+        self._stop_recording()
+        self._recorded = RecordedCalls(pl_module)
+
+    def _stop_recording(self) -> list[Call]:
+        recorded, self._recorded = self._recorded, None
+        return recorded.stop() if recorded else []
+
+    def _count(self, trainer: Trainer, pl_module: LightningModule, batch: Any, loader: int) -> None:
+        calls = self._stop_recording()
+        if (found := self._find(pl_module, calls, batch)) is None:
+            return
+        call, logits, targets, samples = found
+        ignored = self.ignore_index
+        if ignored is None and isinstance(named := pl_module.hparams.get("ignore_index"), int):
+            ignored = named
+        num_classes = logits.shape[1] if logits.dim() > 1 else 2
+        valid, strange = counted(targets, num_classes, ignored)
+        if len(strange):
+            numbers = some_of(map(str, sorted(set(strange.tolist()))))
+            self._warn(
+                f"ConfusionReport leaves out targets outside 0..{num_classes - 1}: {numbers}. If they mean that a sample does not "
+                "count, give ignore_index."
             )
-        logits, targets = outputs["logits"], outputs["targets"]
-        if self._model_counts is None:
-            self._model_counts = _counter(logits.shape[1], logits.device)
-        self._model_counts.update(logits.argmax(1), targets)
+        if trainer.sanity_checking:
+            return
+        self._update(trainer, loader, False, logits[valid], targets[valid], samples)
         if trainer.state.fn == "fit" or not is_adapted(pl_module):
             return
-        if not isinstance(batch, tuple | list):
-            raise ValueError(
-                f"ConfusionReport compares with the base by calling the module on a batch's first element, but the "
-                f"batch is a {type(batch).__name__}; expected a tuple of inputs and targets."
+        if call.module is not pl_module and not _holds_all_adapters(call, calls, pl_module):
+            self._warn(
+                f"ConfusionReport can't count the base beside the adapted model: the step of {type(pl_module).__name__} calls several "
+                "of its modules, and what one gets depends on the adapters of another. Call them in forward, and self(...) in the step."
             )
-        if self._base_counts is None:
-            self._base_counts = _counter(logits.shape[1], logits.device)
-        with disabled(pl_module):
-            self._base_counts.update(pl_module(batch[0]).argmax(1), targets)
+            return
+        with disabled(pl_module), trainer.precision_plugin.forward_context():
+            base = align(call.module(*call.args, **call.kwargs), find_targets(batch, self.target_key))
+        assert base is not None
+        self._update(trainer, loader, True, base[0][valid], targets[valid], samples)
+
+    def _find(
+        self, pl_module: LightningModule, calls: list[Call], batch: Any
+    ) -> tuple[Call, Tensor, Tensor, int] | None:
+        """Return the call that gave the logits, the logits, the targets and the number of samples; warn if there are none."""
+        targets = find_targets(batch, self.target_key)
+        if targets is None:
+            what = f" under {self.target_key!r}" if self.target_key is not None else ""
+            self._warn(
+                f"ConfusionReport counts nothing: it found no targets{what} in the batch, which is {described(batch)}. Give it "
+                "target_key, the key or position of the targets."
+            )
+            return None
+        own = [call for call in calls if call.module is pl_module]
+        for call in own or reversed(calls):
+            if (found := align(call.output, targets)) is None:
+                continue
+            logits, classes = found
+            if logits.dim() > 1 and logits.shape[1] > _MOST_CLASSES:
+                self._warn(
+                    f"ConfusionReport counts nothing: {logits.shape[1]:,} classes are more than {_MOST_CLASSES:,}."
+                )
+                return None
+            return call, logits.detach(), classes, len(targets)
+        returned = ", ".join(described(call.output) for call in own or calls) or "nothing, as it was not called"
+        self._warn(
+            f"ConfusionReport counts nothing: it found no logits of classes. The targets are {described(targets)} of "
+            f"{targets.dtype}; {'forward' if own or not calls else 'what the step called'} of {type(pl_module).__name__} returned "
+            f"{returned}. Expected logits of shape (batch, classes, ...) from forward."
+        )
+        return None
+
+    def _update(
+        self, trainer: Trainer, loader: int, is_base: bool, logits: Tensor, targets: Tensor, samples: int
+    ) -> None:
+        key = loader, is_base
+        if key not in self._counts:
+            outputs = logits.shape[1] if logits.dim() > 1 else 1
+            self._counts[key] = Counts(outputs, logits.device, _data_parallel_group(trainer))
+        self._counts[key].update(logits, targets)
+        self._counts[key].samples += samples
 
     def _finish(self, trainer: Trainer, stage: str, loaders: Any) -> None:
-        if self._model_counts is None:
-            return
-        model = self._confusion(trainer, self._model_counts)
-        base = None if self._base_counts is None else self._confusion(trainer, self._base_counts)
-        self.report = Report(stage, model, base)
-        _warn_of_repeated_samples(trainer, model.total, loaders)
+        self.reports = self._gathered(trainer, stage, loaders)
         log_dir = trainer.log_dir if trainer.loggers else None  # every device is asked for it
         if not trainer.is_global_zero:
             return
-        if self.verbose:
-            get_console().print(report_table(self.report))
-        for logger in trainer.loggers:
-            logger.log_metrics(_per_class_metrics(self.report), trainer.global_step)
-            if isinstance(logger, TensorBoardLogger):
-                for name, figure in confusion_figures(self.report).items():
-                    logger.experiment.add_figure(f"{stage}/confusion/{name}", figure, trainer.global_step)
-        fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined] # Trainer sets it from elsewhere
-        if log_dir is not None and not fast_dev_run:
-            write_report(self.report, Path(log_dir))
+        for report in self.reports:
+            if self.verbose:
+                get_console().print(report_table(report, report.suffix.strip("/") or None))
+            for logger in trainer.loggers:
+                logger.log_metrics(_per_class_metrics(report), trainer.global_step)
+                for name, figure in confusion_figures(report).items():
+                    log_figure(logger, f"{stage}/confusion/{name}{report.suffix}", figure, trainer.global_step)
+            fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+            if log_dir is not None and not fast_dev_run:
+                write_report(report, log_dir)
 
-    def _confusion(self, trainer: Trainer, counts: MulticlassConfusionMatrix) -> Confusion:
-        """Of all devices: every one of them has to come here."""
-        matrix = counts.compute().cpu()
-        names: Iterable[str] | None = self.class_names
-        if names is None:
-            names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
-        names = tuple(str(index) for index in range(len(matrix))) if names is None else tuple(names)
+    def _gathered(self, trainer: Trainer, stage: str, loaders: Any) -> list[Report]:
+        """Return the reports of all devices together. Every device has to call it, also one that had no samples."""
+        found = sum_over_devices(self._counts, trainer.strategy.root_device, _data_parallel_group(trainer))
+        numbers = sorted({loader for loader, _ in found})
+        each_loader = loaders if isinstance(loaders, list | tuple) else [loaders]
+        reports = []
+        for number in numbers:
+            dataset = getattr(each_loader[number] if number < len(each_loader) else None, "dataset", None)
+            matrix, samples = found[number, False]
+            model = self._named(trainer, matrix, dataset)
+            base, _ = found.get((number, True), (None, 0))
+            before = None if base is None else Confusion(base, model.class_names)
+            reports.append(Report(stage, model, before, loader=number if len(numbers) > 1 else None))
+            _warn_of_repeated_samples(trainer, samples, dataset)
+        return reports
+
+    def _named(self, trainer: Trainer, matrix: Tensor, dataset: Any) -> Confusion:
+        given = self.class_names or getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        if given is None:
+            found = getattr(dataset, "classes", None)
+            given = found if isinstance(found, list | tuple) and len(found) == len(matrix) else range(len(matrix))
+        names = tuple(str(name) for name in given)
         if len(names) != len(matrix):
             raise ValueError(
                 f"{len(names)} class names ({', '.join(names[:5])}, ...) for a model of {len(matrix)} classes. Give "
@@ -142,31 +251,45 @@ class ConfusionReport(Callback):
             )
         return Confusion(matrix, names)
 
+    def _warn(self, message: str) -> None:
+        start = message.partition(":")[0]
+        if start not in self._warned:
+            self._warned.add(start)
+            rank_zero_warn(message)
 
-def _counter(num_classes: int, device: torch.device) -> MulticlassConfusionMatrix:
-    """On the model's device, where a callback's metric would not be moved by itself."""
-    return MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
+
+def _holds_all_adapters(call: Call, calls: list[Call], pl_module: LightningModule) -> bool:
+    """Return whether nothing that the call was given can depend on adapters."""
+    inside = {id(parameter) for parameter in call.module.parameters()}
+    first = next(each for each in calls if each.module is call.module) is call
+    return first and all(id(parameter) in inside for parameter in adapter_parameters(pl_module))
+
+
+def _data_parallel_group(trainer: Trainer) -> Any:
+    """Return the processes that have different samples: with tensor parallelism several have the same."""
+    mesh = getattr(trainer.strategy, "_device_mesh", None)
+    return None if mesh is None else mesh["data_parallel"].get_group()
 
 
 def _per_class_metrics(report: Report) -> dict[str, float]:
-    """`test/recall/9`, `test/precision/9` and, for the base, `test/base_recall/9`, ..., of the classes that are shown."""
-    confusions = {"": report.model} if report.base is None else {"": report.model, "base_": report.base}
-    return {
-        f"{report.stage}/{prefix}{ratio}/{confusion.class_names[index]}": getattr(confusion, ratio)[index]
-        for prefix, confusion in confusions.items()
-        for ratio in ("recall", "precision")
-        for index in report.model.shown()
-        if not isnan(getattr(confusion, ratio)[index])
-    }
+    """Return `test/recall/9`, `test/precision/9` and, for the base, `test/base_recall/9`, ..., of the classes shown."""
+    found = {}
+    for prefix, confusion in {"": report.model, "base_": report.base}.items():
+        for ratio in ("recall", "precision") if confusion else ():
+            for index in report.model.shown():
+                name, value = report.model.class_names[index], getattr(confusion, ratio)[index]
+                if not isnan(value):
+                    found[f"{report.stage}/{prefix}{ratio}/{name}{report.suffix}"] = value
+    return found
 
 
-def _warn_of_repeated_samples(trainer: Trainer, total: int, loaders: Any) -> None:
-    """On several devices Lightning's default sampler repeats samples to give each device as many."""
+def _warn_of_repeated_samples(trainer: Trainer, samples: int, dataset: Any) -> None:
+    """Warn if samples were repeated, as Lightning's default sampler does to give each device as many."""
     if trainer.world_size == 1 or trainer.limit_test_batches != 1.0 or trainer.limit_val_batches != 1.0:
         return
-    size = len(getattr(loaders, "dataset", []))
-    if size and total != size:
+    size = len(dataset) if hasattr(dataset, "__len__") else 0
+    if size and samples != size:
         rank_zero_warn(
-            f"The confusion matrix counts {total:,} samples of a data set of {size:,}: the sampler repeats or leaves "
+            f"The confusion matrix counts {samples:,} samples of a data set of {size:,}: the sampler repeats or leaves "
             "out some. Use lightning.pytorch.overrides.distributed.UnrepeatedDistributedSampler for exact counts."
         )

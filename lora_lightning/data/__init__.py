@@ -3,13 +3,16 @@
 from lora_lightning.data.image_folder import ImageFolderDataModule
 from lora_lightning.data.in_memory import InMemoryDataset, stratified_split
 from lora_lightning.data.mnist import MNISTDataModule
-from lora_lightning.data.samplers import ReplaySampler, ShuffledSampler
+from lora_lightning.data.samplers import LengthGroupedSampler, ReplaySampler, ShuffledSampler
+from lora_lightning.data.text import TextDataModule
 
 __all__ = [
     "ImageFolderDataModule",
     "InMemoryDataset",
+    "LengthGroupedSampler",
     "MNISTDataModule",
     "ReplaySampler",
     "ShuffledSampler",
+    "TextDataModule",
     "stratified_split",
 ]

@@ -9,7 +9,7 @@ from torchvision.models import get_weight
 
 
 def categories_of(classes: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of all classes, in the order of their indices.
+    """Return the names of all classes, in the order of their indices.
 
     Args:
         classes: The names, or the name of torchvision's weights that were trained on them
@@ -34,7 +34,7 @@ def categories_of(classes: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def indices_of(folders: Sequence[str], categories: Sequence[str], where: str) -> list[int]:
-    """The class indices that folders of these names stand for; underscores stand for spaces.
+    """Return the class indices that folders of these names stand for; underscores stand for spaces.
 
     Args:
         folders: Their names.

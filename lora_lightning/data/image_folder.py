@@ -1,4 +1,4 @@
-"""`ImageFolderDataModule`: pictures in folders, one a class."""
+"""`ImageFolderDataModule`: images in folders, one a class."""
 
 from __future__ import annotations
 
@@ -16,60 +16,60 @@ from typing_extensions import override
 
 from lora_lightning.data.categories import categories_of
 from lora_lightning.data.folders import (
-    PARTS,
+    SPLITS,
     Labelled,
     class_folders,
-    labelled_pictures,
-    part_folders,
-    pictures_to_predict,
+    images_to_predict,
+    labelled_images,
+    split_folders,
 )
-from lora_lightning.data.in_memory import stratified_split, whole_batches
+from lora_lightning.data.image_dataset import ImageDataset, Transform
+from lora_lightning.data.in_memory import full_batches, stratified_split
 from lora_lightning.data.module import ResumableDataModule
-from lora_lightning.data.picture_dataset import PictureDataset, Transform
-from lora_lightning.data.resumable import ResumableLoader
 from lora_lightning.data.samplers import ShuffledSampler
+from lora_lightning.resume.loader import ResumableLoader
 
-SAMPLE = Path(__file__).parent / "sample" / "pictures"
+SAMPLE = Path(__file__).parent / "sample" / "images"
 _USUAL = ImageClassification(crop_size=224)
 
 
 class ImageFolderDataModule(ResumableDataModule):
-    """Pictures from `root/<class name>/*.{jpg,jpeg,png,webp,bmp}`, preprocessed for a backbone: (B, 3, H, W), float32.
+    """Images from `root/<class name>/*.{jpg,jpeg,png,webp,bmp}`, preprocessed for a backbone: (B, 3, H, W), float32.
 
     If `root` holds `train/`, and perhaps `val/` and `test/`, with the class folders in them, those are taken; what is missing is
-    split off the training pictures. Pictures may be greyscale, have a palette, transparency (laid on white), 16 bits or an
+    split off the training images. Images may be greyscale, have a palette, transparency (laid on white), 16 bits or an
     orientation in their EXIF data; damaged, empty or huge ones are refused by name.
 
     Args:
-        root: The folder; `sample` for the pictures that come with the package, if there is no folder of that name.
+        root: The folder; `sample` for the images that come with the package, if there is no folder of that name.
         classes: The names of all classes in the order of their indices, or the name of torchvision's weights that were
             trained on them (`VGG19_Weights.IMAGENET1K_V1`: a folder `goldfish` is class 1 of ImageNet's 1,000). By
             default the training folders' names, sorted. Underscores in a folder's name may stand for spaces.
-        preprocessing: From a picture to a tensor: the name of torchvision's weights (`VGG19_Weights.IMAGENET1K_V1`), or
+        preprocessing: From an image to a tensor: the name of torchvision's weights (`VGG19_Weights.IMAGENET1K_V1`), or
             any transform. By default that of the model's backbone, if `image_backbone` made it, or else ImageNet's
-            usual one (256 pixels on the shorter side, the central 224 x 224, normalised).
-        augmentation: A transform of torchvision.transforms.v2 that training pictures go through before that.
-        predict: What to predict: a picture, a folder (with all below it), or a glob pattern. By default all pictures of `root`.
+            usual one (256 pixels on the shorter side, the central 224 x 224, normalized).
+        augmentation: A transform of torchvision.transforms.v2 that training images go through before that.
+        predict: What to predict: an image, a folder (with all below it), or a glob pattern. By default all images of `root`.
         batch_size: Training samples in a batch, on each device.
         eval_batch_size: Samples in a batch of validation, test and prediction, on each device.
-        val_fraction: Part of the training pictures that is held out for validation, the same share of every class.
-        test_fraction: The same for the test. If it is 0 and there is no folder `test`, the test is on the pictures that
-            were trained on, and says so.
+        val_fraction: Part of the training images that is held out for validation, the same share of every class.
+        test_fraction: The same for the test. If it is 0 and there is no folder `test`, the test is on the images that validate, or
+            else on those that were trained on, and says so.
         split_seed: Determines which are held out. It is not the seed of a run.
-        num_workers: Processes that decode pictures.
-        in_memory: Decode every picture once, in the main process, and keep it: 0.6 MB each at 224 x 224.
+        num_workers: Processes that decode images.
+        in_memory: Decode every image once, in the main process, and keep it: 0.6 MB each at 224 x 224.
 
     Attributes:
         class_names: The names of all classes, once set up.
-        predict_files: The pictures to predict, once set up for that.
+        predict_files: The images to predict, once set up for that.
 
     Raises:
-        ValueError: If a value is out of its range; in `setup`, if a folder is of no class or empty, or a file is no picture.
-        FileNotFoundError: In `setup`, if there is no such folder or picture.
+        ValueError: If a value is out of its range; in `setup`, if a folder is of no class or empty, or a file is not an image.
+        FileNotFoundError: In `setup`, if there is no such folder or image.
 
     Example::
 
-        data = ImageFolderDataModule("pictures", classes="VGG19_Weights.IMAGENET1K_V1", batch_size=5)
+        data = ImageFolderDataModule("images", classes="VGG19_Weights.IMAGENET1K_V1", batch_size=5)
         trainer.fit(Classifier(image_backbone("vgg19", "IMAGENET1K_V1"), num_classes=1000), datamodule=data)
     """
 
@@ -109,7 +109,7 @@ class ImageFolderDataModule(ResumableDataModule):
         self.in_memory = in_memory
         self.class_names = None if classes is None else categories_of(classes)
         self.predict_files: list[Path] = []
-        self._datasets: dict[str, PictureDataset] = {}
+        self._datasets: dict[str, ImageDataset] = {}
 
     @override
     def setup(self, stage: str) -> None:
@@ -142,11 +142,11 @@ class ImageFolderDataModule(ResumableDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
-        dataset = PictureDataset(self.predict_files, None, self._preprocessing())
+        dataset = ImageDataset(self.predict_files, None, self._preprocessing())
         return self.eval_loader(dataset, **self._loading())
 
     def _set_up_parts(self) -> None:
-        folders = part_folders(self.root)
+        folders = split_folders(self.root)
         if self.class_names is None:
             names = [folder.name for folder in class_folders(folders["train"])]
             if len(names) < 2:
@@ -155,25 +155,25 @@ class ImageFolderDataModule(ResumableDataModule):
                     "of its classes with classes, for example VGG19_Weights.IMAGENET1K_V1."
                 )
             self.class_names = tuple(names)
-        labelled = {part: labelled_pictures(folder, self.class_names) for part, folder in folders.items()}
+        labelled = {split: labelled_images(folder, self.class_names) for split, folder in folders.items()}
         of_all = len(labelled["train"][0])
-        for part, fraction in {"test": self.test_fraction, "val": self.val_fraction}.items():
-            if part not in folders:
-                labelled["train"], labelled[part] = self._split(labelled["train"], round(fraction * of_all))
-        tested_on_training = not labelled["test"][0]
-        if tested_on_training:
-            labelled["test"] = labelled["train"]
-        for part, (files, targets) in labelled.items():
-            augmentation = self.augmentation if part == "train" else None
-            self._datasets[part] = PictureDataset(files, targets, self._preprocessing(), augmentation, self.in_memory)
-        train, val, test = (labelled[part][0] for part in PARTS)
+        for split, fraction in {"test": self.test_fraction, "val": self.val_fraction}.items():
+            if split not in folders:
+                labelled["train"], labelled[split] = self._split_off(labelled["train"], round(fraction * of_all))
+        instead = "" if labelled["test"][0] else "val" if labelled["val"][0] else "train"
+        if instead:
+            labelled["test"] = labelled[instead]
+        for split, (files, targets) in labelled.items():
+            augmentation = self.augmentation if split == "train" else None
+            self._datasets[split] = ImageDataset(files, targets, self._preprocessing(), augmentation, self.in_memory)
+        train, val, test = (labelled[split][0] for split in SPLITS)
         rank_zero_info(
-            f"Pictures in {self.root}: {len(train):,} of {len(set(labelled['train'][1])):,} of {len(self.class_names):,} classes to "
+            f"Images in {self.root}: {len(train):,} of {len(set(labelled['train'][1])):,} of {len(self.class_names):,} classes to "
             f"train on, {len(val):,} to validate, {len(test):,} to test"
-            + (" (those trained on: nothing is held out)." if tested_on_training else ".")
+            + {"": ".", "val": " (those that validate).", "train": " (those trained on: nothing is held out)."}[instead]
         )
 
-    def _split(self, labelled: Labelled, held_out: int) -> tuple[Labelled, Labelled]:
+    def _split_off(self, labelled: Labelled, held_out: int) -> tuple[Labelled, Labelled]:
         files, targets = labelled
         kept, held = stratified_split(torch.tensor(targets), held_out, self.split_seed)
         first, second = (([files[row] for row in rows], [targets[row] for row in rows]) for rows in (kept, held))
@@ -181,23 +181,23 @@ class ImageFolderDataModule(ResumableDataModule):
 
     def _set_up_prediction(self) -> None:
         if self.class_names is None:
-            self.class_names = tuple(folder.name for folder in class_folders(part_folders(self.root)["train"]))
-        self.predict_files = pictures_to_predict(self.root if self.predict is None else Path(self.predict))
+            self.class_names = tuple(folder.name for folder in class_folders(split_folders(self.root)["train"]))
+        self.predict_files = images_to_predict(self.root if self.predict is None else Path(self.predict))
 
     def _compare_with_model(self) -> None:
         assert self.class_names is not None
         expected = None if self.trainer is None else getattr(self.trainer.lightning_module, "num_classes", None)
         if expected not in (None, len(self.class_names)):
             raise ValueError(
-                f"{self.root} has pictures of {len(self.class_names):,} classes ({', '.join(self.class_names[:3])}, ...), the model "
+                f"{self.root} has images of {len(self.class_names):,} classes ({', '.join(self.class_names[:3])}, ...), the model "
                 f"has num_classes={expected}: set it, and the backbone's, to {len(self.class_names)}, or name the model's "
                 "classes with the data module's classes."
             )
 
-    def _dataset(self, part: str) -> PictureDataset:
-        if part not in self._datasets:
+    def _dataset(self, split: str) -> ImageDataset:
+        if split not in self._datasets:
             raise RuntimeError("ImageFolderDataModule is not set up: call setup('fit') first, as Trainer does.")
-        return self._datasets[part]
+        return self._datasets[split]
 
     def _preprocessing(self) -> Transform:
         if self.preprocessing is not None:
@@ -209,8 +209,8 @@ class ImageFolderDataModule(ResumableDataModule):
         return of_backbone or _USUAL
 
     def _loading(self) -> dict[str, Any]:
-        """In memory, workers would each keep pictures of their own."""
-        return {**whole_batches(), "num_workers": 0 if self.in_memory else self.num_workers}
+        """Return the arguments of a loader: images in memory need no workers, which would each keep their own."""
+        return {**full_batches(), "num_workers": 0 if self.in_memory else self.num_workers}
 
 
 def _preset(name: str) -> nn.Module:

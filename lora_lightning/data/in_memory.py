@@ -1,4 +1,4 @@
-"""A data set that lies in memory and hands out whole batches."""
+"""A data set that lies in memory and hands out full batches."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
         return self.inputs[index], self.targets[index]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch: `DataLoader` calls this instead of `__getitem__` once a sample."""
+        """Return a full batch: `DataLoader` calls this instead of `__getitem__` for each sample."""
         rows = torch.tensor(indices, dtype=torch.long)
         return self.inputs[rows], self.targets[rows]
 
     def select(self, rows: Tensor) -> InMemoryDataset:
-        """The data set of these rows alone."""
+        """Return the data set of these rows alone."""
         return InMemoryDataset(self.inputs[rows], self.targets[rows])
 
 
-def whole_batches() -> dict[str, Any]:
-    """Arguments of a loader for data sets that hand out whole batches."""
+def full_batches() -> dict[str, Any]:
+    """Return arguments of a loader for data sets that hand out full batches."""
     return {"collate_fn": _as_it_is, "pin_memory": torch.cuda.is_available()}
 
 
@@ -50,7 +50,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def stratified_split(targets: Tensor, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Splits rows at random so that every class keeps its share, as nearly as whole rows allow.
+    """Split rows at random so that every class keeps its share, as nearly as whole rows allow.
 
     Args:
         targets: Class indices, shape (N,).

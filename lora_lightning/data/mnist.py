@@ -12,20 +12,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from lora_lightning.data.in_memory import InMemoryDataset, stratified_split, whole_batches
+from lora_lightning.data.in_memory import InMemoryDataset, full_batches, stratified_split
 from lora_lightning.data.mnist_files import Source, prepare, read
 from lora_lightning.data.module import ResumableDataModule
-from lora_lightning.data.resumable import ResumableLoader
 from lora_lightning.data.samplers import ReplaySampler, ShuffledSampler
+from lora_lightning.resume.loader import ResumableLoader
 
 MEAN, STD = 0.1307, 0.3081
-"""Of MNIST's training pixels, scaled to 0 to 1."""
+"""These are the mean and deviation of MNIST's training pixels, scaled to 0 to 1."""
 
 
 class MNISTDataModule(ResumableDataModule):
-    """MNIST as batches of images (B, 1, 28, 28), float32, normalised, and digits (B,), int64.
+    """MNIST as batches of images (B, 1, 28, 28), float32, normalized, and digits (B,), int64.
 
-    The images lie in memory as uint8; a batch is indexed at once, moved to the device and normalised there.
+    The images lie in memory as uint8; a batch is indexed at once, moved to the device and normalized there.
 
     Args:
         data_dir: Folder in which torchvision keeps MNIST (`<data_dir>/MNIST/raw`).
@@ -133,24 +133,24 @@ class MNISTDataModule(ResumableDataModule):
                 focus_fraction=self.focus_fraction,
                 **self.placement(),
             )
-        return ResumableLoader(dataset, sampler, self.batch_size, **whole_batches())
+        return ResumableLoader(dataset, sampler, self.batch_size, **full_batches())
 
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         dataset = _ready(self._val)
         if len(dataset):
-            return self.eval_loader(dataset, **whole_batches())
+            return self.eval_loader(dataset, **full_batches())
         if self.trainer is not None and self.trainer.state.fn == "validate":
             raise ValueError(f"val_fraction={self.val_fraction} holds nothing out to validate on; set it above 0.")
         return []
 
     @override
     def test_dataloader(self) -> DataLoader[Any]:
-        return self.eval_loader(_ready(self._test), **whole_batches())
+        return self.eval_loader(_ready(self._test), **full_batches())
 
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self.eval_loader(_ready(self._test), **whole_batches())
+        return self.eval_loader(_ready(self._test), **full_batches())
 
     @override
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
@@ -166,10 +166,10 @@ class MNISTDataModule(ResumableDataModule):
         return images, targets
 
     def description(self) -> str:
-        """Which digits these are, and if the sample stands in for the whole database, why."""
+        """Return which digits these are and, if the sample stands in for the full database, why."""
         if self.source == "sample":
             return f"the embedded sample ({self._why_sample})" if self._why_sample else "the embedded sample"
-        return f"the whole database in {self.data_dir}"
+        return f"the full database in {self.data_dir}"
 
 
 def _check_digits(name: str, digits: list[int] | None) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
-import queue
 import socket
 import struct
-import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +24,7 @@ from lora_lightning.data.in_memory import InMemoryDataset
 
 Source = Literal["auto", "full", "sample"]
 
-_PARTS = ("train", "t10k")
+_SPLITS = ("train", "t10k")
 _DIGESTS = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -41,7 +39,7 @@ _STALL_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class MNISTFiles:
-    """Both parts of the database, checked: images of shape (N, 28, 28), uint8, and their digits, int64."""
+    """Both splits of the database, checked: images of shape (N, 28, 28), uint8, and their digits, int64."""
 
     train: InMemoryDataset
     test: InMemoryDataset
@@ -49,10 +47,10 @@ class MNISTFiles:
 
 
 def prepare(data_dir: Path, source: Source, download: bool) -> str:
-    """Downloads the whole database where `source` asks for it and it is missing; for one process of a machine.
+    """Download the full database where `source` asks for it and it is missing; for one process of a machine.
 
     Returns:
-        Why the whole database is not to be had where `"auto"` would have it, else nothing.
+        Why the full database is not to be had where `"auto"` would have it, else nothing.
 
     Raises:
         RuntimeError: If `source` is `"full"` and the database is neither there nor to be had.
@@ -62,14 +60,14 @@ def prepare(data_dir: Path, source: Source, download: bool) -> str:
     reason = _download(data_dir) if download else "download is switched off"
     if reason and source == "full":
         raise RuntimeError(
-            f"source=full: the whole MNIST is not in {_raw_folder(data_dir)} and could not be downloaded ({reason}). "
+            f"source=full: the full MNIST is not in {_raw_folder(data_dir)} and could not be downloaded ({reason}). "
             "Put its four files there, set data_dir to where they are, or use the embedded digits with source=sample."
         )
-    return f"the whole MNIST is not in {_raw_folder(data_dir)} and could not be downloaded: {reason}" if reason else ""
+    return f"the full MNIST is not in {_raw_folder(data_dir)} and could not be downloaded: {reason}" if reason else ""
 
 
 def read(data_dir: Path, source: Source) -> MNISTFiles:
-    """Reads the database that `source` stands for; call `prepare` before.
+    """Read the database that `source` stands for; call `prepare` before.
 
     Raises:
         FileNotFoundError: If `source` is `"full"` and a file is missing.
@@ -84,17 +82,17 @@ def _raw_folder(data_dir: Path) -> Path:
     return data_dir / "MNIST" / "raw"
 
 
-def _file_names(part: str) -> tuple[str, str]:
-    return f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
+def _file_names(split: str) -> tuple[str, str]:
+    return f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte"
 
 
 def _is_on_disk(data_dir: Path) -> bool:
-    return all((_raw_folder(data_dir) / name).is_file() for part in _PARTS for name in _file_names(part))
+    return all((_raw_folder(data_dir) / name).is_file() for split in _SPLITS for name in _file_names(split))
 
 
-def _read_sample(part: str) -> InMemoryDataset:
+def _read_sample(split: str) -> InMemoryDataset:
     folder = files("lora_lightning.data") / "sample"
-    contents = [gzip.decompress((folder / f"{name}.gz").read_bytes()) for name in _file_names(part)]
+    contents = [gzip.decompress((folder / f"{name}.gz").read_bytes()) for name in _file_names(split)]
     images, labels = (
         torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * dimensions)
         for content, dimensions in zip(contents, (3, 1), strict=True)
@@ -102,23 +100,23 @@ def _read_sample(part: str) -> InMemoryDataset:
     return InMemoryDataset(images.view(-1, 28, 28), labels.long())
 
 
-def _read_full(data_dir: Path, part: str) -> InMemoryDataset:
-    paths = [_raw_folder(data_dir) / name for name in _file_names(part)]
+def _read_full(data_dir: Path, split: str) -> InMemoryDataset:
+    paths = [_raw_folder(data_dir) / name for name in _file_names(split)]
     counts = [_check_size(path, item) for path, item in zip(paths, ((28, 28), ()), strict=True)]
     if counts[0] != counts[1]:
         raise ValueError(
             f"{paths[0]} holds {counts[0]} images, but {paths[1]} holds {counts[1]} labels. Remove both and run again "
-            "to download them anew."
+            "to download them again."
         )
-    if counts[0] == _COUNTS[part]:
+    if counts[0] == _COUNTS[split]:
         _warn_of_other_contents(paths)
-    mnist = MNIST(data_dir, train=part == "train")
+    mnist = MNIST(data_dir, train=split == "train")
     _check_digits(mnist.targets, paths[1])
     return InMemoryDataset(mnist.data, mnist.targets)
 
 
 def _check_size(path: Path, item: tuple[int, ...]) -> int:
-    """The number of items that an IDX file holds, if its header and its size agree.
+    """Return the number of items that an IDX file holds, if its header and its size agree.
 
     The header: two zero bytes, the type (8: unsigned byte), the number of dimensions, then each dimension as a
     big-endian 32-bit number. torchvision looks at the file's name alone.
@@ -128,9 +126,11 @@ def _check_size(path: Path, item: tuple[int, ...]) -> int:
     dimensions = 1 + len(item)
     with path.open("rb") as file:
         header = file.read(4 + 4 * dimensions)
-    advice = "Remove it and run again to download it anew."
+    advice = "Remove it and run again to download it."
     if len(header) < 4 + 4 * dimensions or header[:4] != bytes([0, 0, 8, dimensions]):
-        raise ValueError(f"{path} is no IDX file of {dimensions} dimension(s): it begins with {header[:4]!r}. {advice}")
+        raise ValueError(
+            f"{path} is not an IDX file of {dimensions} dimension(s): it begins with {header[:4]!r}. {advice}"
+        )
     count, *shape = struct.unpack(f">{dimensions}I", header[4:])
     expected = len(header) + count * math.prod(item)
     if tuple(shape) != item or count == 0:
@@ -144,14 +144,14 @@ def _check_size(path: Path, item: tuple[int, ...]) -> int:
 
 
 def _warn_of_other_contents(paths: list[Path]) -> None:
-    """Files of the right form may be damaged inside, or be another data set's in the same form."""
+    """Warn if files of the right form have other contents than MNIST's."""
     for path in paths:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if digest != _DIGESTS[path.name]:
             rank_zero_warn(
                 f"{path} is not MNIST's (MD5 {digest}, expected {_DIGESTS[path.name]}): it is damaged, or of another data "
-                "set. If it should be MNIST's, remove it and run again to download it anew."
+                "set. If it should be MNIST's, remove it and run again to download it."
             )
 
 
@@ -161,7 +161,7 @@ def _check_digits(targets: Tensor, path: Path) -> None:
 
 
 def _download(data_dir: Path) -> str:
-    """Downloads by torchvision, with its checksums; returns why not, or nothing."""
+    """Download by torchvision, with its checksums; return why not, or nothing."""
     if reason := _unreachable(MNIST.mirrors):
         return reason
     try:
@@ -173,37 +173,23 @@ def _download(data_dir: Path) -> str:
 
 
 def _unreachable(mirrors: list[str]) -> str:
-    """Why none of the mirrors answers, or nothing if one does: known within `_PROBE_SECONDS`.
-
-    Looking up a name can hang for longer than any socket's timeout, hence the threads.
-    """
-    answers: queue.Queue[str] = queue.Queue()
-
-    def ask(url: str) -> None:
+    """Return why none of the mirrors answers, or nothing if one does."""
+    reasons = []
+    for url in mirrors:
         try:
             request = urllib.request.Request(f"{url}{MNIST.resources[3][0]}", method="HEAD")
             with urllib.request.urlopen(request, timeout=_PROBE_SECONDS):
-                answers.put("")
+                return ""
         except (OSError, ValueError) as error:
-            answers.put(f"{url}: {getattr(error, 'reason', error)}")
-
-    for mirror in mirrors:
-        threading.Thread(target=ask, args=(mirror,), daemon=True).start()
-    reasons = []
-    for _ in mirrors:
-        try:
-            reason = answers.get(timeout=_PROBE_SECONDS)
-        except queue.Empty:
-            return f"no answer within {_PROBE_SECONDS:.0f} s"
-        if not reason:
-            return ""
-        reasons.append(reason)
+            reason = getattr(error, "reason", error)
+            late = isinstance(reason, TimeoutError)
+            reasons.append(f"{url}: {f'no answer within {_PROBE_SECONDS:g} s' if late else reason}")
     return "; ".join(reasons)
 
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """The download of torchvision sets no timeout of its own."""
+    """Set a timeout for the download of torchvision, which has none."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -12,8 +12,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 from typing_extensions import override
 
-from lora_lightning.data.resumable import ResumableLoader
 from lora_lightning.data.samplers import UnrepeatedSampler
+from lora_lightning.resume.loader import ResumableLoader
 
 
 class ResumableDataModule(LightningDataModule):
@@ -41,7 +41,7 @@ class ResumableDataModule(LightningDataModule):
 
     @abstractmethod
     def make_train_loader(self) -> ResumableLoader:
-        """The loader of an epoch's training batches, from its beginning."""
+        """Return the loader of an epoch's training batches, from its beginning."""
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
@@ -53,7 +53,7 @@ class ResumableDataModule(LightningDataModule):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The place in the epoch, for checkpoints."""
+        """Return the place in the epoch, for checkpoints."""
         return {} if self._train_loader is None else self._train_loader.state_dict()
 
     @override
@@ -62,14 +62,14 @@ class ResumableDataModule(LightningDataModule):
         self._resume_from = state_dict
 
     def placement(self) -> dict[str, int]:
-        """The arguments of a sampler: the run's seed, the number of devices, and which of them this is."""
+        """Return the arguments of a sampler: the run's seed, the number of devices, and which of them this is."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         if self.trainer is None:
             return {"seed": seed, "num_replicas": 1, "rank": 0}
         return {"seed": seed, "num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
 
     def eval_loader(self, dataset: Dataset[Any], **arguments: Any) -> DataLoader[Any]:
-        """A loader of every sample once, in order, that leaves the run's random numbers alone."""
+        """Return a loader of every sample once, in order, that leaves the run's random numbers alone."""
         size, batch_size = len(dataset), self.eval_batch_size  # type: ignore[arg-type]
         placement = self.placement()
         sampler: Sampler[int] = SequentialSampler(dataset)  # type: ignore[arg-type]

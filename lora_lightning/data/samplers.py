@@ -5,7 +5,7 @@ All are `DistributedSampler`s, so Lightning leaves them in place and calls `set_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +35,41 @@ class ShuffledSampler(DistributedSampler[int]):
             # All devices take the same number of steps: the last ones start the order again.
             order = torch.cat([order, order[:missing]])
         return iter(order[self.rank :: self.num_replicas].tolist())
+
+
+class LengthGroupedSampler(DistributedSampler[int]):
+    """Every sample once an epoch, in batches of similar length, shuffled.
+
+    The shuffled order is cut into windows of 50 global batches, each of which is sorted by length; then the batches are
+    shuffled. The longest sample's padding is thus shared by others of nearly its length.
+
+    Args:
+        lengths: Length of each sample.
+        batch_size: Samples in a batch on one device.
+        seed: With the epoch, it determines the order.
+        num_replicas: Number of devices.
+        rank: This device's number.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, *, seed: int, num_replicas: int = 1, rank: int = 0
+    ) -> None:
+        super().__init__(range(len(lengths)), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
+        self.lengths = torch.tensor(lengths)
+        self.global_batch = batch_size * num_replicas
+
+    def __iter__(self) -> Iterator[int]:
+        generator = _generator(self.seed, self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator)
+        order = torch.cat([order, order[: self.total_size - len(order)]])
+        parts = torch.split(order, 50 * self.global_batch)
+        windows = [each[self.lengths[each].argsort(stable=True)] for each in parts]
+        batches = torch.split(torch.cat(windows), self.global_batch)
+        # A batch that is not full stays the last one: on several devices, each takes its share of every batch.
+        full = len(order) // self.global_batch
+        places = [*torch.randperm(full, generator=generator).tolist(), *range(full, len(batches))]
+        mixed = torch.cat([batches[place] for place in places])
+        return iter(mixed[self.rank :: self.num_replicas].tolist())
 
 
 class ReplaySampler(DistributedSampler[int]):

@@ -1,66 +1,70 @@
 """Low-rank adaptation in pure PyTorch.
 
-To read it: `config.py` (what to adapt, and how), `update.py` (an adapter), `layers.py` (layers that add its output to their
-own), `effective.py` (weights that are read instead), `selection.py`, `attached.py` and `adapter.py` (the verbs). Then, as
-needed: `several.py`, `verify.py`, `lora_plus.py`, `bypass.py`, `fused.py`, `svd.py` and `extract.py`, `frozen.py` (norm
-layers), `frozen_prefix.py` and `prefix_cache.py`, `peft.py` and `peft_format.py` (folders).
+The core is `config.py`, `layers.py`, `freeze.py` and `model.py`. Every other file adds something to it: layers
+(`transformers_layers.py`, `weight_access.py`), variants (`variants.py`), a faster forward pass (`fused.py`), what `attach` can
+be asked for (`bypass.py`, `modules_to_save.py`, `named_adapters.py`), and functions over adapted modules.
 """
 
-from lora_lightning.lora.adapter import (
-    adapted_layers,
-    adapter_parameters,
-    adapter_state,
-    attach,
-    detach,
-    disabled,
-    fingerprint,
-    is_adapted,
-    is_adapter_key,
-    is_fresh,
-    merge,
-    merged,
+from lora_lightning.lora import (  # noqa: F401
+    bypass,
+    convolution,
+    embedding,
+    fused,
+    modules_to_save,
+    transformers_layers,
+    variants,
+    weight_access,
 )
-from lora_lightning.lora.attached import adapter_names, attachment, whole_keys
+from lora_lightning.lora.backbone import backbone_of
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.extract import extract
-from lora_lightning.lora.layers import LoRALinear
-from lora_lightning.lora.lora_plus import check_lr_ratio, lora_plus
-from lora_lightning.lora.peft import load_adapter, save_adapter, trained_on
-from lora_lightning.lora.selection import holder_of_parameters
-from lora_lightning.lora.several import combine_adapters, switch_adapter
-from lora_lightning.lora.svd import low_rank
-from lora_lightning.lora.update import LowRankUpdate
-from lora_lightning.lora.verify import InertAdapterError, verify
+from lora_lightning.lora.extract import extract_adapter
+from lora_lightning.lora.fingerprint import base_fingerprint
+from lora_lightning.lora.layers import LoRALayer, LoRALinear
+from lora_lightning.lora.lora_plus import check_lr_ratio, keep_lr_ratio, lora_plus_param_groups
+from lora_lightning.lora.low_rank import low_rank_factors
+from lora_lightning.lora.merging import disabled, merge, merged
+from lora_lightning.lora.model import (
+    AdaptedWeight,
+    adapted_weights,
+    attach,
+    attachment_of,
+    detach,
+    is_adapted,
+    some_of,
+)
+from lora_lightning.lora.named_adapters import adapter_names, add_weighted_adapter, set_adapter
+from lora_lightning.lora.state import adapter_parameters, adapter_state_dict, is_adapter_key, is_untrained, saved_keys
+from lora_lightning.lora.verify import InertAdapterError, verify_adapters
 
 __all__ = [
+    "AdaptedWeight",
     "InertAdapterError",
     "LoRAConfig",
+    "LoRALayer",
     "LoRALinear",
-    "LowRankUpdate",
-    "adapted_layers",
+    "adapted_weights",
     "adapter_names",
     "adapter_parameters",
-    "adapter_state",
+    "adapter_state_dict",
+    "add_weighted_adapter",
     "attach",
-    "attachment",
+    "attachment_of",
+    "backbone_of",
+    "base_fingerprint",
     "check_lr_ratio",
-    "combine_adapters",
     "detach",
     "disabled",
-    "extract",
-    "fingerprint",
-    "holder_of_parameters",
+    "extract_adapter",
     "is_adapted",
     "is_adapter_key",
-    "is_fresh",
-    "load_adapter",
-    "lora_plus",
-    "low_rank",
+    "is_untrained",
+    "keep_lr_ratio",
+    "lora_plus_param_groups",
+    "low_rank_factors",
     "merge",
     "merged",
-    "save_adapter",
-    "switch_adapter",
-    "trained_on",
-    "verify",
-    "whole_keys",
+    "saved_keys",
+    "set_adapter",
+    "some_of",
+    "verify_adapters",
 ]

@@ -1,30 +1,42 @@
-"""The whole-network bypass: an adapter around a module, which needs no layer inside."""
+"""Adapts a whole module by a path around it, which needs no layer inside."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.update import LowRankUpdate
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.layers import LoRALayer, compose, mixins_of
+from lora_lightning.lora.model import EXTENSIONS, AdaptedWeight, kind_of
 
 
-class LoRABypass(LowRankUpdate):
-    """Mixed into a module's class: `y = f(x) + s B A flatten(x)`.
+class LoRABypass(LoRALayer):
+    """Adds to a module's output: `y = f(x) + s B A flatten(x)`, for x of shape (batch, ...).
 
-    For x of shape (batch, ...) with `in_features` numbers a sample, `lora_A` of shape (r, in_features) and `lora_B` of shape
-    (out_features, r), with as many out_features as y has numbers a sample.
+    `lora_A` is of shape (r, in_features) and `lora_B` of shape (out_features, r), where x and y have that many numbers a sample.
     """
 
+    lora_parameter = ""
     lora_A: Tensor
     lora_B: Tensor
 
+    @classmethod
+    def lora_place(cls, layer: nn.Module, parameter: str, variants: tuple[type, ...]) -> LoRALayer:
+        compose(layer, cls, *mixins_of(layer))
+        return cast(LoRALayer, layer)
+
+    @classmethod
+    def lora_refusal(cls, layer: nn.Module, weight: Tensor, config: LoRAConfig) -> str | None:
+        if kind_of(layer).lora_is_inside:
+            return None
+        return f"is a {type(layer).__name__}, which gets an adapter of its own: a bypass goes around a module of layers"
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        base = super().forward(*args, **kwargs)
-        compiling = torch.compiler.is_compiling()
-        if not compiling and not self.lora_active:
+        base = super(LoRALayer, self).forward(*args, **kwargs)
+        if not self.lora_active:
             return base
         input = args[0] if args else next(iter(kwargs.values()))
         sizes = (
@@ -36,10 +48,24 @@ class LoRABypass(LowRankUpdate):
                 f"bypass={expected} does not fit: a sample of this module has {sizes} numbers in input and output. Give it "
                 "the sizes of the flattened input and output."
             )
-        low = input.flatten(1).to(self.lora_A.dtype)
+        x = input.flatten(1).to(self.lora_A.dtype)
         if self.lora_dropout and self.training:
-            low = F.dropout(low, self.lora_dropout)
-        change = F.linear(F.linear(low, self.lora_A), self.lora_B) * self.lora_scaling
-        if compiling:
-            change = change * self.lora_gate
+            x = F.dropout(x, self.lora_dropout)
+        change = F.linear(F.linear(x, self.lora_A), self.lora_B) * self.lora_scaling
         return base + change.view(base.shape).to(base.dtype)
+
+
+class BypassWeight(AdaptedWeight):
+    """Stands for what a bypass adapts: zeros of shape (out_features, in_features), which take no memory."""
+
+    def __init__(self, module: nn.Module, config: LoRAConfig) -> None:
+        super().__init__("", module, "", LoRABypass, config.rank_of(""))
+        assert config.bypass is not None
+        floating = (parameter for parameter in module.parameters() if parameter.is_floating_point())
+        zero = next(floating, torch.zeros(())).detach().new_zeros(())
+        self._weight = zero.expand(config.bypass[1], config.bypass[0])
+
+    weight = property(lambda self: self._weight)
+
+
+EXTENSIONS["bypass"] = lambda module, config: [BypassWeight(module, config)]

@@ -1,156 +1,153 @@
-"""What to adapt, and how: `LoRAConfig`, and the rules by which it selects layers."""
-
-from __future__ import annotations
+"""Defines `LoRAConfig`, which says what to adapt and how, and the rules by which names select layers."""
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, get_args
+from functools import cached_property
+from typing import Any
 
-T = TypeVar("T", bound=float)
-Initialisation = Literal["kaiming", "gaussian", "pissa"]
+# Mixins of adapted layers for variants, by the value of `init` or the name of the flag that asks for them.
+VARIANTS: dict[str, Any] = {}
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What to adapt, and how.
+    """Says which layers to adapt, and how.
 
-    An adapted layer computes `y = W x + b + s B A x` with `A` of shape (rank, in), `B` of shape (out, rank) and the
-    scale `s = alpha / rank` (LoRA, https://arxiv.org/abs/2106.09685, section 4.1). `B` starts at zero, so a freshly
-    adapted model answers exactly as its base.
+    An adapted layer computes `y = W x + b + s B A x`. A has the shape (r, in), B has the shape (out, r), and the scale is
+    `s = alpha / r` (LoRA, https://arxiv.org/abs/2106.09685, section 4.1). B starts at zero: an untrained adapter changes nothing.
 
     Args:
-        rank: Rank r of the update B A, at least 1 and at most min(in, out) of every layer it is given to.
-        alpha: Numerator of the scale; `None` means `rank`, that is, a scale of 1.
-        dropout: Probability with which an element of the adapter's input (not of the base's) is zeroed in training.
-        targets: Which layers: `"all"` the supported ones; a list of names, each matching a layer's whole dotted name
-            or the end of it after a dot (`"linear1"` matches `"backbone.linear1"`); or a string, a regular expression
-            that has to match the whole dotted name. A layer with several weights (`nn.MultiheadAttention`, `nn.LSTM`) is
-            chosen as a whole by its name, or a weight of it by its own (`"lstm.weight_hh_l0"`).
-        exclude: Layers to leave out of `targets`, written the same way (a list or a regular expression).
-        rank_pattern: Ranks that differ from `rank`. A key is a regular expression that matches a layer's dotted name,
-            or the end of it after a dot; the first key that matches counts.
-        alpha_pattern: Alphas that differ from `alpha`, written like `rank_pattern`.
-        init: How A and B begin. `"kaiming"`: A uniform (the default of the authors' code and of PEFT), B zero.
-            `"gaussian"`: A normal with standard deviation 1 / rank (the paper's text), B zero. `"pissa"`: both from the
-            largest singular values of the weight (PiSSA, https://arxiv.org/abs/2404.02948, section 3); the weight stays as
-            it is, and the adapter adds the difference to where it began, s (B A - B0 A0).
-        rslora: Scale by alpha / sqrt(rank) instead (rsLoRA, https://arxiv.org/abs/2312.03732, equation 5).
-        dora: Train the norm of each row of W + s B A as a vector m of its own: W' = m (W + s B A) / ||W + s B A||, the norm
-            held constant in the backward pass (DoRA, https://arxiv.org/abs/2402.09353, equation 5 and section 4.3).
-        target_parameters: Parameters of two or more dimensions to adapt by name, written like `targets`: for modules
-            that are none of the supported layers. What reads such a parameter gets W + s B A; one of more than two
-            dimensions is taken as the matrix of its first dimension against all others.
-        trainable: Modules trained whole beside the adapters, for example a new head; written like `targets`.
-        bypass: `(in_features, out_features)` of an adapter around the whole module, which then computes
-            `f(x) + s B A flatten(x)`. With `targets=[]` it is the only adapter.
+        rank: Rank r. A layer whose min(in, out) is smaller gets that rank, and a log line says so.
+        alpha: Numerator of the scale. `None` means `rank`, which makes the scale 1.
+        dropout: Probability that an element of the adapter's input, not of the base's, is zeroed in training.
+        target_modules: Layers to adapt: `"all"`, in models of the transformers library all linear layers but the output head; a
+            list of names, where `"linear1"` also matches `"backbone.linear1"`; or a regular expression for the full dotted name.
+            One of several weights has a name too: `"lstm.weight_hh_l0"`.
+        exclude_modules: Layers to leave out, written like `target_modules`.
+        target_parameters: Parameters to adapt by name in modules of any kind, written like `target_modules`.
+        modules_to_save: Modules to train in full beside the adapters, such as a new head, written like `target_modules`.
+        rank_pattern: Ranks that differ, by regular expressions for a dotted name or the end of it after a dot. The first match counts.
+        alpha_pattern: Alphas that differ, written like `rank_pattern`.
+        init: `"kaiming"`: A uniform, B zero. `"gaussian"`: A normal with standard deviation 1 / r, B zero. `"pissa"`: from the
+            largest singular values of W (https://arxiv.org/abs/2404.02948); the layer adds the difference to this start.
+        use_rslora: Scale by alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732, equation 5).
+        use_dora: Train the norm of each row of W + s B A as a vector m (DoRA, https://arxiv.org/abs/2402.09353, equation 5).
+        bypass: `(in_features, out_features)` of an adapter around the whole module f: `f(x) + s B A flatten(x)`.
 
     Raises:
-        ValueError: If a value is out of its range; the message names it.
+        ValueError: If a value is out of its range. The message names the value.
     """
 
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
-    targets: str | list[str] = "all"
-    exclude: str | list[str] = field(default_factory=list)
+    target_modules: str | list[str] = "all"
+    exclude_modules: str | list[str] = field(default_factory=list)
+    target_parameters: str | list[str] = field(default_factory=list)
+    modules_to_save: str | list[str] = field(default_factory=list)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    init: Initialisation = "kaiming"
-    rslora: bool = False
-    dora: bool = False
-    target_parameters: str | list[str] = field(default_factory=list)
-    trainable: str | list[str] = field(default_factory=list)
+    init: str = "kaiming"
+    use_rslora: bool = False
+    use_dora: bool = False
     bypass: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        for key, rank in {"rank": self.rank, **_labelled("rank_pattern", self.rank_pattern)}.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"{key}={rank!r}: a LoRA rank is a whole number of at least 1, for example rank=8.")
-        alphas = {} if self.alpha is None else {"alpha": self.alpha}
-        for key, alpha in {**alphas, **_labelled("alpha_pattern", self.alpha_pattern)}.items():
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
-                raise ValueError(
-                    f"{key}={alpha!r}: alpha is a finite number above 0; leave it out to have alpha = rank."
-                )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r}: expected a probability of at least 0 and below 1.")
-        if self.init not in get_args(Initialisation):
-            raise ValueError(f"init={self.init!r}: expected one of {', '.join(get_args(Initialisation))}.")
-        if not (self.targets or self.target_parameters or self.bypass):
-            raise ValueError(
-                f"targets={self.targets!r} selects nothing: expected 'all', a list of layer names, or a regular "
-                "expression."
-            )
-        if self.bypass is not None and (len(self.bypass) != 2 or min(self.bypass) < 1):
-            raise ValueError(
-                f"bypass={self.bypass!r}: expected the sizes of the flattened input and output, for example (784, 10)."
-            )
-        for key in ("targets", "exclude", "target_parameters", "trainable"):
-            if isinstance(pattern := getattr(self, key), str):
-                _check_expression(key, pattern)
-        for key in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, key):
-                _check_expression(key, pattern)
+        ranks = {"rank": self.rank} | {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
+        alphas = {"alpha": self.alpha} if self.alpha is not None else {}
+        alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
+        inits = ["kaiming", "gaussian", *(key for key in VARIANTS if not hasattr(LoRAConfig, key))]
+        rank_is = "a LoRA rank is a whole number of at least 1, for example rank=8."
+        alpha_is = "alpha is a finite number above 0. Leave it out to use alpha = rank."
+        sizes = self.bypass is None or (len(self.bypass) == 2 and min(self.bypass) >= 1)
+        some = bool(self.target_modules or self.target_parameters or self.bypass)
+        checks: list[tuple[str, object, bool, str]] = [
+            *((key, rank, type(rank) is int and rank >= 1, rank_is) for key, rank in ranks.items()),
+            *((key, a, type(a) in (int, float) and 0 < a < float("inf"), alpha_is) for key, a in alphas.items()),
+            ("dropout", self.dropout, 0 <= self.dropout < 1, "expected a probability of at least 0 and below 1."),
+            ("init", self.init, self.init in inits, f"expected one of {', '.join(inits)}."),
+            ("target_modules", self.target_modules, some, "this selects nothing. Expected 'all', names or a pattern."),
+            ("bypass", self.bypass, sizes, "expected sizes of flattened input and output, for example (784, 10)."),
+        ]
+        for key, value, valid, what in checks:
+            if not valid:
+                raise ValueError(f"{key}={value!r}: {what}")
+        for key in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", *_PATTERNS):
+            try:
+                Names(getattr(self, key))
+            except re.error as error:
+                raise ValueError(f"{key}={error.pattern!r} is not a regular expression: {error}.") from None
+
+    @property
+    def variants(self) -> tuple[Any, ...]:
+        """Return the mixins that this configuration asks for."""
+        return tuple(mixin for key, mixin in VARIANTS.items() if self.init == key or getattr(self, key, False))
 
     def selects(self, *names: str) -> bool:
-        """Whether the supported layer that goes by these dotted names gets an adapter."""
-        chosen = self.targets == "all" or any(matches(self.targets, name) for name in names)
-        return chosen and not any(matches(self.exclude, name) for name in names)
+        """Return whether a supported layer with these dotted names gets an adapter."""
+        return (self.target_modules == "all" or self._targets(*names)) and not self._excluded(*names)
 
     def rank_of(self, *names: str) -> int:
-        """The rank of the layer that goes by these dotted names."""
-        return _first_match(self.rank_pattern, names, self.rank)
+        """Return the rank of a layer with these dotted names."""
+        pattern = self._ranks.first(*names)
+        return self.rank if pattern is None else self.rank_pattern[pattern]
 
-    def alpha_of(self, *names: str) -> float:
-        """The alpha of the layer that goes by these dotted names; without any alpha given, its rank."""
-        default = self.rank_of(*names) if self.alpha is None else self.alpha
-        return _first_match(self.alpha_pattern, names, default)
+    def alpha_of(self, *names: str, rank: int | None = None) -> float:
+        """Return the alpha of a layer with these dotted names: its rank, which may be given, if there is no alpha."""
+        if (pattern := self._alphas.first(*names)) is not None:
+            return self.alpha_pattern[pattern]
+        return self.alpha if self.alpha is not None else rank or self.rank_of(*names)
 
-    def scaling_of(self, *names: str) -> float:
-        """The scale s of that layer: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
-        rank = self.rank_of(*names)
-        return self.alpha_of(*names) / (rank**0.5 if self.rslora else rank)
+    def scaling_of(self, *names: str, rank: int | None = None) -> float:
+        """Return the scale s of a layer with these dotted names, of which the rank may be given."""
+        rank = rank or self.rank_of(*names)
+        return self.alpha_of(*names, rank=rank) / (rank**0.5 if self.use_rslora else rank)
 
-
-def matches(patterns: str | list[str], name: str) -> bool:
-    """A string is an expression for the whole name; an entry of a list is the name or the end of it after a dot."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in patterns)
-
-
-def exactly(names: Iterable[str]) -> str:
-    """A regular expression for these names and no others."""
-    # A module that is itself the adapted layer has the empty name; "(?:)" matches that and nothing else.
-    return "|".join(re.escape(name) for name in names) or "(?:)"
+    _targets = cached_property(lambda self: Names(self.target_modules))
+    _excluded = cached_property(lambda self: Names(self.exclude_modules))
+    _ranks = cached_property(lambda self: Names(self.rank_pattern))
+    _alphas = cached_property(lambda self: Names(self.alpha_pattern))
 
 
-def unmatched(patterns: str | list[str], names: Iterable[str]) -> list[str]:
-    """The entries of `patterns` that match none of these names."""
-    names = list(names)
-    if isinstance(patterns, str):
-        return [] if patterns == "all" or any(matches(patterns, name) for name in names) else [patterns]
-    return [entry for entry in patterns if not any(matches([entry], name) for name in names)]
+class Names:
+    """Matches dotted names against patterns: an expression, a list of names, or the keys of a `rank_pattern`."""
+
+    def __init__(self, patterns: str | list[str] | Mapping[str, object]) -> None:
+        self._patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        self._by_end = isinstance(patterns, Mapping)
+        self._literals: dict[str, int] = {}  # ten thousand layers may each have a pattern: a look-up is enough for most
+        self._expressions: list[tuple[int, re.Pattern[str]]] = []
+        for index, pattern in enumerate(self._patterns):
+            name = re.sub(r"\\(.)", r"\1", pattern) if self._by_end else pattern
+            if isinstance(patterns, list) or (name and self._by_end and re.escape(name) == pattern):
+                self._literals.setdefault(name, index)
+            else:
+                self._expressions.append((index, re.compile(pattern)))
+
+    def __call__(self, *names: str) -> bool:
+        return self.first(*names) is not None
+
+    def first(self, *names: str) -> str | None:
+        """Return the first pattern that matches one of these names."""
+        ends = [end for name in names for end in (endings(name) if self._by_end else (name,))]
+        found = [index for index, expression in self._expressions if any(map(expression.fullmatch, ends))][:1]
+        if self._literals:
+            found += [self._literals[end] for name in names for end in endings(name) if end in self._literals]
+        return self._patterns[min(found)] if found else None
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """Return the patterns that match none of these names."""
+        names = set(names)
+        ends = {end for name in names for end in endings(name)}
+        missing = [index for name, index in self._literals.items() if name not in ends]
+        ends = ends if self._by_end else names
+        missing += [index for index, expression in self._expressions if not any(map(expression.fullmatch, ends))]
+        return [self._patterns[index] for index in sorted(missing)]
 
 
-def pattern_matches(pattern: str, name: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` matches the name, or the end of it after a dot."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
-def _labelled(key: str, pattern: Mapping[str, float]) -> dict[str, float]:
-    return {f"{key}[{name!r}]": value for name, value in pattern.items()}
-
-
-def _check_expression(key: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{key}={pattern!r} is not a regular expression: {error}.") from None
-
-
-def _first_match(patterns: Mapping[str, T], names: Iterable[str], default: T) -> T:
-    names = list(names)
-    found = (value for pattern, value in patterns.items() if any(pattern_matches(pattern, name) for name in names))
-    return next(found, default)
+def endings(name: str) -> list[str]:
+    """Return a dotted name and its ends after each dot: `a.b.c`, `b.c`, `c`."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]

@@ -8,13 +8,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lora_lightning.lora.adapter import attach
-from lora_lightning.lora.attached import sites
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.svd import low_rank
+from lora_lightning.lora.low_rank import low_rank_factors
+from lora_lightning.lora.model import adapted_weights, attach
 
 
-def extract(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> dict[str, float]:
+def extract_adapter(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> dict[str, float]:
     """Adapts `base` so that it answers as nearly as it can like `tuned`, a fully fine-tuned copy of it.
 
     Each adapter is the best approximation of its rank to the layer's change of weight. What lies outside the
@@ -23,7 +22,7 @@ def extract(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> dict[str, 
     Args:
         base: The module before fine-tuning; it is frozen and adapted in place, as by `attach`.
         tuned: The module after it, with the same parameters and buffers.
-        config: Which layers, at which rank. `init`, `dora` and `bypass` are not used.
+        config: Which layers, at which rank. `init`, `use_dora` and `bypass` are not used.
 
     Returns:
         For each adapted layer the part of its change that the adapter leaves out, ||ΔW - s B A|| / ||ΔW|| in the
@@ -43,21 +42,19 @@ def extract(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> dict[str, 
             f"base and tuned are not the same network: they differ in {differing}. Expected a model and its "
             "fine-tuned copy."
         )
-    attach(base, replace(config, init="kaiming", dora=False, bypass=None))
+    attach(base, replace(config, init="kaiming", use_dora=False, bypass=None))
     left_out: dict[str, float] = {}
-    adapted = sites(base)
-    for site in adapted:
-        update, weight = site.update, site.weight
-        down, up = update.lora_factors()
-        key = f"{site.layer_name}.{site.parameter}".lstrip(".")
-        change = after[key].to(down) - weight.detach().to(down.dtype)
-        best_up, best_down = low_rank(update.lora_matrix(change), update.lora_rank)
+    adapted = adapted_weights(base)
+    for each in adapted:
+        adapter, weight, (a, b) = each.adapter, each.weight, each.factors
+        change = after[each.key].to(a) - weight.detach().to(a.dtype)
+        best_a, best_b = low_rank_factors(adapter.lora_matrix(change), len(a))
         with torch.no_grad():
-            down.copy_(best_down.view(down.shape))
-            up.copy_(best_up.view(up.shape) / update.lora_scaling)
+            a.copy_(best_a.view(a.shape))
+            b.copy_(best_b.view(b.shape) / adapter.lora_scaling)
             norm = change.norm()
-            left_out[site.name] = float((change - update.lora_delta(weight)).norm() / norm) if norm else 0.0
-    carried = {f"{site.layer_name}.{site.parameter}".lstrip(".") for site in adapted}
+            left_out[each.name] = float((change - adapter.lora_delta_weight(weight)).norm() / norm) if norm else 0.0
+    carried = {each.key for each in adapted}
     beyond = [key for key in before if key not in carried and not torch.equal(before[key], after[key].to(before[key]))]
     if beyond:
         warnings.warn(f"The adapters carry weights of adapted layers alone; also different: {beyond}.", stacklevel=2)

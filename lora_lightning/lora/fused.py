@@ -1,16 +1,42 @@
-"""Both paths of an adapted linear layer as one node of the graph, with a backward pass written by hand."""
+"""Computes both paths of an adapted linear layer as one node of the graph, with a backward pass written by hand."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_lightning.lora.layers import LAYERS, LoRALinear
 
-class FusedLoRALinear(torch.autograd.Function):
-    """`y = x Wᵀ + b + s (x Aᵀ) Bᵀ`.
+
+class FusedLoRALinear(LoRALinear):
+    """Computes what `LoRALinear` computes, in fewer passes over the activations."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        # On a batch of ten every microsecond shows.
+        if torch.compiler.is_compiling() or not self.lora_active or (self.lora_dropout and self.training):
+            return super().forward(input)
+        parameters = self._parameters
+        weight = cast(Tensor, parameters["weight"])
+        bias = parameters["bias"] if "bias" in parameters else cast("Tensor | None", self.bias)
+        a, b = self.lora_factors()
+        if _applies(input, weight, bias, a, b):
+            return cast(Tensor, _Fused.apply(input, weight, bias, a, b, self.lora_scaling))
+        y = F.linear(input, weight, bias)
+        low = F.linear(input.to(a.dtype), a)
+        if torch.is_grad_enabled() or not y.dtype == low.dtype == b.dtype:
+            return y + (F.linear(low, b) * self.lora_scaling).to(y.dtype)
+        return _add_product(y, low, b, self.lora_scaling)
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        parameters = self._parameters
+        return cast(tuple[Tensor, Tensor], (parameters["lora_A"], parameters["lora_B"]))
+
+
+class _Fused(torch.autograd.Function):
+    """Computes `y = x Wᵀ + b + s (x Aᵀ) Bᵀ`.
 
     Against the plain operations it saves one pass over y in the forward (the low-rank product is added in place) and
     one over dx in the backward; with G = dL/dy and h = x Aᵀ:
@@ -20,38 +46,41 @@ class FusedLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
-        low = _rows(input).mm(down.t())
-        ctx.save_for_backward(input, weight, down, up, low)
+        low = _rows(input).mm(a.t())
+        ctx.save_for_backward(input, weight, a, b, low)
         ctx.scaling = scaling
-        return add_product(F.linear(input, weight, bias), low, up, scaling)
+        y = _add_product(F.linear(input, weight, bias), low, b, scaling)
+        # Of more dimensions, y is a view of what the product was added to: an operation in place after it (nn.ReLU(inplace=True),
+        # y += x) would be refused by autograd, as that of a view from a custom function.
+        return y if y.dim() == 2 else cast(Tensor, torch.ops.aten._unsafe_view(y, y.shape))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        input, weight, down, up, low = ctx.saved_tensors
+        input, weight, a, b, low = ctx.saved_tensors
         x, gradient, scaling = _rows(input), _rows(grad_output), ctx.scaling
         if torch.is_grad_enabled():
             # A second derivative (create_graph=True) needs h as a function of x and A, not as a saved number.
-            low = x.mm(down.t())
-        grad_low = gradient.mm(up)
+            low = x.mm(a.t())
+        grad_low = gradient.mm(b)
         if scaling != 1:
             grad_low, low = grad_low * scaling, low * scaling
         grad_input = None
         if ctx.needs_input_grad[0]:
-            grad_input = gradient.mm(weight).addmm_(grad_low, down).view_as(input)
+            grad_input = gradient.mm(weight).addmm_(grad_low, a).view_as(input)
         return grad_input, None, None, grad_low.t().mm(x), gradient.t().mm(low), None
 
 
-def fused_backward_applies(input: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> bool:
-    """Whether the hand-written backward may stand in for the plain operations."""
+def _applies(input: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> bool:
+    """Return whether the hand-written backward may stand in for the plain operations."""
     return (
         torch.is_grad_enabled()
-        and down.requires_grad
-        and up.requires_grad
+        and a.requires_grad
+        and b.requires_grad
         and not weight.requires_grad
         and not (bias is not None and bias.requires_grad)
-        and input.dtype == weight.dtype == down.dtype
+        and input.dtype == weight.dtype == a.dtype
         and type(input) in _PLAIN
         and type(weight) in _PLAIN
         and not torch._C._is_any_autocast_enabled()
@@ -59,12 +88,12 @@ def fused_backward_applies(input: Tensor, weight: Tensor, bias: Tensor | None, d
     )
 
 
-def add_product(y: Tensor, low: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """Forms y + s h Bᵀ in y's own memory: no pass over the activations but the product itself."""
+def _add_product(y: Tensor, low: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Add s h Bᵀ to y in its own memory: no pass over the activations but the product itself."""
     if y.dim() == 2:
-        return y.addmm_(low, up.t(), alpha=scaling)
+        return y.addmm_(low, b.t(), alpha=scaling)
     y = y.contiguous()
-    y.view(-1, y.shape[-1]).addmm_(_rows(low), up.t(), alpha=scaling)
+    y.view(-1, y.shape[-1]).addmm_(_rows(low), b.t(), alpha=scaling)
     return y
 
 
@@ -72,5 +101,8 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """(..., features) as (rows, features)."""
+    """Return (..., features) as (rows, features)."""
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+LAYERS[nn.Linear] = FusedLoRALinear

@@ -1,215 +1,185 @@
-"""The adapted layers.
+"""Defines the adapted layers.
 
-An adapted layer is the layer itself, its class swapped for a subclass that knows about its adapter:
+An adapted layer is the layer itself. Its class is swapped for a subclass that adds the output of its adapter:
 
-    x ──┬── W, b (frozen) ───────────────┬── y
+    x ──┬── W, b (frozen) ───────────────┬── y = W x + b + s B A x
         └── dropout ── A ── B ── · s ────┘
 
-Base parameters keep their names, so plain checkpoints load before and after, `isinstance` stays true, and hooks and
-references survive. The product B A is formed only to merge.
+Base parameters keep their names: plain checkpoints load before and after, and hooks and references survive. B A is formed
+to merge, and where code reads `layer.weight`, which is W + s B A. W itself is `layer._parameters["weight"]`.
 """
 
-from __future__ import annotations
-
-from typing import Any, cast
+import math
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.fused import FusedLoRALinear, add_product, fused_backward_applies
-from lora_lightning.lora.update import LowRankUpdate
 
 
-class SidePath(LowRankUpdate):
-    """A layer that adds its adapter's output to its own; subclasses say how each is computed.
+class LoRALayer(nn.Module):
+    """Holds the adapter of one weight: mixed into the class of the layer, or as a module of its own inside it.
 
-    With DoRA the output is `m / ||W + s B A|| (W x + s B A x) + b`, computed as the change that it makes to W x + b, so that
-    a fresh adapter changes no bit.
+    W is seen as a matrix of shape (out, in). `lora_A` is A of shape (r, in), `lora_B` is B of shape (out, r), and the effective
+    weight is W + s B A (https://arxiv.org/abs/2106.09685, equation 3). Names begin with `lora_`, to hide none of a user's.
     """
 
-    def lora_base(self, input: Tensor) -> Tensor:
-        """What the layer computes without its adapter."""
-        raise NotImplementedError
-
-    def lora_low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """B A x, for an input in the adapter's dtype."""
-        raise NotImplementedError
-
-    def lora_over_output(self, vector: Tensor) -> Tensor:
-        """A vector of one number an output feature, in a shape that multiplies the layer's output."""
-        return vector
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            base = self.lora_base(input)
-            return base + (self.lora_change(input, base) * self.lora_gate).to(base.dtype)
-        base = self.lora_base(input)
-        if not self.lora_active:
-            return base
-        change = self.lora_change(input, base)
-        # Nobody has seen `base` yet, nor does a backward pass need it: unless DoRA's does.
-        if "lora_magnitude_vector" in self._parameters or torch._C._are_functorch_transforms_active():
-            return base + change.to(base.dtype)
-        return base.add_(change)
-
-    def lora_change(self, input: Tensor, base: Tensor) -> Tensor:
-        """What the adapter adds to the output `base`."""
-        down, up = self.lora_factors()
-        if input.is_floating_point():
-            input = input.to(down.dtype)
-            if self.lora_dropout and self.training:
-                input = F.dropout(input, self.lora_dropout)
-        change = self.lora_low_rank(input, down, up)
-        if self.lora_scaling != 1:
-            change = change * self.lora_scaling
-        if "lora_magnitude_vector" not in self._parameters:
-            return change
-        ratio = self.lora_over_output(self.lora_dora_ratio(cast(Tensor, self._parameters["weight"])))
-        bias = self._parameters.get("bias")
-        unbiased = base if bias is None else base - self.lora_over_output(bias)
-        return (ratio - 1) * unbiased + ratio * change
-
-
-class LoRALinear(SidePath, nn.Linear):
-    """`nn.Linear` with a low-rank adapter beside its frozen weight.
-
-    `y = x Wᵀ + b + s (x Aᵀ) Bᵀ` for x of shape (..., in), `lora_A` of shape (r, in) and `lora_B` of shape (out, r)
-    (LoRA, https://arxiv.org/abs/2106.09685, equation 3).
-    """
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-
-    def lora_base(self, input: Tensor) -> Tensor:
-        # Not self.weight: that may be W + ΔW (see effective.py), and costs a miss in one dictionary before the hit.
-        return F.linear(input, cast(Tensor, self._parameters["weight"]), self._parameters["bias"])
-
-    def lora_low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return F.linear(F.linear(input, down), up)
-
-    def forward(self, input: Tensor) -> Tensor:
-        # On a batch of ten every microsecond shows.
-        if torch.compiler.is_compiling() or not self.lora_active or self._lora_plain_operations():
-            return super().forward(input)
-        parameters = self._parameters
-        weight, bias = cast(Tensor, parameters["weight"]), parameters["bias"]
-        down, up = self.lora_factors()
-        if fused_backward_applies(input, weight, bias, down, up):
-            return cast(Tensor, FusedLoRALinear.apply(input, weight, bias, down, up, self.lora_scaling))
-        y = F.linear(input, weight, bias)
-        low = F.linear(input.to(down.dtype), down)
-        if torch.is_grad_enabled() or not y.dtype == low.dtype == up.dtype:
-            return y + (F.linear(low, up) * self.lora_scaling).to(y.dtype)
-        return add_product(y, low, up, self.lora_scaling)
-
-    def _lora_plain_operations(self) -> bool:
-        return bool(self.lora_dropout and self.training) or "lora_magnitude_vector" in self._parameters
-
-
-class LoRATransposedLinear(SidePath):
-    """The transformers library's `Conv1D`, a linear layer whose weight is of shape (in, out)."""
-
-    @staticmethod
-    def lora_matrix(weight: Tensor) -> Tensor:
-        return weight.t()
-
-    @staticmethod
-    def lora_from_matrix(matrix: Tensor, weight: Tensor) -> Tensor:
-        return matrix.t()
-
-    def lora_base(self, input: Tensor) -> Tensor:
-        weight, bias = cast(Tensor, self._parameters["weight"]), cast(Tensor, self._parameters["bias"])
-        y = torch.addmm(bias, input.view(-1, input.shape[-1]), weight)
-        return y.view(*input.shape[:-1], weight.shape[1])
-
-    def lora_low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return F.linear(F.linear(input, down), up)
-
-
-class LoRAConv(SidePath):
-    """A convolution with an adapter: first one to r channels, then one of size 1.
-
-    `lora_A` is of shape (r, in / groups, *kernel) and goes with the layer's stride, padding, padding mode and dilation;
-    `lora_B` is of shape (out, r, 1, ...). ΔW[o, i, k] = s Σ_r B[o, r] A[r, i, k], with groups too: every group has the
-    same A and its own rows of B.
-    """
-
-    groups: int
-
-    @staticmethod
-    def lora_shaped(down: Tensor, up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        ones = (1,) * (weight.dim() - 2)
-        return down.view(-1, *weight.shape[1:]), up.view(*up.shape, *ones)
+    lora_names = ("lora_A", "lora_B")
+    lora_is_inside = False  # whether it is a module of its own, in a layer that computes with the effective weight
+    lora_parameter = "weight"
+    lora_transposed = False  # whether the weight is stored in the shape (in, out)
+    lora_draw = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))  # within one over the root of the number of inputs
+    lora_reshape: Any = staticmethod(lambda a, b, weight: (a, b))  # gives matrices the shapes that the layer stores
+    lora_find: Any = staticmethod(lambda layer, wanted: ["weight"])  # names the weights that can be adapted
+    lora_refusal: Any = staticmethod(lambda layer, weight, config: None)  # says why this weight can't be adapted
+    lora_scaling: float
+    lora_dropout: float
+    lora_active: bool
+    lora_base: Callable[[Tensor], Tensor]  # W x + b
+    lora_path: Callable[[Tensor, Tensor, Tensor], Tensor]  # B A x
 
     @classmethod
-    def lora_magnitude_shape(cls, weight: Tensor) -> tuple[int, ...]:
-        return (1, weight.shape[0], *(1 for _ in weight.shape[2:]))
+    def lora_place(cls, layer: nn.Module, parameter: str, variants: tuple[type, ...]) -> "LoRALayer":
+        """Make `layer` an adapted layer and return what holds the adapter of its `parameter`."""
+        compose(layer, *variants, cls, *mixins_of(layer), "weight")
+        return cast(LoRALayer, layer)
 
-    def lora_over_output(self, vector: Tensor) -> Tensor:
-        weight = cast(Tensor, self._parameters["weight"])
-        return vector.view(-1, *(1 for _ in weight.shape[2:]))
+    def lora_create(self, weight: Tensor, rank: int, scaling: float, config: LoRAConfig) -> None:
+        """Create an untrained adapter of `weight`, on its device and in float32 or above."""
+        self.lora_scaling, self.lora_dropout, self.lora_active = scaling, config.dropout, True
+        for name, factor in zip(self.lora_names, self.lora_start(weight, rank, config), strict=True):
+            self.register_parameter(name, nn.Parameter(factor.to(weight.device)))
+
+    def lora_start(self, weight: Tensor, rank: int, config: LoRAConfig) -> tuple[Tensor, Tensor]:
+        """Return the values that A and B start from, drawn on the CPU: a seed gives the same on every device."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        rows, columns = self.lora_matrix(torch.empty(weight.shape, device="meta")).shape
+        a, b = torch.empty(rank, columns, dtype=dtype, device="cpu"), torch.zeros(rows, rank, dtype=dtype, device="cpu")
+        a, b = self.lora_reshape(a, b, weight)
+        nn.init.normal_(a, std=1 / rank) if config.init == "gaussian" else self.lora_draw(a)
+        return a, b
+
+    @classmethod
+    def lora_matrix(cls, weight: Tensor) -> Tensor:
+        """Return `weight` as a matrix of shape (out, in)."""
+        return weight.t() if cls.lora_transposed else weight.flatten(1)
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """Return A and B such that the layer adds s B A."""
+        return cast(tuple[Tensor, Tensor], tuple(self._parameters[name] for name in self.lora_names))
+
+    @classmethod
+    def lora_from_matrix(cls, matrix: Tensor, weight: Tensor) -> Tensor:
+        """Return a matrix of shape (out, in) in the shape of `weight`."""
+        return matrix.t() if cls.lora_transposed else matrix.view(weight.shape)
+
+    def lora_delta_weight(self, weight: Tensor) -> Tensor:
+        """Return s B A, in the shape of `weight` and the dtype of the adapter."""
+        a, b = self.lora_factors()
+        with full_precision(a):
+            return self.lora_from_matrix((b.flatten(1) @ a.flatten(1)) * self.lora_scaling, weight)
+
+    def lora_effective_weight(self, weight: Tensor) -> Tensor:
+        """Return W + s B A, computed in the dtype of the adapter and rounded once to that of `weight`."""
+        delta = self.lora_delta_weight(weight)
+        return (dense(weight).to(delta.dtype) + delta).to(weight.dtype)
+
+    def lora_change(self, input: Tensor) -> Tensor:
+        """Return s B A dropout(x)."""
+        a, b = self.lora_factors()
+        if input.is_floating_point():
+            input = input.to(a.dtype)
+            if self.lora_dropout and self.training:
+                input = F.dropout(input, self.lora_dropout)
+        change = self.lora_path(input, a, b)
+        return change if self.lora_scaling == 1 else change * self.lora_scaling
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = self.lora_base(input)
+        return output + self.lora_change(input).to(output.dtype) if self.lora_active else output
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Adapters stay in float32 when the base is converted: an optimizer's step is often too small for bfloat16 to add.
+        dicts = (self._parameters, self._buffers)
+        places = [(place, key) for place in dicts for key in place if key.startswith("lora_")]
+        kept = [cast(Tensor, place[key]).data for place, key in places]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for (place, key), data in zip(places, kept, strict=True):
+            value = cast(Tensor, place[key])
+            if value.dtype != (dtype := torch.promote_types(value.dtype, torch.float32)):
+                value.data = data.to(value.device, dtype)
+                value.grad = None if value.grad is None else value.grad.to(dtype)
+        return self
+
+    def extra_repr(self) -> str:
+        rank = len(self.get_parameter(self.lora_names[0]))
+        return f"{super().extra_repr()}, rank={rank}, scaling={self.lora_scaling:g}".removeprefix(", ")
+
+
+class LoRALinear(LoRALayer):
+    """Adapts `nn.Linear`: `y = x Wᵀ + b + s (x Aᵀ) Bᵀ` for x of shape (..., in)."""
 
     def lora_base(self, input: Tensor) -> Tensor:
-        return self._lora_conv(input, cast(Tensor, self._parameters["weight"]), self._parameters["bias"])
+        return F.linear(input, self._parameters["weight"], self.bias)  # type: ignore[arg-type]
 
-    def lora_low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        if self.groups > 1:
-            down = down.repeat(self.groups, *(1 for _ in down.shape[1:]))
-        by_one = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[up.dim()]
-        return by_one(self._lora_conv(input, down, None), up, groups=self.groups)
-
-    def _lora_conv(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's own convolution, with another weight."""
-        return cast(Tensor, cast(Any, self)._conv_forward(input, weight, bias))
+    def lora_path(self, input: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.linear(F.linear(input, a), b)
 
 
-class LoRAConv1d(LoRAConv, nn.Conv1d):
-    """`nn.Conv1d` with an adapter."""
+LAYERS: dict[Any, type[LoRALayer]] = {nn.Linear: LoRALinear}
+"""From the class of a layer, or its package and name, to the kind of adapted layer."""
 
 
-class LoRAConv2d(LoRAConv, nn.Conv2d):
-    """`nn.Conv2d` with an adapter."""
+def compose(layer: nn.Module, *mixins: type | str) -> None:
+    """Swap the class of `layer` for a subclass of its plain class with `mixins`, or for the plain class without any.
 
-
-class LoRAConv3d(LoRAConv, nn.Conv3d):
-    """`nn.Conv3d` with an adapter."""
-
-
-class LoRAEmbedding(SidePath, nn.Embedding):
-    """`nn.Embedding` with an adapter: `lora_embedding_A` of shape (r, num), `lora_embedding_B` of shape (dim, r).
-
-    The vector at `padding_idx` stays what it is: A is zero there, and gets no gradient.
+    A string among them is the name of a parameter. Where code reads it, it gets the effective weight.
     """
+    plain = getattr(layer, "lora_recipe", (type(layer),))[0]
+    object.__setattr__(layer, "__class__", _composed((plain, *mixins)) if mixins else plain)
 
-    lora_name_A = "lora_embedding_A"
-    lora_name_B = "lora_embedding_B"
 
-    lora_embedding_A: nn.Parameter
-    lora_embedding_B: nn.Parameter
+def mixins_of(layer: nn.Module) -> tuple[Any, ...]:
+    """Return what `compose` gave the class of `layer`."""
+    return getattr(layer, "lora_recipe", (None,))[1:]
 
-    def lora_adapt(self, weight: Tensor, rank: int, scaling: float, config: LoRAConfig) -> None:
-        super().lora_adapt(weight, rank, scaling, config)
-        if self.padding_idx is not None:
-            for factor in (self.lora_embedding_A, self._buffers.get("lora_A_initial")):
-                if factor is not None:
-                    factor.detach()[:, self.padding_idx] = 0
 
-    def lora_fill_kaiming(self, down: Tensor) -> None:
-        # An index is a one-hot input: one number arrives, not as many as there are embeddings.
-        nn.init.uniform_(down, -1, 1)
+@cache
+def _composed(recipe: tuple[Any, ...]) -> Any:
+    plain, *mixins = recipe
+    members: dict[str, Any] = {name: _effective(name) for name in mixins if isinstance(name, str)}
+    members |= {"lora_recipe": recipe, "lora_sharded_over": None}
+    members |= {"__reduce_ex__": lambda self, _: (_new, (recipe,), self.__getstate__())}
+    name = getattr(mixins[0], "lora_prefix", "LoRA") + plain.__name__
+    return type(name, (*(mixin for mixin in mixins if not isinstance(mixin, str)), plain), members)
 
-    @staticmethod
-    def lora_matrix(weight: Tensor) -> Tensor:
-        return weight.t()
 
-    @staticmethod
-    def lora_from_matrix(matrix: Tensor, weight: Tensor) -> Tensor:
-        return matrix.t()
+def _new(recipe: tuple[Any, ...]) -> Any:  # copies and unpickled layers have to make their class again
+    return _composed(recipe).__new__(_composed(recipe))
 
-    def lora_base(self, input: Tensor) -> Tensor:
-        return F.embedding(input, cast(Tensor, self._parameters["weight"]), self.padding_idx, sparse=self.sparse)
 
-    def lora_low_rank(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return F.linear(F.embedding(input, down.t(), self.padding_idx), up)
+def _effective(name: str) -> property:
+    def read(self: nn.Module) -> Tensor:
+        adapter, weight = cast(LoRALayer, self._modules.get(f"lora_{name}", self)), cast(Tensor, self._parameters[name])
+        stored = (
+            getattr(weight, "device_mesh", self) == self.lora_sharded_over
+        )  # fully_shard asks for its own parameter
+        return adapter.lora_effective_weight(weight) if adapter.lora_active and not stored else weight
+
+    return property(read)
+
+
+def dense(weight: Tensor) -> Tensor:
+    """Return `weight`, dequantized if it is one of torchao's quantized tensors."""
+    plain = type(weight) in (Tensor, nn.Parameter) or not type(weight).__module__.startswith("torchao.")
+    return weight if plain else weight.dequantize()
+
+
+def full_precision(tensor: Tensor) -> Any:
+    """Return a context without autocast on the device of `tensor`."""
+    kind = tensor.device.type
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from lora_lightning.lora.attached import sites
-
-LR_RATIO = "lr_ratio"
-"""Entry of a parameter group of B's: its learning rate over that of the group before it."""
+from lora_lightning.lora.model import adapted_weights
+from lora_lightning.lora.state import adapter_parameters
 
 
-@contextmanager
-def lora_plus(module: nn.Module, lr_ratio: float) -> Iterator[None]:
-    """Within this context, optimizers that are made give the B of every adapter `lr_ratio` times the learning rate.
-
-    Each of their parameter groups that holds B's is followed by one for these alone, with the same options. Before every
-    step the ratio is made good, so that it survives any scheduler, whatever that does to the groups' learning rates, and
-    loading the optimizer's state.
+def lora_plus_param_groups(module: nn.Module, lr: float, lr_ratio: float) -> list[dict[str, Any]]:
+    """Return parameter groups for an optimizer: all that trains but the B of every adapter, at `lr`, and these at more.
 
     Args:
         module: A module with adapters.
+        lr: Learning rate η_A.
         lr_ratio: λ = η_B / η_A, at least 1; the paper (section 4) recommends about 16.
 
     Raises:
@@ -32,38 +25,38 @@ def lora_plus(module: nn.Module, lr_ratio: float) -> Iterator[None]:
 
     Example::
 
-        with lora_plus(net, 16):
-            optimizer = torch.optim.AdamW(adapter_parameters(net), lr=1e-4)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-4, total_steps=100)
+        optimizer = torch.optim.AdamW(lora_plus_param_groups(net, lr=1e-4, lr_ratio=16))
     """
     check_lr_ratio(lr_ratio)
-    ups = {id(site.update.get_parameter(site.update.lora_name_B)) for site in sites(module)}
-    add_group = torch.optim.Optimizer.add_param_group
+    ups = _ups(module)
+    rest = [parameter for parameter in adapter_parameters(module) if id(parameter) not in ups]
+    return [{"params": rest, "lr": lr}, {"params": list(ups.values()), "lr": lr * lr_ratio}]
 
-    def add_groups(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
-        parameters = group["params"]
-        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        named = isinstance(parameters[0], tuple) if parameters else False
-        of_b = [entry for entry in parameters if id(entry[1] if named else entry) in ups]
-        rest = [entry for entry in parameters if id(entry[1] if named else entry) not in ups]
-        if not of_b:
-            add_group(optimizer, {**group, "params": parameters})
-            return
-        if not any(LR_RATIO in other for other in optimizer.param_groups):
-            optimizer.register_step_pre_hook(keep_ratio)
-        add_group(optimizer, {**group, "params": rest})
-        add_group(optimizer, {**group, "params": of_b, LR_RATIO: lr_ratio})
-        keep_ratio(optimizer)
 
-    torch.optim.Optimizer.add_param_group = add_groups  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.optim.Optimizer.add_param_group = add_group  # type: ignore[method-assign]
+def keep_lr_ratio(optimizer: torch.optim.Optimizer, module: nn.Module, lr_ratio: float) -> list[RemovableHandle]:
+    """Make an existing optimizer step with `lr_ratio` times the learning rate for the B of every adapter.
+
+    Its parameter groups are split just before a step and put back after it. So schedulers, checkpoints and gradient clipping
+    see the groups that it was made with.
+
+    Args:
+        optimizer: Its groups may hold parameters of other modules too.
+        module: A module with adapters.
+        lr_ratio: λ = η_B / η_A, at least 1.
+
+    Returns:
+        What ends it, by `remove()`.
+
+    Raises:
+        ValueError: If the ratio is out of range.
+    """
+    check_lr_ratio(lr_ratio)
+    groups = _SplitGroups(set(_ups(module)), lr_ratio)
+    return [optimizer.register_step_pre_hook(groups.split), optimizer.register_step_post_hook(groups.put_back)]
 
 
 def check_lr_ratio(lr_ratio: float) -> float:
-    """The ratio itself, if it is one.
+    """Return the ratio itself, if it is one.
 
     Raises:
         ValueError: If it is not at least 1, or not finite.
@@ -73,8 +66,36 @@ def check_lr_ratio(lr_ratio: float) -> float:
     return lr_ratio
 
 
-def keep_ratio(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Sets the learning rate of every group of B's from that of the group before it."""
-    for before, group in zip(optimizer.param_groups, optimizer.param_groups[1:], strict=False):
-        if LR_RATIO in group:
-            group["lr"] = before["lr"] * group[LR_RATIO]
+def _ups(module: nn.Module) -> dict[int, nn.Parameter]:
+    """Return the B of every adapter, by identity."""
+    ups = [each.factors[1] for each in adapted_weights(module)]
+    return {id(up): up for up in ups}
+
+
+class _SplitGroups:
+    """An optimizer's parameter groups, while it steps and otherwise."""
+
+    def __init__(self, ups: set[int], lr_ratio: float) -> None:
+        self.ups = ups
+        self.lr_ratio = lr_ratio
+        self.whole: list[dict[str, Any]] = []
+        self.parts: list[dict[str, Any]] = []
+        """One for each of `whole`, with its parameters but the B's; what a step writes into it is copied back."""
+
+    def split(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.put_back(optimizer)  # if the last step was interrupted
+        self.whole = optimizer.param_groups
+        self.parts = [self._part(group, of_b=False) for group in self.whole]
+        of_b = [self._part(group, of_b=True) for group in self.whole]
+        optimizer.param_groups = [group for group in (*self.parts, *of_b) if group["params"]]
+
+    def put_back(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not self.whole:
+            return
+        for group, part in zip(self.whole, self.parts, strict=True):
+            group.update({key: value for key, value in part.items() if key != "params"})
+        optimizer.param_groups, self.whole, self.parts = self.whole, [], []
+
+    def _part(self, group: dict[str, Any], of_b: bool) -> dict[str, Any]:
+        parameters = [parameter for parameter in group["params"] if (id(parameter) in self.ups) == of_b]
+        return {**group, "params": parameters, "lr": group["lr"] * self.lr_ratio if of_b else group["lr"]}

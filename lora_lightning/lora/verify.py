@@ -1,7 +1,8 @@
-"""A probe for adapters that do nothing: `verify`."""
+"""A probe for adapters that do nothing: `verify_adapters`."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adapter import adapter_parameters, adapter_state
-from lora_lightning.lora.attached import Site, sites
-from lora_lightning.lora.frozen import FrozenStatistics
+from lora_lightning.lora.model import AdaptedWeight, adapted_weights
+from lora_lightning.lora.state import adapter_parameters, adapter_state_dict
 
 _DRAWS = 8
 """How often a random forward pass is repeated before an adapter counts as inert: layers may be dropped at random."""
@@ -21,8 +21,8 @@ class InertAdapterError(RuntimeError):
     """An adapter that would be trained, and change nothing."""
 
 
-def verify(module: nn.Module, *inputs: Any, **keywords: Any) -> None:
-    """Checks that every adapter has an effect on the module's output: in training, in evaluation, without gradients.
+def verify_adapters(module: nn.Module, *inputs: Any, **keywords: Any) -> None:
+    """Check that every adapter has an effect on the module's output: in training, in evaluation, without gradients.
 
     An adapter is inert if no B, zero or not, changes the output, for example because some code reads the layer's
     weight in a way that escapes `attach`, or because nothing calls the layer. Costs five forward and three backward
@@ -37,10 +37,10 @@ def verify(module: nn.Module, *inputs: Any, **keywords: Any) -> None:
         InertAdapterError: If an adapter is inert; the message names all that are, and in which mode.
         ValueError: If the module has no adapters, or they are disabled or merged.
     """
-    found = sites(module)
+    found = adapted_weights(module)
     if not found:
         raise ValueError(f"This {type(module).__name__} has no adapters to verify. Call attach(module, config) first.")
-    if not all(site.update.lora_active for site in found):
+    if not all(each.adapter.lora_active for each in found):
         raise ValueError(
             f"The adapters of this {type(module).__name__} are disabled or merged. Verify them outside of that."
         )
@@ -57,27 +57,27 @@ def verify(module: nn.Module, *inputs: Any, **keywords: Any) -> None:
             for draw in range(_DRAWS):
                 with torch.enable_grad():
                     suspects = _without_gradient(call, suspects, draw)
-                suspects = [site for site in suspects if not _changes(call, site, draw)]
+                suspects = [each for each in suspects if not _changes(call, each, draw)]
                 if not suspects or not _is_random(call):
                     break
-            for site in suspects:
-                inert.setdefault(site.name, []).append(mode)
-        rest = [site for site in found if site.name not in inert]
-        for site in _lost_without_gradients(call, rest):
-            inert.setdefault(site.name, []).append("evaluation without gradients")
+            for each in suspects:
+                inert.setdefault(each.name, []).append(mode)
+        rest = [each for each in found if each.name not in inert]
+        for each in _lost_without_gradients(call, rest):
+            inert.setdefault(each.name, []).append("evaluation without gradients")
     if inert:
         listed = "; ".join(
             f"{name or type(module).__name__!r} (in {', '.join(modes)})" for name, modes in inert.items()
         )
         raise InertAdapterError(
             f"Adapters without any effect on the output of this {type(module).__name__}: {listed}. Leave these out with "
-            "exclude; or, where a module reads such a weight, name the parameter in target_parameters."
+            "exclude_modules; or, where a module reads such a weight, name the parameter in target_parameters."
         )
 
 
 @torch.no_grad()
 def _stir(module: nn.Module) -> None:
-    """Moves all that trains: what a head that begins at zero hides now will show after a few steps."""
+    """Move all that trains: a head that starts at zero would hide what shows after a few steps."""
     torch.manual_seed(0)
     for parameter in adapter_parameters(module):
         parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -92,39 +92,41 @@ def _is_random(call: Callable[[], list[Tensor]]) -> bool:
     return not all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
 
 
-def _without_gradient(call: Callable[[], list[Tensor]], suspects: list[Site], seed: int) -> list[Site]:
-    """Those of the adapters whose B gets no gradient, or zeros, from a random function of the output."""
+def _without_gradient(
+    call: Callable[[], list[Tensor]], suspects: list[AdaptedWeight], seed: int
+) -> list[AdaptedWeight]:
+    """Return those of the adapters whose B gets no gradient, or zeros, from a random function of the output."""
     if not suspects:
         return []
     gradients = _gradients(call, suspects, seed)
-    return [site for site, gradient in zip(suspects, gradients, strict=True) if gradient is None or not gradient.any()]
+    return [each for each, gradient in zip(suspects, gradients, strict=True) if gradient is None or not gradient.any()]
 
 
-def _gradients(call: Callable[[], list[Tensor]], among: list[Site], seed: int) -> list[Tensor | None]:
+def _gradients(call: Callable[[], list[Tensor]], among: list[AdaptedWeight], seed: int) -> list[Tensor | None]:
     torch.manual_seed(seed)
     outputs = [output for output in call() if output.requires_grad]
     if not outputs:
         return [None] * len(among)
     loss = sum((output.double() * torch.randn_like(output, dtype=torch.double)).sum() for output in outputs)
-    return list(torch.autograd.grad(loss, [_up(site) for site in among], allow_unused=True))  # type: ignore[arg-type]
+    return list(torch.autograd.grad(loss, [_b(each) for each in among], allow_unused=True))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def _changes(call: Callable[[], list[Tensor]], site: Site, seed: int) -> bool:
-    """Whether the output changes with a large change of B: what a gradient of zero in one point does not rule out."""
-    up = _up(site)
-    kept = up.clone()
+def _changes(call: Callable[[], list[Tensor]], each: AdaptedWeight, seed: int) -> bool:
+    """Return whether the output changes with a large change of B: what a gradient of zero in one point does not rule out."""
+    b = _b(each)
+    kept = b.clone()
     torch.manual_seed(seed)
     before = call()
-    up.add_(torch.randn_like(up))
+    b.add_(torch.randn_like(b))
     torch.manual_seed(seed)
     after = call()
-    up.copy_(kept)
+    b.copy_(kept)
     return not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def _lost_without_gradients(call: Callable[[], list[Tensor]], live: list[Site]) -> list[Site]:
-    """Those adapters that evaluation passes by when no gradients are asked for, as fast paths of PyTorch may.
+def _lost_without_gradients(call: Callable[[], list[Tensor]], live: list[AdaptedWeight]) -> list[AdaptedWeight]:
+    """Return those adapters that evaluation passes by when no gradients are asked for, as fast paths of PyTorch may.
 
     Every B is moved by as much as it takes to change the output about equally, so that one that is lost would show in
     the sum; only then they are looked at one by one.
@@ -134,11 +136,11 @@ def _lost_without_gradients(call: Callable[[], list[Tensor]], live: list[Site]) 
     with torch.enable_grad():
         gradients = _gradients(call, live, 0)
     with torch.no_grad():
-        for site, gradient in zip(live, gradients, strict=True):
+        for each, gradient in zip(live, gradients, strict=True):
             norm = 0.0 if gradient is None else float(gradient.norm())
             if norm:
                 assert gradient is not None
-                _up(site).add_(gradient / norm, alpha=min(0.1 / norm, 1.0))
+                _b(each).add_(gradient / norm, alpha=min(0.1 / norm, 1.0))
         moved = call()
         with torch.enable_grad():
             with_gradients = [output.detach() for output in call()]
@@ -146,21 +148,19 @@ def _lost_without_gradients(call: Callable[[], list[Tensor]], live: list[Site]) 
     apart = max(float((a - b).abs().max()) for a, b in zip(moved, with_gradients, strict=True))
     if apart <= 1e-4 * scale:
         return []
-    return [site for site in live if not _changes(call, site, 0)]
+    return [each for each in live if not _changes(call, each, 0)]
 
 
-def _up(site: Site) -> nn.Parameter:
-    return site.update.get_parameter(site.update.lora_name_B)
+def _b(each: AdaptedWeight) -> nn.Parameter:
+    b: nn.Parameter = each.factors[1]
+    return b
 
 
 @contextmanager
 def _left_as_it_was(module: nn.Module) -> Iterator[None]:
-    modes = {
-        layer: layer.was_training if isinstance(layer, FrozenStatistics) else layer.training
-        for layer in module.modules()
-    }
+    modes = {layer: layer.training for layer in module.modules()}
     state = module.state_dict(keep_vars=True)
-    kept = {key: state[key].detach().clone() for key in adapter_state(module)}
+    kept = {key: state[key].detach().clone() for key in adapter_state_dict(module)}
     devices = {parameter.device for parameter in module.parameters() if parameter.is_cuda}
     try:
         with torch.random.fork_rng(devices=list(devices)):
@@ -169,14 +169,11 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
         for key, value in kept.items():
             state[key].data.copy_(value)
         for layer, mode in modes.items():
-            if isinstance(layer, FrozenStatistics):
-                layer.was_training = mode
-            else:
-                layer.training = mode
+            layer.training = mode
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in an output."""
+    """Return the floating-point tensors in an output."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
@@ -186,3 +183,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, list | tuple):
         for value in output:
             yield from _tensors(value)
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from _tensors(getattr(output, field.name))

@@ -21,10 +21,10 @@ _AUXILIARY = ("AuxLogits", "aux1", "aux2")
 
 
 def image_backbone(name: str, weights: str | None = None, num_classes: int | None = None) -> nn.Module:
-    """Builds an image classifier, for `Classifier(backbone=...)`.
+    """Build an image classifier, for `Classifier(backbone=...)`.
 
     The network is the library's own, with its own parameter names. It has two attributes more: `preprocessing`, which
-    `ImageFolderDataModule` applies to pictures, and `new_head`, the name of a layer that was replaced by a fresh one (or
+    `ImageFolderDataModule` applies to images, and `new_head`, the name of a layer that was replaced by a fresh one (or
     `None`), which `LoRAFinetuning` trains whole.
 
     Args:
@@ -96,7 +96,7 @@ def _from_torchvision(name: str, weights: str | None, num_classes: int | None) -
 
 
 def _from_timm(name: str, weights: str | None, num_classes: int | None) -> nn.Module:
-    timm = _library("timm", f"timm/{name}")
+    timm = library("timm", f"timm/{name}")
     if not timm.is_model(name):
         alike = timm.list_models(f"*{name}*")[:3] or difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(f"timm has no network {name!r}." + (f" Did you mean {', '.join(alike)}?" if alike else ""))
@@ -118,7 +118,7 @@ def _from_timm(name: str, weights: str | None, num_classes: int | None) -> nn.Mo
 
 
 def _from_transformers(name: str, weights: str | None, num_classes: int | None) -> nn.Module:
-    transformers = _library("transformers", f"transformers/{name}")
+    transformers = library("transformers", f"transformers/{name}")
     if weights not in (None, "pretrained"):
         raise ValueError(f"weights={weights!r}: expected null or 'pretrained' for transformers/<folder or hub name>.")
     if weights is None:
@@ -131,17 +131,18 @@ def _from_transformers(name: str, weights: str | None, num_classes: int | None) 
 
 
 class _Processor:
-    """A transformers image processor as a function of one picture."""
+    """A transformers image processor as a function of one image."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
-    def __call__(self, picture: Any) -> Tensor:
-        pixels: Tensor = self.processor(picture, return_tensors="pt")["pixel_values"][0]
+    def __call__(self, image: Any) -> Tensor:
+        pixels: Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
         return pixels
 
 
-def _library(name: str, wanted: str) -> Any:
+def library(name: str, wanted: str) -> Any:
+    """Import a package, or say what needs it."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -149,7 +150,7 @@ def _library(name: str, wanted: str) -> Any:
 
 
 def head_of(network: nn.Module) -> str:
-    """The name of a classifier's last layer: of the linear layers and convolutions, the one that is defined last."""
+    """Return the name of a classifier's last layer: of the linear layers and convolutions, the one that is defined last."""
     layers: list[str] = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     if not layers:
         raise ValueError(f"{type(network).__name__} has no linear layer or convolution that could be its head.")
@@ -170,7 +171,7 @@ def _finished(network: nn.Module, preprocessing: Any, num_classes: int | None, n
 
 
 def _like(head: nn.Module, num_classes: int) -> nn.Module:
-    """A fresh layer of another size."""
+    """Return a fresh layer of another size."""
     if isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1):
         return nn.Conv2d(head.in_channels, num_classes, kernel_size=1, bias=head.bias is not None)
     if not isinstance(head, nn.Linear):
@@ -182,7 +183,7 @@ def _like(head: nn.Module, num_classes: int) -> nn.Module:
 
 @torch.no_grad()
 def _settle_norms(network: nn.Module, size: tuple[int, ...]) -> None:
-    """Gives the norm layers of a random network the statistics of what they see, from a batch of noise.
+    """Give the norm layers of a random network the statistics of what they see, from a batch of noise.
 
     Fresh ones are 0 and 1 whatever comes. Frozen like that, they pass next to no signal through a deep network: in
     EfficientNet-B0 features of 1e-14 reach the last layer, and nothing can be trained. Nor can it in a branch whose norm has
@@ -204,7 +205,7 @@ def _settle_norms(network: nn.Module, size: tuple[int, ...]) -> None:
 
 
 def _drop_auxiliary_heads(network: nn.Module) -> None:
-    """GoogLeNet and Inception have classifiers inside, whose outputs they return in training alone."""
+    """Remove the classifiers inside GoogLeNet and Inception, whose outputs they return in training alone."""
     if hasattr(network, "aux_logits"):
         network.aux_logits = False  # type: ignore[assignment] # a plain attribute
         for name in _AUXILIARY:
@@ -218,7 +219,7 @@ def _existing(weights: str, names: list[str]) -> Path:
         return path
     alike = difflib.get_close_matches(weights, names, n=1)
     raise FileNotFoundError(
-        f"weights={weights!r} is no file."
+        f"weights={weights!r} is not a file."
         + (f" Did you mean {alike[0]}?" if alike else "")
         + f" Expected one of {', '.join(names)}, a file with a state dict, or null for random weights."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lora_lightning.models.one_cycle import OneCycle
@@ -17,10 +19,11 @@ from lora_lightning.models.one_cycle import OneCycle
 class Classifier(LightningModule):
     """Trains a backbone by cross-entropy.
 
-    Its steps return `{"loss", "logits", "targets"}`, which is all that `ConfusionReport` asks of a module.
+    Its steps return `{"loss", "logits", "targets"}`.
 
     Args:
-        backbone: Maps a batch of inputs to logits of shape (B, num_classes), or to an object that has them as `logits`.
+        backbone: Maps a batch of inputs to logits of shape (B, num_classes), or to an object that has them as `logits`. Inputs that
+            are a mapping, as `TextDataModule` makes them, become its keyword arguments.
         optimizer: Makes the optimizer from the trainable parameters; Adam by default, with PyTorch's fused kernel.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer; stepped after every training step.
             `OneCycle` is told the length of the run.
@@ -45,11 +48,11 @@ class Classifier(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.num_classes = num_classes
-        self._sums = torch.zeros(3)
+        self._loss, self._accuracy = MeanMetric(), MeanMetric()
 
     @override
-    def forward(self, inputs: Tensor) -> Tensor:
-        output = self.backbone(inputs)
+    def forward(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+        output = self.backbone(**inputs) if isinstance(inputs, Mapping) else self.backbone(inputs)
         # The transformers library's networks return them as one field of several.
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
@@ -64,7 +67,7 @@ class Classifier(LightningModule):
 
     @override
     def on_validation_epoch_start(self) -> None:
-        self._sums = torch.zeros(3, device=self.device)
+        self._reset_means()
 
     @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
@@ -76,7 +79,7 @@ class Classifier(LightningModule):
 
     @override
     def on_test_epoch_start(self) -> None:
-        self._sums = torch.zeros(3, device=self.device)
+        self._reset_means()
 
     @override
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
@@ -88,7 +91,7 @@ class Classifier(LightningModule):
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The logits, from a batch of inputs alone or of inputs and targets."""
+        """Return the logits, from a batch of inputs alone or of inputs and targets."""
         logits: Tensor = self(batch[0] if isinstance(batch, tuple | list) else batch)
         return logits
 
@@ -123,18 +126,24 @@ class Classifier(LightningModule):
 
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         logits, targets, loss, accuracy = self._step(batch)
-        if len(targets):  # the mean over no sample is no number
-            self._sums += len(targets) * torch.stack([loss.detach().float(), accuracy, torch.ones_like(accuracy)])
+        if len(targets):  # the mean over no samples is NaN
+            self._loss.update(loss.detach().float(), len(targets))
+            self._accuracy.update(accuracy, len(targets))
         return {"loss": loss, "logits": logits, "targets": targets}
 
+    def _reset_means(self) -> None:
+        for mean in (self._loss, self._accuracy):
+            mean.reset()
+            mean.update(0.0, 0.0)  # a device may get no batch
+
     def _log_means(self, stage: str) -> None:
-        """Over all samples of all devices, however many each had."""
-        loss, accuracy, samples = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
-        if samples:
-            self.log_dict({f"{stage}/loss": loss / samples, f"{stage}/accuracy": accuracy / samples}, prog_bar=True)
+        """Log the means over all samples of all devices, however many each had."""
+        loss, accuracy = self._loss.compute(), self._accuracy.compute()
+        if not accuracy.isnan():  # as it is without any sample
+            self.log_dict({f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}, prog_bar=True)
 
     def _logs_this_step(self) -> bool:
-        """Whether a logger writes this step, or a callback may ask for its numbers at the end of the epoch.
+        """Return whether a logger writes this step, or a callback may ask for its numbers at the end of the epoch.
 
         Logging costs about a millisecond, which is what a whole LoRA step on a small batch takes.
         """

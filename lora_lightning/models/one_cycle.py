@@ -29,7 +29,7 @@ class OneCycle(LRScheduler):
         super().__init__(optimizer)
 
     def spread_over(self, total_steps: int) -> None:
-        """Fits the cycle to a run of this many steps."""
+        """Fit the cycle to a run of this many steps."""
         self.total_steps = total_steps
 
     @override
@@ -39,7 +39,7 @@ class OneCycle(LRScheduler):
 
 
 def _factor(progress: float) -> float:
-    """Share of the peak learning rate, for a progress of 0 (first step) to 1 (last step, and beyond)."""
+    """Return the share of the peak learning rate, for a progress of 0 (first step) to 1 (last step, and beyond)."""
     if progress <= _WARM_UP:
         return _cosine(_START, 1, progress / _WARM_UP)
     return _cosine(1, _END, min((progress - _WARM_UP) / (1 - _WARM_UP), 1))

@@ -23,7 +23,7 @@ class RichBoyNet(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape (B, 10) for images of shape (B, 1, 28, 28) or (B, 784)."""
+        """Return logits of shape (B, 10) for images of shape (B, 1, 28, 28) or (B, 784)."""
         hidden: Tensor = self.relu(self.linear1(images.flatten(1)))
         hidden = self.relu(self.linear2(hidden))
         logits: Tensor = self.linear3(hidden)

@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lora_lightning.checkpoints import check_file, explain_damage, misfits
+from lora_lightning.resume.checkpoints import check_file, explain_damage, misfits
 
 _HASH = re.compile(r"-([0-9a-f]{8,64})\.")
 
 
 def check_name(path: Path) -> None:
-    """Compares a file with the hash in its name, written as torchvision does: `vgg19-dcbb9e9d.pth`, SHA-256.
+    """Compare a file with the hash in its name, written as torchvision does: `vgg19-dcbb9e9d.pth`, SHA-256.
 
     Raises:
         ValueError: If they differ.
@@ -42,7 +42,7 @@ def check_name(path: Path) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, without running code from it.
+    """Return the state dict in a file, without running code from it.
 
     Raises:
         ValueError: If the file is damaged, or holds something else.
@@ -68,14 +68,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_strictly(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Loads a state dict that has to have every name and shape of the network.
+    """Load a state dict that has to have every name and shape of the network.
 
     Raises:
-        ValueError: If it has not; the network is then as it was.
+        ValueError: If it does not; the network is then as it was.
     """
     expected = network.state_dict()
     for key in expected.keys() - state.keys():
-        if key.endswith("num_batches_tracked"):  # which files of old versions have not
+        if key.endswith("num_batches_tracked"):  # which files of old versions lack
             state[key] = expected[key]
     if wrong := misfits(state, expected):
         raise ValueError(f"{path} does not fit this {type(network).__name__}: {wrong}. Choose other weights.")
@@ -83,12 +83,12 @@ def load_strictly(network: nn.Module, state: dict[str, Tensor], path: Path) -> N
 
 
 def copy_of_download(path: Path, entries: Iterable[Any]) -> Any:
-    """Which of torchvision's weights this file is, by its name; `None` if none of them."""
+    """Return which of torchvision's weights this file is, by its name; `None` if it is none of them."""
     return next((entry for entry in entries if _file_name(entry) == path.name), None)
 
 
 def through_torchvision(builder: Callable[..., nn.Module], entry: Any, copy: Path | None) -> nn.Module:
-    """Has torchvision build a network with its own weights, from its download folder or a copy of the file.
+    """Build a network by torchvision with its own weights, from its download folder or a copy of the file.
 
     It compares the hash when it downloads; here a file that is there is compared too.
 

@@ -1,8 +1,18 @@
-"""Tables, pictures and files made from confusion matrices."""
+"""Tables, images and files made from confusion matrices."""
 
 from lora_lightning.report.confusion import SHOWN_CLASSES, Confusion, Report
 from lora_lightning.report.figure import confusion_figures
-from lora_lightning.report.files import free_path, write_report
+from lora_lightning.report.files import free_name, free_path, write_report, write_to
 from lora_lightning.report.table import report_table
 
-__all__ = ["SHOWN_CLASSES", "Confusion", "Report", "confusion_figures", "free_path", "report_table", "write_report"]
+__all__ = [
+    "SHOWN_CLASSES",
+    "Confusion",
+    "Report",
+    "confusion_figures",
+    "free_name",
+    "free_path",
+    "report_table",
+    "write_report",
+    "write_to",
+]

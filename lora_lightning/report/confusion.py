@@ -34,47 +34,47 @@ class Confusion:
 
     @cached_property
     def total(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         return int(self.matrix.sum())
 
     @cached_property
     def correct(self) -> list[int]:
-        """Samples of each class that were recognised."""
+        """Return samples of each class that were recognized."""
         return [int(count) for count in self.matrix.diagonal()]
 
     @cached_property
     def support(self) -> list[int]:
-        """Samples of each class."""
+        """Return samples of each class."""
         return [int(count) for count in self.matrix.sum(1)]
 
     @cached_property
     def errors(self) -> list[int]:
-        """Samples of each class that were taken for another."""
+        """Return samples of each class that were taken for another."""
         return [support - correct for support, correct in zip(self.support, self.correct, strict=True)]
 
     @cached_property
     def recall(self) -> list[float]:
-        """Share of each class that was recognised; NaN for a class without samples."""
+        """Return the share of each class that was recognized; NaN for a class without samples."""
         return [_ratio(correct, support) for correct, support in zip(self.correct, self.support, strict=True)]
 
     @cached_property
     def precision(self) -> list[float]:
-        """Share of the predictions of each class that were right; NaN for a class never predicted."""
+        """Return the share of the predictions of each class that were right; NaN for a class never predicted."""
         predicted = [int(count) for count in self.matrix.sum(0)]
         return [_ratio(correct, count) for correct, count in zip(self.correct, predicted, strict=True)]
 
     @cached_property
     def accuracy(self) -> float:
-        """Share of all samples that were recognised; NaN without samples."""
+        """Return the share of all samples that were recognized; NaN without samples."""
         return _ratio(sum(self.correct), self.total)
 
     def weakest(self) -> int:
-        """The class with the lowest recall, among those that have samples; the first of them in a tie."""
+        """Return the class with the lowest recall, among those that have samples; the first of them in a tie."""
         known = [index for index, support in enumerate(self.support) if support]
         return min(known, key=lambda index: self.recall[index])
 
     def shown(self) -> list[int]:
-        """The classes that a reader is shown: all, or of more than 20 the 20 of lowest recall, as far as they have samples."""
+        """Return the classes that a reader is shown: all, or of more than 20 the 20 of lowest recall, as far as they have samples."""
         classes = range(len(self.class_names))
         if len(classes) <= SHOWN_CLASSES:
             return list(classes)
@@ -82,7 +82,7 @@ class Confusion:
         return sorted(known, key=lambda index: (self.recall[index], -self.errors[index]))[:SHOWN_CLASSES]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON; a ratio that is not defined is `None`.
+        """Return plain numbers, for JSON; a ratio that is not defined is `None`.
 
         Of more than 100 classes, `matrix` is `None` and `counts` lists `[target, predicted, count]` where it is not zero.
         """
@@ -115,11 +115,18 @@ class Report:
         stage: `"test"` or `"val"`.
         model: The model as it is.
         base: The same model with its adapters disabled; `None` for a model without adapters.
+        loader: Number of the data loader, if there are several.
     """
 
     stage: str
     model: Confusion
     base: Confusion | None = None
+    loader: int | None = None
+
+    @property
+    def suffix(self) -> str:
+        """Return what tells names of this loader from those of others, as Lightning writes it; empty for a single one."""
+        return "" if self.loader is None else f"/dataloader_idx_{self.loader}"
 
 
 def _ratio(part: int, whole: int) -> float:

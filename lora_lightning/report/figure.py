@@ -16,7 +16,7 @@ _LONGEST_LABEL = 24
 
 
 def confusion_figures(report: Report) -> dict[str, Figure]:
-    """The confusion matrix as a picture, `model`; with a base: `base`, `adapted` and their `difference`.
+    """Return the confusion matrix as a figure, `model`; with a base: `base`, `adapted` and their `difference`.
 
     Colour follows the errors, which the diagonal would drown out, on one scale for all; the numbers are counts. Of more
     than 20 classes, the 20 of lowest recall have a row and a column each, and all others have one together.
@@ -36,7 +36,7 @@ def confusion_figures(report: Report) -> dict[str, Figure]:
 
 
 def _shown_alone(matrix: torch.Tensor, shown: list[int]) -> torch.Tensor:
-    """The counts of these classes, and those of all others together in a last row and column, if there are others."""
+    """Return the counts of these classes, with all others together in a last row and column if there are others."""
     size = len(shown) + (len(shown) < len(matrix))
     place = torch.full((len(matrix),), size - 1)
     place[shown] = torch.arange(len(shown))

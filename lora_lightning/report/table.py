@@ -11,7 +11,7 @@ from lora_lightning.report.confusion import Confusion, Report
 
 
 def report_table(report: Report, title: str | None = None) -> Table:
-    """One row a class, one for all: support, errors, recall and precision, before and after where there is a base.
+    """Return one row a class, one for all: support, errors, recall and precision, before and after where there is a base.
 
     Of more than 20 classes, there are the 20 of lowest recall alone, as the caption says. The last row has the accuracy in
     place of the recall.

@@ -1,0 +1,76 @@
+"""`FeatureCache`: trains without computing what is always the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from lora_lightning.feature_cache.cache import PrefixCache
+from lora_lightning.lora import backbone_of
+
+
+class FeatureCache(Callback):
+    """Keeps the features that the frozen part of a network computes of each training sample before anything trains.
+
+    From the second epoch on, training skips that part: adapters in the last layers train many times faster, and end bitwise as
+    they would have. Validation computes everything, as always. It needs memory for the features, on the model's device; the first batch says how much. To be used
+    beside `LoRAFinetuning`, or with layers frozen in another way.
+
+    Raises:
+        ValueError: In `fit`, if nothing is frozen and deterministic before the first layer that trains, if training data are
+            augmented or inputs turn out to change, or if features depend on the batch that a sample is in.
+
+    Example::
+
+        callbacks = [LoRAFinetuning(target_modules=["classifier.3", "classifier.6"]), FeatureCache()]
+    """
+
+    def __init__(self) -> None:
+        self.cache: PrefixCache | None = None
+        self._said = False
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if getattr(data, "augmentation", None) is not None:
+            raise ValueError(
+                f"FeatureCache needs inputs that are the same in every epoch, but {type(data).__name__} has an "
+                "augmentation. Leave one of the two out."
+            )
+        dataset: Any = getattr(trainer.train_dataloader, "dataset", None)
+        self.cache = PrefixCache(backbone_of(pl_module), len(dataset) if hasattr(dataset, "__len__") else None)
+        self._said = False
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        assert self.cache is not None
+        self.cache.active = True
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        assert self.cache is not None
+        self.cache.active = False
+        if not self._said and self.cache.prefix:
+            self._said = True
+            names = ", ".join(repr(step.name) for step in self.cache.prefix.kept)
+            rank_zero_info(
+                f"Frozen prefix: the output of {names} is computed once a sample and kept, {self.cache.bytes_per_sample:,} bytes "
+                f"each. First after it comes {self.cache.prefix.ended_by}."
+            )
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remove()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        if self.cache is not None:
+            self.cache.remove()
+            self.cache = None

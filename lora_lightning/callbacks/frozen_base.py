@@ -1,0 +1,55 @@
+"""Whether the frozen base is what it was."""
+
+from __future__ import annotations
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lora_lightning.lora import some_of
+from lora_lightning.lora.fingerprint import digests
+from lora_lightning.lora.freeze import FrozenStatistics
+
+
+class FrozenBase:
+    """Compares the base with what it was at the start of a training.
+
+    Parameters and the statistics of norm layers must not change by a bit. Other buffers are the user's own: code that updates
+    one (the centre of DINO's teacher, the counts of a metric) is named in a warning, and they go into checkpoints.
+
+    Args:
+        adapted: The module that `attach` was called with.
+    """
+
+    def __init__(self, adapted: nn.Module) -> None:
+        self.adapted = adapted
+        self.at_start = digests(adapted)
+        self._warned = False
+
+    def changed(self) -> tuple[list[str], list[str]]:
+        """Return the keys of parameters and norm statistics that changed, and those of other buffers."""
+        own = self._buffers_of_the_users()
+        now = digests(self.adapted)
+        changed = [key for key, digest in self.at_start.items() if now.get(key) != digest]
+        return [key for key in changed if key not in own], [key for key in changed if key in own]
+
+    def warn_of_buffers(self) -> None:
+        """Names, once, the buffers that the user's code has changed."""
+        if self._warned:
+            return
+        own = self._buffers_of_the_users()
+        now = digests(self.adapted, only=own)
+        changed = [key for key, digest in now.items() if self.at_start.get(key) != digest]
+        if changed:
+            self._warned = True
+            rank_zero_warn(
+                f"Buffers of the base change in training: {some_of(map(repr, changed))}. They are kept in checkpoints, but adapters in a "
+                "folder come without them. Frozen parameters and norm statistics stay as they are."
+            )
+
+    def _buffers_of_the_users(self) -> set[str]:
+        return {
+            f"{name}.{key}".lstrip(".")
+            for name, module in self.adapted.named_modules()
+            if not isinstance(module, FrozenStatistics)
+            for key in module._buffers
+        }

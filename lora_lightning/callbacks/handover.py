@@ -1,0 +1,62 @@
+"""Adapters that were trained in processes of their own, for those that come after them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lora_lightning.lora import adapter_state_dict
+
+
+class Handover:
+    """Carries what `fit` trained over to a later `test` or `predict` of the same trainer.
+
+    With `ddp_spawn`, `ddp_fork` and `ddp_notebook` each of these runs in processes of its own. Lightning brings the weights
+    home to the main process, but the model there never had adapters to take theirs. So they wait in a temporary file, whose
+    name all of these processes know, as long as the main process has the callback.
+    """
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.gettempdir()) / f"lora_lightning-{uuid.uuid4().hex}.pt"
+        weakref.finalize(self, _remove, self.path, os.getpid())
+
+    def put(self, trainer: Trainer, adapted: nn.Module, folder: object) -> None:
+        """Write the adapters to the temporary file, at the end of `fit`."""
+        if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) or not trainer.is_global_zero:
+            return
+        torch.save({key: value.detach().cpu() for key, value in adapter_state_dict(adapted).items()}, self.path)
+        rank_zero_info(
+            "Adapters were trained in processes of their own: in the main process the model has none, though test, predict and "
+            f"validate of this trainer do. There, load_adapter(model, {str(folder)!r}) gives it these."
+        )
+
+    def take(self, adapted: nn.Module) -> None:
+        """Read the adapters from the temporary file, once others were attached."""
+        if self.path.exists():
+            state = adapted.state_dict(keep_vars=True)
+            with torch.no_grad():
+                for key, value in torch.load(self.path, weights_only=True).items():
+                    state[key].copy_(value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path = state["path"]
+
+
+def _remove(path: Path, process: int) -> None:
+    if os.getpid() == process:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)

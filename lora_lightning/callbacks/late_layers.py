@@ -1,0 +1,61 @@
+"""Attaches adapters once the layers of a `LightningModule` exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lora_lightning.lora import disabled
+
+
+class AfterLayers:
+    """Attaches adapters once the layers of a module exist, and settles them once these are distributed.
+
+    The last hook of a module that may make layers is `configure_model`, or else `setup`. Both run after the `setup` of callbacks:
+    the hook is replaced on the module itself, until it has run. A module with neither has its layers already. So has one
+    whose `configure_model` distributes layers that are there: adapters are attached before it, to be distributed with them.
+
+    Args:
+        trainer: The trainer that runs the module.
+        pl_module: The module.
+        attach: Attaches the adapters, if there are none yet.
+        settle: Is called after it, in the last of these hooks.
+    """
+
+    def __init__(
+        self, trainer: Trainer, pl_module: LightningModule, attach: Callable[[], None], settle: Callable[[], None]
+    ) -> None:
+        self._pl_module = pl_module
+        self.hook = next((name for name in ("configure_model", "setup") if is_overridden(name, pl_module)), None)
+        before = isinstance(trainer.strategy, ModelParallelStrategy) and any(True for _ in pl_module.parameters())
+        if before or self.hook is None:
+            attach()
+        if self.hook is None:
+            settle()
+            return
+        self._own = vars(pl_module).get(self.hook)
+        method = getattr(pl_module, self.hook)
+
+        @wraps(method)
+        def then(*args: Any, **kwargs: Any) -> None:
+            self.remove()
+            with disabled(pl_module):  # tensor parallelism takes `layer.weight` for the parameter
+                method(*args, **kwargs)
+            if not before:
+                attach()
+            settle()
+
+        setattr(pl_module, self.hook, then)
+
+    def remove(self) -> None:
+        """Give the module its hook back, if it did not run."""
+        if self.hook is not None:
+            delattr(self._pl_module, self.hook)
+            if self._own is not None:
+                setattr(self._pl_module, self.hook, self._own)
+            self.hook = None

@@ -1,0 +1,146 @@
+"""`PredictionWriter`: what a model takes each sample for."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_warn
+from rich import get_console
+from torch import Tensor
+from typing_extensions import override
+
+from lora_lightning.report import free_name, write_to
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    sample: int
+    classes: list[int]
+    probabilities: list[float]
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Prints one line a sample, its likeliest classes, and writes `predictions.csv` to the run's log folder.
+
+    Samples are those of all devices, in the order of the data set, each once. The module's `predict_step` has to return
+    logits of shape (B, C), as that of `Classifier` does, or probabilities. Files are named by the data module's `predict_files`, classes by its
+    `class_names`; without these, by their numbers.
+
+    Args:
+        top_k: How many classes a sample gets, the likeliest first.
+
+    Raises:
+        ValueError: If `top_k` is below 1; in `predict`, if there are not as many names as classes.
+    """
+
+    def __init__(self, top_k: int = 5) -> None:
+        super().__init__("batch")
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k!r}: expected at least 1.")
+        self.top_k = top_k
+        self._predictions: list[_Prediction] = []
+
+    @override
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._predictions = []
+
+    @override
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        if not isinstance(prediction, Tensor) or prediction.dim() != 2 or batch_indices is None:
+            found = f"shape {tuple(prediction.shape)}" if isinstance(prediction, Tensor) else type(prediction).__name__
+            rank_zero_warn(
+                f"Nothing is written of the predictions: predict_step of {type(pl_module).__name__} returns {found}; expected "
+                "logits of shape (batch, classes)."
+            )
+            return
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        if names and len(names) != prediction.shape[1]:
+            raise ValueError(
+                f"{len(names)} class names ({', '.join(names[:5])}, ...) for a model of {prediction.shape[1]} classes: the data "
+                "module has those of another model."
+            )
+        top = _probabilities(prediction.detach()).topk(min(self.top_k, prediction.shape[1]))
+        self._predictions += map(_Prediction, batch_indices, top.indices.tolist(), top.values.tolist())
+
+    @override
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:
+            of_devices: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(of_devices, self._predictions)
+            self._predictions = [each for of_device in of_devices for each in of_device]
+        self._predictions.sort(key=lambda each: each.sample)
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(trainer)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what was predicted so far."""
+        if trainer.predicting and trainer.world_size == 1:
+            self._report(trainer)
+
+    def _report(self, trainer: Trainer) -> None:
+        log_dir = trainer.log_dir if trainer.loggers else None  # every device is asked for it
+        if not trainer.is_global_zero or not self._predictions:
+            return
+        data = getattr(trainer, "datamodule", None)
+        files, names = getattr(data, "predict_files", None), getattr(data, "class_names", None)
+        labels = [str(files[each.sample]) if files else str(each.sample) for each in self._predictions]
+        folder = os.path.commonpath([str(Path(label).parent) for label in labels]) if files else "."
+        rows = [[(str(names[i]) if names else str(i)) for i in each.classes] for each in self._predictions]
+        shown = [os.path.relpath(label, folder) for label in labels]
+        width = max(map(len, shown))
+        for label, each, classes in zip(shown, self._predictions, rows, strict=True):
+            ranked = [f"{name} {100 * p:.1f} %" for name, p in zip(classes, each.probabilities, strict=True)]
+            more = f"  ({', '.join(ranked[1:])})" if len(ranked) > 1 else ""
+            line = f"{label:<{width}}  {ranked[0]}{more}"
+            get_console().print(line, markup=False, highlight=False, soft_wrap=True)
+        if log_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+            return
+        path = free_name(log_dir, "predictions.csv")
+        write_to(path, lambda local: _write(local, labels, self._predictions, rows))
+        get_console().print(f"PredictionWriter: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _probabilities(output: Tensor) -> Tensor:
+    """Return the output itself if it is probabilities already, else its softmax; of log-probabilities that is what they are of."""
+    values = output.float()
+    tolerance = min(32 * torch.finfo(output.dtype).eps, 0.02)
+    if bool((values >= 0).all()) and bool(((values.sum(1) - 1).abs() <= tolerance).all()):
+        return values
+    return values.softmax(1)
+
+
+def _write(path: Path, labels: list[str], predictions: list[_Prediction], rows: list[list[str]]) -> None:
+    ranks = range(2, len(rows[0]) + 1)
+    header = [
+        "file",
+        "class",
+        "category",
+        "probability",
+        *(f"{q}_{k}" for k in ranks for q in ("category", "probability")),
+    ]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for label, each, names in zip(labels, predictions, rows, strict=True):
+            pairs = list(zip(names, each.probabilities, strict=True))
+            writer.writerow([label, each.classes[0], *(value for pair in pairs for value in pair)])

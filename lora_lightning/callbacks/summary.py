@@ -1,0 +1,35 @@
+"""Says in words which parameters a training of adapters trains."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lora_lightning.lora import adapted_weights, adapter_parameters
+from lora_lightning.lora.merging import shared_memory
+
+
+def what_trains(adapted: nn.Module) -> str:
+    """Return one line for each adapter, a line for each adapted weight that another layer shares, and the sum."""
+    lines = ["LoRA adapters on:"]
+    for each in adapted_weights(adapted):
+        a, b = each.factors
+        size = sum(value.numel() for key, value in each.adapter._parameters.items() if key.startswith("lora_"))
+        lines.append(
+            f"  {each.name or type(adapted).__name__}: {a[0].numel()} -> {len(b)}, rank {each.rank}, scale "
+            f"{each.adapter.lora_scaling:g}, {size:,} parameters"
+        )
+    memory = shared_memory(adapted)
+    for each in adapted_weights(adapted):
+        if len(names := memory.get(id(each.weight), ())) > 1:
+            lines.append(
+                f"  {each.name} shares its weight ({', '.join(names)}): the adapter acts in {each.name} alone."
+            )
+    lines.append(f"Trained: {trained_parameters(adapted)}.")
+    return "\n".join(lines)
+
+
+def trained_parameters(adapted: nn.Module) -> str:
+    """Return how many parameters train: `6,794 of 2,813,804 parameters, 0.242% of the base`."""
+    trained = sum(parameter.numel() for parameter in adapter_parameters(adapted))
+    total = sum(parameter.numel() for parameter in adapted.parameters())
+    return f"{trained:,} of {total:,} parameters, {trained / (total - trained):.3%} of the base"

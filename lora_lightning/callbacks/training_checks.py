@@ -1,0 +1,150 @@
+"""Checks a training of adapters without touching the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import BitsandbytesPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lora_lightning.lora import adapted_weights, adapter_parameters, adapter_state_dict, some_of
+from lora_lightning.lora.sharding import full, local
+from lora_lightning.resume.adapter_checkpoint import NotFiniteError
+
+
+def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.Module) -> None:
+    """Compare what the optimizers hold with what is to be trained.
+
+    Raises:
+        ValueError: If adapters are in no optimizer, or something else is that would train whole; the message names them.
+    """
+    if not pl_module.automatic_optimization and not any(optimizer.param_groups for optimizer in trainer.optimizers):
+        return  # the module steps with optimizers of its own
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    if held and held.isdisjoint({id(parameter) for parameter in pl_module.parameters()}):
+        return  # a strategy like DeepSpeed's has given them copies of its own
+    ours = {id(parameter) for parameter in adapter_parameters(adapted)}
+    trainable = {name: id(p) for name, p in pl_module.named_parameters() if p.requires_grad}
+    module = type(pl_module).__name__
+    if missing := [name for name, key in trainable.items() if key in ours and key not in held]:
+        raise ValueError(
+            f"The optimizer of this {module} does not have {some_of(map(repr, missing))}: these adapters would never be trained. Make it in "
+            "configure_optimizers from the parameters that require gradients then, as adapters exist by that time; or leave "
+            "the layers out with exclude_modules."
+        )
+    if whole := [name for name, key in trainable.items() if key in held and key not in ours]:
+        raise ValueError(
+            f"The optimizer of this {module} has {some_of(map(repr, whole))}, which are not adapters: they would be trained in full, and be "
+            "missing from the adapter folder. Make these layers before the optimizer, in __init__, setup or configure_model, and "
+            "name them in modules_to_save; or freeze them."
+        )
+
+
+def refuse_strategy(strategy: Strategy) -> None:
+    """Refuse strategies and precisions that replace the layers or parameters which adapters belong to.
+
+    Raises:
+        ValueError: For FSDP1, DeepSpeed's stage 3 and bitsandbytes; the message names what to use.
+    """
+    stage_3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    if isinstance(strategy, FSDPStrategy) or stage_3:
+        name = f"{type(strategy).__name__}{' with stage 3' if stage_3 else ''}"
+        raise ValueError(
+            f"{name} replaces the parameters that adapters belong to. Use ModelParallelStrategy, which is FSDP2, with fully_shard in "
+            "configure_model; or ddp."
+        )
+    if isinstance(strategy.precision_plugin, BitsandbytesPrecision):
+        raise ValueError(
+            "BitsandbytesPrecision replaces the linear layers after they were adapted, and bitsandbytes' layers can't be adapted. "
+            "Quantize the base by torchao in __init__, setup or configure_model, or leave the plugin out."
+        )
+
+
+class Untouched:
+    """Finds adapters that an epoch of training has left as they were."""
+
+    def __init__(self, adapted: nn.Module, step: int) -> None:
+        self.adapted = adapted
+        self.step = step
+        self.before = {name: full(up.detach()).clone() for name, up in _ups(adapted).items()}
+
+    def warn(self, trainer: Trainer) -> None:
+        """Name those adapters in a warning."""
+        if trainer.global_step == self.step:
+            return
+        names = [
+            name for name, up in _ups(self.adapted).items() if torch.equal(full(up), self.before[name].to(up.device))
+        ]
+        if names:
+            shown = [name or type(self.adapted).__name__ for name in names]
+            rank_zero_warn(
+                f"Training has not changed the adapters of {some_of(map(repr, shown))}: no gradient has reached them in the first epoch, or "
+                "the learning rate was zero. If nothing calls these layers, leave them out with exclude_modules; verify=False turns "
+                "this warning off."
+            )
+
+
+class Finite:
+    """Ends a training whose adapters are not finite any more.
+
+    A loss that is not finite makes it look at the adapters: a mixed precision may skip such a step, and nothing is lost then.
+    """
+
+    def __init__(self, adapted: nn.Module) -> None:
+        self.adapted = adapted
+        self.losses: list[tuple[int, Tensor]] = []
+
+    def look(self, trainer: Trainer, outputs: Any) -> None:
+        """Check the loss after each batch; on an accelerator, which must not wait for it, with each step that is logged."""
+        found = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        loss = found if isinstance(found, Tensor) and found.numel() == 1 else None
+        if loss is not None and loss.device.type == "cpu":
+            if not math.isfinite(loss.item()):
+                self.check(trainer, trainer.fit_loop.total_batch_idx)
+            return
+        step = trainer.fit_loop.total_batch_idx
+        if loss is not None:
+            self.losses.append((step, loss.detach()))
+        every = trainer.log_every_n_steps or 50  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+        if (step + 1) % every == 0:
+            self._check_losses(trainer)
+
+    def check(self, trainer: Trainer, began: int | None = None) -> None:
+        """Look at the adapters.
+
+        Raises:
+            NotFiniteError: Naming those that are not finite, since when, and the last checkpoint that is.
+        """
+        names = [
+            key for key, value in adapter_state_dict(self.adapted).items() if not bool(local(value).isfinite().all())
+        ]
+        if not names:
+            return
+        since = "" if began is None else f" since batch {began} (counted from 0), whose loss was not finite"
+        files = trainer.checkpoint_callback
+        last = getattr(files, "last_model_path", "") or getattr(files, "best_model_path", "")
+        kept = f"The last checkpoint, {last}, is finite. " if last else ""
+        raise NotFiniteError(
+            f"Training has diverged: {some_of(map(repr, names))} hold NaN or infinity{since}. {kept}Lower the learning rate, or clip "
+            "gradients with gradient_clip_val."
+        )
+
+    def _check_losses(self, trainer: Trainer) -> None:
+        if not self.losses:
+            self.check(trainer)
+            return
+        finite = torch.stack([loss for _, loss in self.losses]).isfinite().tolist()
+        began = next((step for (step, _), good in zip(self.losses, finite, strict=True) if not good), None)
+        self.losses = []
+        if began is not None:
+            self.check(trainer, began)
+
+
+def _ups(adapted: nn.Module) -> dict[str, nn.Parameter]:
+    return {each.name: each.factors[1] for each in adapted_weights(adapted)}

@@ -1,0 +1,56 @@
+"""One clear message for the command line, out of an error that may be wrapped in several others."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
+
+_UNION = "Does not validate against any of the Union subtypes"
+
+
+def explain(error: BaseException) -> str:
+    """Return the message of the error that matters, on one line.
+
+    jsonargparse wraps what it finds in one error a level of the configuration, each of which repeats all others and
+    the whole configuration: the first one below that says more than "none of these types" is the one to read.
+    """
+    found: BaseException | None = error
+    key = ""
+    while found is not None and _UNION in str(found):
+        if match := re.match(r'Parser key "[^"]+":', str(found)):
+            key = f"{match[0]} "
+        error, found = found, found.__cause__ or found.__context__
+    message = str(found or error)
+    if re.match(r"Caught \w+ in DataLoader worker process", message):
+        # With a traceback of the worker's, at whose end the message stands.
+        message = message.rpartition(f"\n{type(found or error).__name__}: ")[2]
+    text = " ".join(message.split())
+    if text.startswith("Expected"):
+        text = key + text
+    text = re.sub(rf"{_UNION}.*?Errors: - (.*?) - Expected a <class 'NoneType'>.*", r"\1", text)
+    return text + _accepted_options(text)
+
+
+def _accepted_options(text: str) -> str:
+    """Return, for an option that a class does not have, the ones that it has, the most similar first."""
+    if match := re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
+        owner, option = named_class(match[1]), match[2]
+    elif match := re.search(r"does not accept option 'trainer\.(\w+)'", text):
+        owner, option = Trainer, match[1]
+    else:
+        return ""
+    names = ArgumentParser().add_class_arguments(owner, fail_untyped=False)
+    alike = difflib.get_close_matches(option, names, n=1)
+    guess = f" Did you mean {alike[0]!r}?" if alike else ""
+    return f".{guess} It takes: {', '.join(names)}."
+
+
+def named_class(path: str) -> Any:
+    """Return the class of this import path."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)

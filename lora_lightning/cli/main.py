@@ -1,0 +1,232 @@
+"""Runs the commands: `fit`, `validate`, `test` and `predict` by `LightningCLI`, and `merge` and `repair`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace, auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
+
+from lora_lightning.callbacks import PredictionWriter
+from lora_lightning.cli.cpu import tune_for_cpu
+from lora_lightning.cli.errors import explain, named_class
+from lora_lightning.cli.merge import merge_checkpoint
+from lora_lightning.resume.atomic_checkpoint import write_atomically
+from lora_lightning.resume.checkpoints import (
+    check_file,
+    explain_damage,
+    last_checkpoint,
+    newest_checkpoint,
+    paths_are_safe,
+)
+from lora_lightning.resume.started_from import StartedFrom
+from lora_lightning.resume.stop_after_batch import StopAfterBatch
+
+DEBUG_VARIABLE = "LORA_LIGHTNING_DEBUG"
+NO_ADAPTER = "none"
+_KEYWORDS = ("best", "hpc")
+_SWITCHED_BY: dict[str, type] = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}
+_NOISE = (
+    # Data in memory needs no workers.
+    ".*does not have many workers.*",
+    # val_fraction=0 leaves nothing to validate on, on purpose.
+    "Total length of `list` across ranks is zero.*",
+    # Arguments given by a Python caller are not a mistake.
+    "LightningCLI's args parameter is intended to run from within Python.*",
+    # A test or a resumed run has a log folder of its own, on purpose.
+    "The dirpath has changed from.*",
+    # Lightning 2.6.6 under PyTorch 2.15; nothing that a user could change.
+    ".*isinstance\\(treespec, LeafSpec\\).*",
+)
+_DESCRIPTION = (
+    "Train a classifier, fine-tune it with LoRA, and see class by class what that changed. "
+    "Two more commands have a help of their own: 'lora-lightning merge --help' (fold adapters into a plain checkpoint) and "
+    "'lora-lightning repair --help' (the whole story on MNIST)."
+)
+
+
+_ADAPTER_HELP = (
+    "Folder of adapters to use, as fit and PEFT write it, or a log folder, whose newest one is taken; 'none' for the base alone. "
+    "With it, ckpt_path is the base."
+)
+
+
+class LoRALightningCLI(LightningCLI):
+    """`LightningCLI` with a fixed default seed, which takes a log folder for the newest checkpoint in it.
+
+    Args:
+        args: The words of the command line.
+        run: Whether the first of them is a command to run. If not, the options are those of `merge`.
+    """
+
+    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        self.with_options_of_merge = not run
+        commands = self.subcommands() if run else ()
+        super().__init__(
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "description": _DESCRIPTION if run else "Fold trained adapters into their base: a plain checkpoint.",
+                "prog": "lora-lightning" if run else "lora-lightning merge",
+                "exit_on_error": False,
+                **{command: {"exit_on_error": False} for command in commands},
+            },
+            args=args,
+            run=run,
+        )
+
+    @property
+    def settings(self) -> Namespace:
+        """Return the configuration, of the command if there is one."""
+        settings: Namespace = self.config.get(str(self.config.get("subcommand")), self.config)
+        return settings
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--adapter", type=str | None, help=_ADAPTER_HELP)
+        if self.with_options_of_merge:
+            parser.add_function_arguments(merge_checkpoint, skip={"trainer", "model", "datamodule"})
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        """Let `enable_progress_bar: false` and `--adapter` act on the callbacks that a configuration lists."""
+        trainer = self.settings.trainer
+        off = tuple(kind for option, kind in _SWITCHED_BY.items() if trainer.get(option) is False)
+        if off and isinstance(trainer.callbacks, list):
+            trainer.callbacks = [
+                each for each in trainer.callbacks if not issubclass(named_class(each.class_path), off)
+            ]
+        if self.settings.adapter is not None:
+            self._use_adapter(self.settings.adapter)
+
+    def _use_adapter(self, adapter: str) -> None:
+        settings = self.settings
+        listed = settings.trainer.callbacks or []
+        callbacks = list(listed) if isinstance(listed, list) else [listed]
+        ours = [each for each in callbacks if _is_lora_finetuning(each)]
+        others = [each for each in callbacks if not _is_lora_finetuning(each)]
+        arguments: Any = ours[0].init_args if ours else Namespace()  # type: ignore[no-untyped-call]
+        base, settings.ckpt_path = settings.ckpt_path or arguments.get("base_checkpoint"), None
+        if adapter == NO_ADAPTER:
+            rank_zero_info("Adapter: none, the base answers alone.")
+            settings.trainer.callbacks = others
+            settings.ckpt_path = None if base is None else str(newest_checkpoint(base))
+            return
+        arguments.adapter, arguments.base_checkpoint = adapter, base
+        ours = [Namespace(class_path="lora_lightning.LoRAFinetuning", init_args=arguments)]  # type: ignore[no-untyped-call]
+        settings.trainer.callbacks = [*ours, *others]
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+        if self.subcommand == "fit":
+            callbacks[:0] = [StopAfterBatch(), StartedFrom()]
+        if self.subcommand == "predict" and not any(isinstance(each, PredictionWriter) for each in callbacks):
+            callbacks.append(PredictionWriter())
+        trainer.strategy.checkpoint_io = write_atomically(trainer.strategy.checkpoint_io)
+        return trainer
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Read the model's hyper-parameters from the checkpoint, as Lightning does, unless it is damaged."""
+        path = self.settings.get("ckpt_path")
+        if not _is_local_file(path):
+            super()._parse_ckpt_path()
+            return
+        check_file(Path(path))
+        with explain_damage(path), paths_are_safe():
+            super()._parse_ckpt_path()
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        command, settings = self.config.get("subcommand"), self.settings
+        path, callbacks = settings.get("ckpt_path"), settings.trainer.callbacks
+        each = callbacks if isinstance(callbacks, list) else [callbacks]
+        if command == "predict" and path is None and settings.adapter is None and any(map(_is_lora_finetuning, each)):
+            path = "last"  # untrained adapters are not what was asked for
+        if path == "last":
+            folder = _log_folder(settings.trainer.logger)
+            found = last_checkpoint(folder)
+            settings.ckpt_path = None if found is None else str(found)
+            nothing = "starting from the beginning" if command == "fit" else "the model is used as it is configured"
+            rank_zero_info(f"Checkpoint: {found}" if found else f"No checkpoint in {folder}: {nothing}.")
+            return
+        if not _is_local_file(path):
+            return
+        settings.ckpt_path = str(newest_checkpoint(path))
+        if settings.ckpt_path != str(path):
+            rank_zero_info(f"Checkpoint: {settings.ckpt_path}")
+
+
+def _is_local_file(path: Any) -> bool:
+    return path is not None and path not in _KEYWORDS and "://" not in str(path)
+
+
+def _is_lora_finetuning(callback: Any) -> bool:
+    return str(getattr(callback, "class_path", "")).endswith(".LoRAFinetuning")
+
+
+def _log_folder(logger: Any) -> Path:
+    """Return where a configured logger makes its `version_N`."""
+    settings = getattr(logger, "init_args", None) or {}
+    return Path(settings.get("save_dir") or ".") / (settings.get("name") or "lightning_logs")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        args: The words after `lora-lightning`; by default those of this process.
+
+    Returns:
+        The exit code: 0, or 1 if the command failed or was interrupted, or 2 for an error in the arguments.
+    """
+    words = sys.argv[1:] if args is None else args
+    tune_for_cpu()
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    try:
+        return _run(words, args)
+    except (ArgumentError, ValueError, OSError, RuntimeError, MisconfigurationException) as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        print(f"lora-lightning: error: {explain(error)}", file=sys.stderr)
+        print(f"(--help lists what can be said; {DEBUG_VARIABLE}=1 shows the traceback.)", file=sys.stderr)
+        return 2 if isinstance(error, ArgumentError) else 1
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning answers Ctrl-C by closing its loggers and leaving with code 1.
+        if isinstance(stop, SystemExit) and not isinstance(stop, SIGTERMException) and stop.code != 1:
+            raise
+        go_on = " --ckpt_path last goes on from there." if words[:1] == ["fit"] else ""
+        print(f"lora-lightning: interrupted. What was written so far is kept.{go_on}", file=sys.stderr)
+        return 1
+
+
+def _run(words: list[str], args: list[str] | None) -> int:
+    if words[:1] == ["repair"]:
+        from lora_lightning.cli.repair import repair
+
+        outcome: Any = auto_cli(
+            repair, args=words[1:], as_positional=False, prog="lora-lightning repair", exit_on_error=False
+        )
+        return int(outcome)
+    if words[:1] == ["merge"]:
+        cli = LoRALightningCLI(words[1:], run=False)
+        options = {key: cli.config_init[key] for key in ("ckpt_path", "output", "onnx")}
+        merge_checkpoint(cli.trainer, cli.model, cli.datamodule, **options)
+        return 0
+    LoRALightningCLI(args)
+    return 0

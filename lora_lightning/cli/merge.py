@@ -1,0 +1,68 @@
+"""Implements `lora-lightning merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lora_lightning.callbacks import LoRAFinetuning
+from lora_lightning.cli.export import example_input, export
+from lora_lightning.lora import merge
+from lora_lightning.report import free_path
+from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO
+
+
+def merge_checkpoint(
+    trainer: Trainer,
+    model: LightningModule,
+    datamodule: LightningDataModule | None = None,
+    ckpt_path: str | None = None,
+    output: Path | None = None,
+    onnx: Path | None = None,
+) -> Path:
+    """Fold trained adapters into their base and write a plain checkpoint.
+
+    Args:
+        trainer: One with a `LoRAFinetuning`, configured as in the training.
+        model: The model as it was trained.
+        datamodule: Gives the example with which an ONNX file is made and checked.
+        ckpt_path: The checkpoint that holds the adapters. With `LoRAFinetuning(adapter=...)` it is not needed.
+        output: The plain checkpoint to write, for `base_checkpoint` or `ckpt_path`. By default `merged.ckpt`, or the first of
+            `merged-v1.ckpt`, ... that does not exist.
+        onnx: An ONNX file to write as well.
+
+    Returns:
+        Where the checkpoint is.
+
+    Raises:
+        ValueError: If there is nothing to merge, or the ONNX file does not agree with the model.
+        FileExistsError: If a file to write exists.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+    callback = next((each for each in callbacks if isinstance(each, LoRAFinetuning)), None)
+    if callback is None or (ckpt_path is None and callback.adapter is None):
+        missing = "--ckpt_path, a checkpoint with adapters" if callback else "a LoRAFinetuning among trainer.callbacks"
+        raise ValueError(f"merge needs {missing}. Give it the configuration that the adapters were trained with.")
+    output = free_path(Path("merged.ckpt")) if output is None else Path(output)
+    for path in (output, onnx):
+        if path is not None and Path(path).exists():
+            raise FileExistsError(f"{path} exists: it is not overwritten. Choose another name, or remove it.")
+    trainer.strategy.connect(model)
+    callback.setup(trainer, model, "test")
+    if callback.adapted is None:  # the layers are made in a hook that a trainer would call
+        model.setup("test")
+        model.configure_model()
+    files = trainer.strategy.checkpoint_io
+    assert isinstance(files, AdapterCheckpointIO)
+    assert callback.adapted is not None
+    if ckpt_path is not None:
+        model.load_state_dict(files.load_checkpoint(ckpt_path)["state_dict"])
+    merge(callback.adapted)
+    if onnx is not None:
+        export(model, example_input(model, datamodule), onnx)
+        rank_zero_info(f"ONNX: {onnx}, of the model's forward; it agrees with PyTorch.")
+    trainer.save_checkpoint(output, weights_only=True)
+    rank_zero_info(f"Merged: {output}")
+    return output

@@ -1,0 +1,117 @@
+"""A data set of images, decoded when they are asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lora_lightning.data.images import read_image
+
+Transform = Callable[[Any], Any]
+_PRIME = 1_000_003
+
+
+class ImageDataset(Dataset[Any]):
+    """Hands out full batches of preprocessed images: (B, C, H, W), and class indices (B,) where there are any.
+
+    Args:
+        files: The images.
+        targets: Class indices, one a file; `None` for images to predict.
+        preprocessing: From an image in RGB to a tensor (C, H, W), the same one every time.
+        augmentation: Applied to the image before that. What it draws is a function of the run's seed, the epoch and the
+            image's number.
+        in_memory: Whether to keep what was decoded; without augmentation, what was preprocessed.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        targets: Sequence[int] | None,
+        preprocessing: Transform,
+        augmentation: Transform | None = None,
+        in_memory: bool = False,
+    ) -> None:
+        self.files = list(files)
+        self.targets = None if targets is None else torch.tensor(targets, dtype=torch.long)
+        self.preprocessing = preprocessing
+        self.augmentation = augmentation
+        self.in_memory = in_memory
+        self.epoch = 0
+        self._kept: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        batch = self.__getitems__([index])
+        return batch[0] if self.targets is None else (batch[0][0], batch[1][0])
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        """Return a full batch: `DataLoader` calls this instead of `__getitem__` for each sample."""
+        # A device without samples gets a batch of the right shape with none in it.
+        inputs = self._stack(indices) if indices else self._stack([0])[:0]
+        return inputs if self.targets is None else (inputs, self.targets[torch.tensor(indices, dtype=torch.long)])
+
+    def preprocess_by(self, preprocessing: Transform) -> None:
+        """Preprocess differently from now on, as another backbone wants it."""
+        if preprocessing is not self.preprocessing:
+            self.preprocessing = preprocessing
+            self._kept = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other augmentations from now on."""
+        self.epoch = epoch
+
+    def _stack(self, indices: Sequence[int]) -> Tensor:
+        samples = [self._sample(index) for index in indices]
+        shapes = {tuple(sample.shape) for sample in samples}
+        if len(shapes) > 1:
+            odd = next(
+                index for index, sample in zip(indices, samples, strict=True) if sample.shape != samples[0].shape
+            )
+            raise ValueError(
+                f"Preprocessed, {self.files[indices[0]]} and {self.files[odd]} are of the shapes "
+                f"{', '.join(map(str, sorted(shapes)))}; expected one. Let the preprocessing end in a crop of a fixed size."
+            )
+        return torch.stack(samples)
+
+    def _sample(self, index: int) -> Tensor:
+        if self.augmentation is None:
+            kept: Tensor = self._remembered(index, self._preprocessed)
+            return kept
+        image = self._remembered(index, self._decoded)
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(((seed * _PRIME + self.epoch) * _PRIME + index) % 2**63)
+            augmented = self.augmentation(image)
+        return self._to_tensor(augmented, index)
+
+    def _decoded(self, index: int) -> Image.Image:
+        return read_image(self.files[index])
+
+    def _preprocessed(self, index: int) -> Tensor:
+        return self._to_tensor(self._decoded(index), index)
+
+    def _to_tensor(self, image: Any, index: int) -> Tensor:
+        tensor = self.preprocessing(image)
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"The preprocessing made a {type(tensor).__name__} of {self.files[index]}; expected a tensor (C, H, W). "
+                "Let it end in torchvision.transforms.v2.ToImage and ToDtype."
+            )
+        return tensor
+
+    def _remembered(self, index: int, make: Callable[[int], Any]) -> Any:
+        if index in self._kept:
+            return self._kept[index]
+        made = make(index)
+        if self.in_memory:
+            self._kept[index] = made
+        return made

@@ -1,0 +1,1 @@
+"""Computes what is frozen once a sample."""

@@ -1,0 +1,223 @@
+"""`PrefixCache`: the features of a frozen prefix, computed once a sample."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from lora_lightning.feature_cache.frozen_prefix import (
+    Forward,
+    Like,
+    Prefix,
+    Step,
+    copied,
+    equal,
+    find_prefix,
+    placeholders,
+    replaced,
+    same_random_numbers,
+)
+
+
+@dataclass
+class _Features:
+    """Holds the features of batches of one size, with the same other arguments."""
+
+    prefix: Prefix
+    of_sample: dict[bytes, dict[Step, list[Tensor]]] = field(default_factory=dict)
+    """This maps a sample's digest to its row of every tensor that the kept steps returned."""
+    outputs: dict[Step, Any] = field(default_factory=dict)
+    """This describes what the steps return, without the values."""
+
+    def knows(self, digests: list[bytes]) -> bool:
+        """Return whether everything was kept of these samples."""
+        complete = len(self.prefix.kept)
+        return all(len(self.of_sample.get(digest, ())) == complete for digest in digests)
+
+
+class PrefixCache:
+    """Remembers what the frozen prefix of a network computes of each sample, and skips it when the sample comes again.
+
+    A sample is known by its content (BLAKE2b), so that shuffling does no harm; its features are used in batches of the size
+    that they were computed in, since kernels round otherwise in others. Outputs, and with them gradients, are bitwise
+    those without the cache. It acts on calls in training mode, with gradients, while `active`.
+
+    Args:
+        module: Adapted. Inputs are tensors whose first dimension counts the samples.
+        samples: How many different samples there are, if known: more than that are an error.
+
+    Example::
+
+        cache = PrefixCache(net, samples=len(dataset))
+        cache.active = True
+        loss = net(images).sum()  # again with the same images: without the prefix
+        cache.remove()
+    """
+
+    def __init__(self, module: nn.Module, samples: int | None = None) -> None:
+        self.module = module
+        self.samples = samples
+        self.active = False
+        self._features: dict[tuple[Any, ...], _Features] = {}
+        self._seen: set[bytes] = set()
+        self._plan = ExitStack()
+        self._probing = False
+        self._hooks = [
+            module.register_forward_pre_hook(self._begin, with_kwargs=True),
+            module.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Leave the module as it was, and forget all features."""
+        for hook in self._hooks:
+            hook.remove()
+        self._plan.close()  # still open if the last call was interrupted
+        self._features, self._seen = {}, set()
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """Return what is skipped, as found with the first batch; `None` before."""
+        return next((features.prefix for features in self._features.values()), None)
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """Return the memory that the features of one sample take."""
+        kept = [steps for features in self._features.values() for steps in features.of_sample.values()]
+        return sum(row.numel() * row.element_size() for rows in kept[0].values() for row in rows) if kept else 0
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self.active or self._probing or not module.training or not torch.is_grad_enabled():
+            return
+        tensors, key = _taken_apart(args, kwargs)
+        digests = _digests(tensors)
+        self._refuse_if_changing(digests)
+        if key not in self._features:
+            self._features[key] = _Features(self._find(args, kwargs, len(digests)))
+        features = self._features[key]
+        answer = (_replay if features.knows(digests) else _record)(features, digests)
+        self._plan.enter_context(replaced(features.prefix.steps, answer))
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._probing:
+            self._plan.close()
+
+    def _refuse_if_changing(self, digests: list[bytes]) -> None:
+        self._seen.update(digests)
+        if self.samples is not None and len(self._seen) > self.samples:
+            raise ValueError(
+                f"{len(self._seen)} different inputs of a training set of {self.samples} samples: they are not the same in every "
+                "epoch, so that the features of a frozen prefix can't be kept. Train without augmentation, or without the "
+                "cache."
+            )
+
+    def _find(self, args: Any, kwargs: Any, size: int) -> Prefix:
+        """Find the prefix, in which every sample is independent of the others."""
+        self._probing = True
+        try:
+            prefix = find_prefix(self.module, lambda: self.module(*args, **kwargs), size)
+            for step in prefix.steps:
+                step.output = None  # which is large, and served its purpose
+            self._refuse_if_mixing(prefix, args, kwargs, size)
+            return prefix
+        finally:
+            self._probing = False
+
+    def _refuse_if_mixing(self, prefix: Prefix, args: Any, kwargs: Any, size: int) -> None:
+        """Raise an error if a sample's features depend on its place in the batch, or on the other samples."""
+        rows = (torch.arange(size) // 2).flip(0).tolist()
+        mixed = tree_map_only(Tensor, lambda value: value[rows], (args, kwargs))
+        usual, other = self._kept_of(prefix, args, kwargs), self._kept_of(prefix, *mixed)
+        for step, output in usual.items():
+            if not equal(tree_map_only(Tensor, lambda value: value[rows], output), other[step]):
+                raise ValueError(
+                    f"What {step.name!r} returns of a sample depends on the batch that it is in, if only in the rounding: "
+                    "kept, it would not be exactly what is computed again. Train without the cache."
+                )
+
+    def _kept_of(self, prefix: Prefix, args: Any, kwargs: Any) -> dict[Step, Any]:
+        """Return what the kept steps return for a batch."""
+        outputs: dict[Step, Any] = {}
+
+        def answer(step: Step, forward: Forward) -> Any:
+            output = forward()
+            if step.kept:
+                outputs[step] = copied(output)
+            if step is prefix.steps[-1]:
+                raise _Reached  # what comes after is of no interest
+            return output
+
+        with suppress(_Reached), same_random_numbers(), replaced(prefix.steps, answer):
+            self.module(*args, **kwargs)
+        return outputs
+
+
+class _Reached(Exception):
+    pass
+
+
+def _taken_apart(args: Any, kwargs: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """Return the tensors of a call, and what else there is to tell two calls apart: the batch's size first."""
+    leaves, structure = tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    sizes = {len(tensor) if tensor.dim() else None for tensor in tensors}
+    if len(sizes) != 1 or None in sizes:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "no tensors"
+        raise ValueError(
+            f"The cache of a frozen prefix needs inputs whose first dimension counts the samples; the module was called with {shapes}."
+        )
+    others = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
+    layout = tuple((tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
+    return tensors, (sizes.pop(), layout, str(structure), others)
+
+
+def _digests(tensors: list[Tensor]) -> list[bytes]:
+    """Return a digest (BLAKE2b) of each sample."""
+    on_cpu = [tensor.detach().cpu().contiguous() for tensor in tensors]
+    digests = []
+    for row in range(len(on_cpu[0])):
+        digest = hashlib.blake2b(digest_size=16)
+        for tensor in on_cpu:
+            digest.update(tensor[row].reshape(-1).view(torch.uint8).numpy().data)
+        digests.append(digest.digest())
+    return digests
+
+
+def _record(features: _Features, digests: list[bytes]) -> Callable[[Step, Forward], Any]:
+    """Computes everything, and keeps what is to be kept."""
+
+    def answer(step: Step, forward: Forward) -> Any:
+        output = forward()
+        features.outputs[step] = tree_map_only(Tensor, Like.of, output)
+        if step.kept:
+            for row, digest in enumerate(digests):
+                rows = [leaf[row].detach().clone() for leaf in tree_leaves(output)]
+                features.of_sample.setdefault(digest, {})[step] = rows
+        return output
+
+    return answer
+
+
+def _replay(features: _Features, digests: list[bytes]) -> Callable[[Step, Forward], Any]:
+    """Computes nothing, and has the steps return what was kept."""
+
+    def answer(step: Step, forward: Forward) -> Any:
+        output = features.outputs[step]
+        if not step.kept:
+            return placeholders(output)
+        leaves, structure = tree_flatten(output)
+        batch = []
+        for place, leaf in enumerate(leaves):
+            values = leaf.empty()
+            for row, digest in enumerate(digests):
+                values[row] = features.of_sample[digest][step][place]
+            batch.append(values)
+        return tree_unflatten(batch, structure)
+
+    return answer

@@ -1,0 +1,120 @@
+"""Tells one base from another, by digests and by a sample of values that survives a change of precision."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Container, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora.layers import dense
+from lora_lightning.lora.merging import is_quantized
+from lora_lightning.lora.model import unwrapped
+from lora_lightning.lora.sharding import full
+from lora_lightning.lora.state import is_adapter_key, saved_keys
+
+_TENSORS, _VALUES = 256, 4
+"""How many tensors a sample of a base has at most, and how many values of each."""
+
+
+def base_fingerprint(module: nn.Module, but: Container[str] = ()) -> str:
+    """Return a digest (SHA-256, hexadecimal) of the base: names, shapes, dtypes and values of its parameters and buffers.
+
+    Adapters do not count, so it is the same before `attach` and after training; nor do modules trained in full beside
+    them, once they are. Buffers that are not part of the state dict do not count either. Of a distributed module, tensors are
+    gathered one by one, on all processes.
+
+    Args:
+        module: Plain or adapted.
+        but: State-dict keys that do not count either.
+    """
+    return _fingerprint_of(base_tensors(module, but))
+
+
+def fingerprint_and_sample(module: nn.Module) -> tuple[str, str]:
+    """Return the fingerprint of the base and, as JSON, a few of its values: for `is_in_another_precision`."""
+    tensors = list(base_tensors(module))
+    found = {key: [_precision(value), *_values(value)] for key, value in _sampled(tensors)}
+    return _fingerprint_of(tensors), json.dumps(found, separators=(",", ":"))
+
+
+def _fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for key, value in tensors:
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
+        for data in _bytes(value):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def digests(module: nn.Module, only: Container[str] | None = None) -> dict[str, str]:
+    """Return a digest of each tensor of the base, or `only` of some, by state-dict key: they say which one changed."""
+    found = {}
+    for key, value in base_tensors(module):
+        if only is not None and key not in only:
+            continue
+        digest = hashlib.sha256(f"{tuple(value.shape)} {value.dtype}\n".encode())
+        for data in _bytes(value):
+            digest.update(data)
+        found[key] = digest.hexdigest()
+    return found
+
+
+def is_in_another_precision(module: nn.Module, sample: str, but: Container[str] = ()) -> bool:
+    """Return whether a base with another fingerprint is the sampled one in another precision, and not another one."""
+    own, other = dict(_sampled(base_tensors(module, but))), json.loads(sample)
+    if own.keys() != other.keys() or all(_precision(value) == other[key][0] for key, value in own.items()):
+        return False
+    for key, value in own.items():
+        _, *expected = other[key]
+        # An eighth of the largest value is what four bits may change one by.
+        rounding = (0.15 if is_quantized(value) else 1e-3) * float(dense(value).abs().max())
+        values = _values(value)
+        if len(values) != len(expected):
+            return False
+        if not all(abs(a - b) <= 0.01 * abs(b) + rounding for a, b in zip(values, expected, strict=True)):
+            return False
+    return True
+
+
+def base_tensors(module: nn.Module, but: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and persistent buffers of the base, by state-dict key."""
+    module = unwrapped(module)
+    whole = saved_keys(module)
+    # With a prefix, as hooks of sharded checkpoints leave the base out of a state dict without one.
+    for name, value in module.state_dict(prefix="base.").items():
+        key = name.removeprefix("base.")
+        if isinstance(value, Tensor) and not is_adapter_key(key) and key not in whole and key not in but:
+            yield key, value
+
+
+def _bytes(value: Tensor) -> Iterator[memoryview]:
+    for part in _parts(full(value)):
+        yield part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _parts(value: Tensor) -> list[Tensor]:
+    """Return the plain tensors that a tensor is made of: itself, or what a quantized one holds."""
+    if not is_quantized(value):
+        return [value]
+    names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined] # every tensor subclass of torchao has it
+    return [getattr(value, name) for name in names]
+
+
+def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield floating-point tensors, evenly spaced."""
+    found = [(key, value) for key, value in tensors if value.is_floating_point() and value.numel()]
+    yield from found[:: -(-len(found) // _TENSORS) or 1]
+
+
+def _precision(value: Tensor) -> str:
+    return f"{value.dtype} of {type(value).__name__}" if is_quantized(value) else str(value.dtype)
+
+
+def _values(value: Tensor) -> list[float]:
+    """Return evenly spaced values of a tensor."""
+    flat = dense(full(value)).reshape(-1)
+    last, count = len(flat) - 1, min(_VALUES, len(flat))
+    return [float(f"{float(flat[last * place // max(count - 1, 1)]):.6g}") for place in range(count)]

@@ -1,0 +1,87 @@
+"""Lets adapters live in modules that `fully_shard` (FSDP2) or tensor parallelism has distributed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora.model import adapted_weights
+
+
+def full(value: Tensor) -> Tensor:
+    """Return the whole of a distributed tensor, and any other tensor as it is. All processes have to call it."""
+    whole: Tensor = value.full_tensor() if is_distributed(value) else value  # type: ignore[attr-defined]
+    return whole
+
+
+def is_distributed(value: Tensor | None) -> bool:
+    """Return whether a tensor is a `DTensor`."""
+    return hasattr(value, "full_tensor")
+
+
+def local(value: Tensor) -> Tensor:
+    """Return what this process holds of a tensor."""
+    part: Tensor = value.to_local() if is_distributed(value) else value  # type: ignore[attr-defined]
+    return part
+
+
+def settle(module: nn.Module, group: Any = None) -> None:
+    """Make adapters fit to weights that are distributed. Call it once adapters and shards are both in place.
+
+    Adapters that were attached before have been distributed with the weights. Those that were attached after it are replicated:
+    inside of `fully_shard` as plain tensors, whose gradients are averaged over the processes; else as distributed tensors. All
+    processes have to call it.
+
+    Args:
+        module: An adapted module.
+        group: The processes over which `fully_shard` distributes; `None` for all.
+
+    Raises:
+        ValueError: If adapters were attached to weights that are distributed both ways.
+    """
+    sharded = _inside_of_fully_shard(module)
+    for each in adapted_weights(module):
+        weight = each.weight
+        if not is_distributed(weight):
+            continue
+        if each.layer in sharded:
+            # fully_shard asks for the parameter that it stored, and must not get the effective weight.
+            each.layer.lora_sharded_over = weight.device_mesh
+        names = [key for key in each.adapter._parameters if key.startswith("lora_")]
+        late = [name for name in names if not is_distributed(each.adapter._parameters[name])]
+        if late and each.layer in sharded and weight.device_mesh.ndim > 1:
+            raise ValueError(
+                f"{each.name} is distributed by fully_shard and by tensor parallelism, and was adapted after it. Make the layers "
+                "in __init__, for the adapters to be distributed with them."
+            )
+        for name in late:
+            value = each.adapter.get_parameter(name)
+            torch.distributed.broadcast(value.data, 0)
+            if each.layer in sharded:
+                value.register_post_accumulate_grad_hook(_Average(group))
+            else:
+                from torch.distributed.tensor import DTensor, Replicate
+
+                placements = [Replicate()] * weight.device_mesh.ndim
+                copy = DTensor.from_local(value.data, weight.device_mesh, placements, run_check=False)
+                each.adapter._parameters[name] = nn.Parameter(copy, requires_grad=value.requires_grad)
+
+
+class _Average:
+    """Averages a gradient over processes. What was averaged before stays as it is, so that gradients may accumulate."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __call__(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            parameter.grad /= torch.distributed.get_world_size(self.group)
+            torch.distributed.all_reduce(parameter.grad, group=self.group)
+
+
+def _inside_of_fully_shard(module: nn.Module) -> set[nn.Module]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return {layer for child in module.modules() if isinstance(child, FSDPModule) for layer in child.modules()}

@@ -1,0 +1,103 @@
+"""Adapts weights that a module computes with itself, without calling a layer: reading one gives the effective weight.
+
+`nn.MultiheadAttention` and `nn.LSTM` do so, subclasses of layers with a `forward` of their own, and any module whose
+parameters `target_parameters` names. The adapter is a module `lora_<parameter>` inside the reading one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.layers import LAYERS, LoRALayer, compose, mixins_of
+
+
+class AdaptedParameter(LoRALayer):
+    """Holds the adapter of a parameter, whichever module the parameter is in."""
+
+    lora_is_inside = True
+    lora_weights: tuple[str, ...] = ()
+    """How the names of the weights begin that can be adapted without being asked for by name."""
+    lora_mixins: tuple[type, ...] = ()
+    """Holds the mixins that the class of the reading module gets besides the properties."""
+
+    @classmethod
+    def lora_find(cls, layer: nn.Module, wanted: list[str]) -> list[str]:
+        if isinstance(layer, torch.jit.ScriptModule):  # compiled for good: its class can't be swapped
+            return []
+        keys = [key for key, value in layer._parameters.items() if value is not None]
+        return [key for key in keys if key in wanted or key.startswith(cls.lora_weights)]
+
+    @classmethod
+    def lora_place(cls, layer: nn.Module, parameter: str, variants: tuple[type, ...]) -> LoRALayer:
+        adapter = cls().train(layer.training)
+        if variants:
+            compose(adapter, *variants)
+        compose(layer, *dict.fromkeys((*cls.lora_mixins, *mixins_of(layer), parameter)))
+        layer.add_module(f"lora_{parameter}", adapter)
+        return adapter
+
+    @classmethod
+    def lora_refusal(cls, layer: nn.Module, weight: Tensor, config: LoRAConfig) -> str | None:
+        if config.dropout:
+            return f"computes with its weight itself, where dropout={config.dropout} can't be applied: use dropout=0"
+        if isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            return f"is in a {type(layer).__name__}, which would take the adapter for one of its modules"
+        return None
+
+
+class OwnWeight(AdaptedParameter):
+    """Adapts a subclass of a known layer that has a `forward` of its own."""
+
+    lora_weights = ("weight",)
+
+
+class AttentionWeight(AdaptedParameter):
+    """Adapts an input projection of `nn.MultiheadAttention`."""
+
+    lora_weights = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+class Recurrent:
+    """Mixed into adapted recurrent modules, which keep a list of their weights: it is rebuilt for each use."""
+
+    _flat_weights_names: list[str]
+    _parameters: dict[str, Tensor]
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Tensor]) -> None:
+        # What the plain class will find once the adapters are gone.
+        vars(self)["_flat_weights"] = [self._parameters[name] for name in self._flat_weights_names]
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: effective weights are not parameters that one block of memory could hold."""
+
+
+class RecurrentWeight(AdaptedParameter):
+    """Adapts a weight of `nn.LSTM`, `nn.GRU` or `nn.RNN`."""
+
+    lora_weights = ("weight_",)
+    lora_mixins = (Recurrent,)
+
+
+class CellWeight(AdaptedParameter):
+    """Adapts a weight of `nn.LSTMCell`, `nn.GRUCell` or `nn.RNNCell`."""
+
+    lora_weights = ("weight_",)
+
+
+_KINDS: dict[Any, type[LoRALayer]] = {
+    nn.Module: AdaptedParameter,
+    "own forward": OwnWeight,
+    nn.MultiheadAttention: AttentionWeight,
+    nn.RNNBase: RecurrentWeight,
+    nn.RNNCellBase: CellWeight,
+}
+LAYERS.update(_KINDS)

@@ -1,0 +1,78 @@
+"""Defines `text_backbone`: a sequence classifier of the transformers library, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lightning.models.backbones import library
+
+
+def text_backbone(
+    name: str, num_classes: int | None = None, weights: str | None = "pretrained", pooling: str | None = None
+) -> nn.Module:
+    """Build a classifier of texts, for `Classifier(backbone=...)`.
+
+    The network is the library's own. It has two attributes more: `tokenizer`, which `TextDataModule` uses, and `new_head`, the
+    names of the last layers that the weights do not have, which `LoRAFinetuning` trains in full.
+
+    Args:
+        name: Hub name or folder of a model of the transformers library, for example
+            `sentence-transformers/all-MiniLM-L6-v2`.
+        num_classes: Number of classes. `None` keeps the classes of the weights.
+        weights: `"pretrained"`, or `None` for random ones of the same configuration.
+        pooling: `"mean"` classifies the mean of all tokens' last hidden states by one new linear layer, as models of the
+            sentence-transformers library were trained to be read. `None` takes the library's own classifier.
+
+    Raises:
+        ValueError: If a value is out of its range, or the package transformers is not there.
+        OSError: If there is no such model.
+    """
+    if num_classes is not None and num_classes < 2:
+        raise ValueError(f"num_classes={num_classes}: a classifier has at least 2.")
+    if weights not in (None, "pretrained"):
+        raise ValueError(f"weights={weights!r}: expected 'pretrained', or null for random ones.")
+    if pooling not in (None, "mean") or (pooling and num_classes is None):
+        raise ValueError(f"pooling={pooling!r}: expected null, or 'mean' with num_classes.")
+    transformers = library("transformers", f"text_backbone({name!r})")
+    options: dict[str, Any] = {} if num_classes is None else {"num_labels": num_classes}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    kind = transformers.AutoModel if pooling else transformers.AutoModelForSequenceClassification
+    new_head: list[str] = []
+    if weights is None:
+        network = kind.from_config(transformers.AutoConfig.from_pretrained(name, **options))
+    else:
+        network, found = kind.from_pretrained(name, **options, ignore_mismatched_sizes=True, output_loading_info=True)
+        missing = set(found["missing_keys"]) | {each[0] for each in found["mismatched_keys"]}
+        new_head = sorted({key.partition(".")[0] for key in missing} - {network.base_model_prefix})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    network.config.pad_token_id = network.config.pad_token_id or tokenizer.pad_token_id
+    if pooling:
+        assert num_classes is not None
+        network, new_head = MeanPooling(network, num_classes), ["classifier"]
+    vars(network).update(tokenizer=tokenizer, new_head=new_head)
+    network.train()  # the library hands it out in evaluation mode
+    return network  # type: ignore[no-any-return]
+
+
+class MeanPooling(nn.Module):
+    """Classifies the mean of the tokens' last hidden states, padding left out.
+
+    Args:
+        encoder: A model of the transformers library that returns `last_hidden_state` of shape (B, T, H).
+        num_classes: Number of classes C.
+    """
+
+    def __init__(self, encoder: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(encoder.config.hidden_size, num_classes)  # type: ignore[union-attr, arg-type]
+
+    def forward(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Return logits of shape (B, C)."""
+        states = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state
+        weights = attention_mask.unsqueeze(-1).to(states.dtype)
+        logits: Tensor = self.classifier((states * weights).sum(1) / weights.sum(1).clamp(min=1))
+        return logits

@@ -1,0 +1,86 @@
+"""Whether the adapters in a folder belong to the base that they are loaded onto."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora.fingerprint import base_fingerprint, fingerprint_and_sample, is_in_another_precision
+
+_BASE, _SAMPLE = "lora_lightning_base_sha256", "lora_lightning_base_sample"
+
+
+def base_metadata(module: nn.Module) -> dict[str, str]:
+    """Return what a folder says of the base that its adapters were trained on."""
+    digest, sample = fingerprint_and_sample(module)
+    return {_BASE: digest, _SAMPLE: sample}
+
+
+def base_of(metadata: Mapping[str, str]) -> str | None:
+    """Return the fingerprint of that base; `None` if another program wrote the folder."""
+    return metadata.get(_BASE)
+
+
+def check_base(
+    module: nn.Module,
+    folder: Path,
+    metadata: Mapping[str, str],
+    saved: Mapping[str, Tensor],
+    but: Container[str],
+    strict: bool,
+) -> str | None:
+    """Return a warning if the adapters in `folder` were trained on another base than `module`, or on it in another precision.
+
+    Args:
+        module: The base, plain or adapted.
+        folder: For the message.
+        metadata: Of the file with the adapters.
+        saved: Weights of the base that the folder holds, by state-dict key, as PEFT saves those of adapted embeddings.
+        but: State-dict keys that adapters come with, and are no part of the base.
+        strict: Refuse another base. One in another precision, or quantized, is never refused.
+
+    Raises:
+        ValueError: If it is another one, and `strict`.
+    """
+    what = _difference(module, metadata, saved, but)
+    if what is None:
+        return None
+    if what == "precision":
+        return (
+            f"The adapter in {folder} was trained on this base in another precision: what it answers differs by the rounding of "
+            "the base's weights."
+        )
+    message = (
+        f"The adapter in {folder} was trained on another base: {what}. What it answers here is not what was trained. Use the "
+        "configuration, seed and base checkpoint of its training."
+    )
+    if strict:
+        raise ValueError(message)
+    return message
+
+
+def _difference(
+    module: nn.Module, metadata: Mapping[str, str], saved: Mapping[str, Tensor], but: Container[str]
+) -> str | None:
+    state = module.state_dict() if saved else {}
+    for key, value in saved.items():
+        own = state[key]
+        if own.shape != value.shape:
+            return f"its {key} is of shape {tuple(value.shape)}, this one's of {tuple(own.shape)}"
+        # In whichever precision is the lower one, they have to be the same.
+        dtype = own.dtype if own.itemsize <= value.itemsize else value.dtype
+        if own.is_floating_point() and not torch.equal(own.detach().cpu().to(dtype), value.to(dtype)):
+            return f"the folder holds {key} of that base, and it is not this one's"
+    expected = metadata.get(_BASE)
+    if expected is None:
+        return None
+    found = base_fingerprint(module, but)
+    if found == expected:
+        return None
+    sample = metadata.get(_SAMPLE)
+    if sample is not None and is_in_another_precision(module, sample, but):
+        return "precision"
+    return f"its fingerprint was {expected[:12]}, this one's is {found[:12]}"

@@ -1,0 +1,130 @@
+"""The two files of an adapter folder: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_lightning.peft_format.mapping import PREFIX, base_key, own_key
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_DIGEST, _CONFIG_DIGEST = "lora_lightning_sha256", "lora_lightning_config_sha256"
+"""Metadata of the weights, which the format itself lacks: SHA-256 of all else in the file, and of the configuration."""
+
+
+def write_files(
+    folder: Path, description: dict[str, Any], tensors: dict[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write both files of a folder.
+
+    Each file appears whole or not at all. The configuration, without which the folder is no adapter, comes last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(description, indent=2) + "\n"
+    metadata = {"format": "pt", _CONFIG_DIGEST: hashlib.sha256(text.encode()).hexdigest(), **metadata}
+    unfinished = folder / f".{WEIGHTS_NAME}.unfinished"
+    save_file(tensors, unfinished, metadata={**metadata, _DIGEST: _digest(tensors, metadata)})
+    unfinished.replace(folder / WEIGHTS_NAME)
+    unfinished = folder / f".{CONFIG_NAME}.unfinished"
+    unfinished.write_text(text)
+    unfinished.replace(folder / CONFIG_NAME)
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist. Expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, as save_adapter and PEFT "
+            "write it."
+        )
+    try:
+        description = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable as JSON ({error}). Write the adapter again.") from None
+    if not isinstance(description, dict):
+        raise ValueError(f"{path} holds a {type(description).__name__}; expected an adapter's configuration.")
+    return description
+
+
+@dataclass(frozen=True)
+class Content:
+    """The tensors of a folder."""
+
+    adapters: dict[str, Tensor]
+    """Holds the tensors of adapters, by our own keys."""
+    saved: dict[str, Tensor]
+    """Holds the tensors of modules trained in full, by state-dict key."""
+    base: dict[str, Tensor]
+    """Holds tensors of the base, as PEFT saves the weights of adapted embeddings, by state-dict key."""
+
+
+def read_content(path: Path, description: dict[str, Any], module: nn.Module) -> Content:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist. Expected the adapter's weights beside its {CONFIG_NAME}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}). Write the adapter again.") from None
+    # A flipped bit in the checksum's own name must not pass for a file of PEFT's, which has none.
+    written_here = any(key.startswith("lora_lightning") for key in metadata)
+    if written_here and metadata.get(_DIGEST) != _digest(tensors, metadata):
+        raise ValueError(f"{path} is damaged: its checksum is not that of what it holds. Write the adapter again.")
+    state = module.state_dict()
+    own = {key: name for key in tensors if (name := own_key(key))}
+    saved = {key: key.removeprefix(PREFIX) for key in tensors if key not in own and _is_saved(key, description)}
+    base = {
+        key: name
+        for key in tensors
+        if key not in own and key not in saved and (name := base_key(key)) is not None and name in state
+    }
+    foreign = [key for key in tensors if key not in own and key not in saved and key not in base]
+    if foreign or not own:
+        found = f"holds {', '.join(foreign[:5])}" if foreign else "is empty"
+        raise ValueError(f"{path} {found}; expected keys like '{PREFIX}<layer>.lora_A.weight' alone.")
+    return Content(*({names[key]: tensors[key] for key in names} for names in (own, saved, base)))
+
+
+def _is_saved(key: str, description: dict[str, Any]) -> bool:
+    """Return whether a key is that of a module in `modules_to_save`: PEFT means all modules whose names end so, dot or no dot."""
+    wanted = tuple(description.get("modules_to_save") or [])
+    return key.startswith(PREFIX) and any(parent.endswith(wanted) for parent in parents_of(key.removeprefix(PREFIX)))
+
+
+def parents_of(key: str) -> list[str]:
+    """Return the names of the modules that a state-dict key is inside of."""
+    parts = key.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def is_edited(folder: Path) -> bool:
+    """Return whether the configuration is not the one that was written with the weights."""
+    digest = hashlib.sha256((folder / CONFIG_NAME).read_bytes()).hexdigest()
+    return read_metadata(folder).get(_CONFIG_DIGEST, digest) != digest
+
+
+def read_metadata(folder: Path) -> dict[str, str]:
+    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Return the digest of everything in the file except the digest itself."""
+    digest = hashlib.sha256()
+    for key, text in sorted(metadata.items()):
+        if key != _DIGEST:
+            digest.update(f"{key} {text}\n".encode())
+    for key, value in sorted(tensors.items()):
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,239 @@
+"""Adapters on disk, in PEFT's folder format: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lightning.lora import (
+    AdaptedWeight,
+    LoRAConfig,
+    adapted_weights,
+    adapter_names,
+    attachment_of,
+    is_adapted,
+    is_adapter_key,
+    set_adapter,
+)
+from lora_lightning.lora.config import Names
+from lora_lightning.lora.model import EXTENSIONS, candidates, unwrapped
+from lora_lightning.lora.named_adapters import add_selected, bare
+from lora_lightning.peft_format.base_check import base_metadata, base_of, check_base
+from lora_lightning.peft_format.files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Content,
+    is_edited,
+    parents_of,
+    read_content,
+    read_description,
+    read_metadata,
+    write_files,
+)
+from lora_lightning.peft_format.mapping import (
+    OWN_TYPE,
+    check_method,
+    configuration,
+    describe,
+    expected_shapes,
+    exported,
+    unknown_to_peft,
+)
+
+
+def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the adapters of `module` to `folder`, in PEFT's format, and modules trained in full with them.
+
+    Adapters made by PiSSA are written as the difference that they make to the base as it is, of twice their rank. Where an
+    adapter sits in a layer that PEFT does not know, or gets wrong, `peft_type` says `LORA_LIGHTNING`, and PEFT refuses it.
+
+    Args:
+        module: A module that `attach` was called with. Layer names in the files are relative to it.
+        folder: Made if missing.
+
+    Raises:
+        ValueError: If `module` is not adapted.
+        FileExistsError: If the folder holds an adapter already.
+    """
+    AdapterFolder(module).write(folder)
+
+
+class AdapterFolder:
+    """Holds what an adapter folder of `module` has. It is a copy: the module may change before it is written.
+
+    What is distributed over processes is gathered: all of them have to make one, and one of them writes it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        module = unwrapped(module)
+        attachment_of(module)
+        self._files = describe(module), exported(module), base_metadata(module)
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write the folder, as `save_adapter` does."""
+        folder = Path(folder)
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if (folder / name).exists():
+                raise FileExistsError(
+                    f"{folder / name} exists: it is not overwritten. Choose another folder, or remove the adapter there."
+                )
+        write_files(folder, *self._files)
+
+
+def load_adapter(
+    module: nn.Module, folder: str | os.PathLike[str], name: str = "default", *, strict: bool = False
+) -> list[str]:
+    """Load the adapters in `folder`, written by `save_adapter` or by PEFT; attaches them if `module` has none.
+
+    Adapters that were trained on another base are loaded with a warning.
+
+    Args:
+        module: The base, plain or adapted.
+        folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+        name: What to call them. If adapters of this name are there, they get the numbers in the folder, and have to have the
+            same layers, ranks and scales. If only others are, those are set aside, for `set_adapter`.
+        strict: Whether to refuse adapters of another base. The same base in another precision is accepted.
+
+    Returns:
+        The names of the adapted layers.
+
+    Raises:
+        FileNotFoundError: If the folder or one of its files is missing.
+        ValueError: If a file is damaged, holds another kind of adapter, or does not fit `module`, or by `strict`; `module` is
+            then unchanged.
+    """
+    module, folder = unwrapped(module), Path(folder)
+    description = read_description(folder / CONFIG_NAME)
+    check_method(description, folder / CONFIG_NAME)
+    content = read_content(folder / WEIGHTS_NAME, description, module)
+    config, selected = _what_is_adapted(module, folder, description, content)
+    _check_shapes(module, folder, config, selected, content)
+    other_base = check_base(module, folder, read_metadata(folder), content.base, content.saved, strict)
+    if is_adapted(module) and name in adapter_names(module):
+        _use_if_alike(module, config, selected, folder, name)
+    else:
+        add_selected(module, config, selected, name)
+    state = module.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for key, value in (content.adapters | content.saved).items():
+            state[key].copy_(value)
+    if other_base:
+        warnings.warn(other_base, stacklevel=2)
+    _warn_if_edited(folder)
+    if description["peft_type"] != OWN_TYPE:
+        _warn_where_peft_is_wrong(module, folder)
+    return [each.name for each in adapted_weights(module)]
+
+
+def trained_on(folder: str | os.PathLike[str]) -> str | None:
+    """Return the `fingerprint` of the base that the adapters in a folder were saved with; `None` if PEFT wrote it."""
+    return base_of(read_metadata(Path(folder)))
+
+
+def _what_is_adapted(
+    module: nn.Module,
+    folder: Path,
+    description: dict[str, Any],
+    content: Content,
+) -> tuple[LoRAConfig, list[AdaptedWeight]]:
+    """Return the configuration in our terms, and the weights that it adapts; renames the tensors to our keys."""
+    tensors = content.adapters
+    with bare(module):
+        modules = dict(module.named_modules())
+        names: dict[str, None] = {}
+        for key in list(tensors):
+            holder, _, leaf = key.rpartition(".")
+            layer_name, _, last = holder.rpartition(".")
+            if isinstance(modules.get(holder), nn.MultiheadAttention):
+                tensors[f"{holder}.lora_in_proj_weight.{leaf}".lstrip(".")] = tensors.pop(key)
+                names[f"{holder}.in_proj_weight".lstrip(".")] = None
+            elif last.startswith("lora_"):
+                names[f"{layer_name}.{last.removeprefix('lora_')}".lstrip(".")] = None
+            else:
+                names[holder] = None
+        wanted = list(description.get("modules_to_save") or [])
+        saved = {parent for key in content.saved for parent in parents_of(key)}
+        trained = [name for name in modules if name in saved and name.endswith(tuple(wanted))]
+        if wanted and not trained:
+            raise ValueError(
+                f"The adapter in {folder} comes with modules_to_save={wanted}, none of which is in this {type(module).__name__}."
+            )
+        config = configuration(description, folder / CONFIG_NAME, module, list(names), trained)
+        known = candidates(module, config)
+    missing = [name for name in names if name not in known and not (config.bypass and not name)]
+    if missing:
+        raise ValueError(
+            f"The adapter in {folder} adapts {missing[0]!r}, which this {type(module).__name__} does not have. Layers that can be "
+            f"adapted: {', '.join(known) or 'none'}."
+        )
+    bypass = EXTENSIONS["bypass"](module, config) if config.bypass else []
+    return config, [*(each for name, each in known.items() if name in names), *bypass]
+
+
+def _check_shapes(
+    module: nn.Module,
+    folder: Path,
+    config: LoRAConfig,
+    selected: list[AdaptedWeight],
+    content: Content,
+) -> None:
+    shapes = {key: tuple(value.shape) for key, value in (content.adapters | content.saved).items()}
+    saved = Names(config.modules_to_save)
+    expected = {key: shape for each in selected for key, shape in expected_shapes(each, config).items()}
+    expected |= {
+        f"{name}.{key}": tuple(value.shape)
+        for name, child in module.named_modules()
+        if name and saved(name)
+        for key, value in child.state_dict().items()
+        if not is_adapter_key(key)
+    }
+    if shapes != expected:
+        wrong = sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key))
+        listed = "; ".join(
+            f"{key} is {shapes.get(key, 'missing')}, expected {expected.get(key, 'none')}" for key in wrong[:5]
+        )
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        grouped = any(getattr(each.layer, "groups", 1) > 1 for each in selected)
+        why = " Of a grouped convolution, PEFT's adapter mixes the groups: it is none of this layer." if grouped else ""
+        raise ValueError(f"The adapter in {folder} does not fit this {type(module).__name__}: {listed}{more}.{why}")
+
+
+def _use_if_alike(
+    module: nn.Module, config: LoRAConfig, selected: list[AdaptedWeight], folder: Path, name: str
+) -> None:
+    """Put adapters of this name to use if they are the ones that the folder describes; else raise an error."""
+    in_use = attachment_of(module).name
+    set_adapter(module, name)
+    attached = {each.name: each.adapter.lora_scaling for each in adapted_weights(module)}
+    described = {each.name: config.scaling_of(*each.names, rank=each.rank) for each in selected}
+    if attached != described or attachment_of(module).config.use_dora != config.use_dora:
+        set_adapter(module, in_use)
+        raise ValueError(
+            f"The adapter in {folder} is another than the one attached (layers with their scale alpha / rank): "
+            f"{described} in the folder, {attached} attached. Call detach(module) first, or give it another name."
+        )
+
+
+def _warn_if_edited(folder: Path) -> None:
+    if is_edited(folder):
+        warnings.warn(
+            f"{folder / CONFIG_NAME} has changed since the adapter was written: it is damaged, or was edited. What it says now "
+            "is in effect.",
+            stacklevel=3,
+        )
+
+
+def _warn_where_peft_is_wrong(module: nn.Module, folder: Path) -> None:
+    wrong = unknown_to_peft(module)
+    if wrong:
+        warnings.warn(
+            f"PEFT wrote {folder}, and computes otherwise with its adapters of {', '.join(wrong)}: it drops a convolution's "
+            "dilation and padding mode (PEFT issue 3697), counts an attention's output projection twice (3774), passes by "
+            "weights that are read, or drops layers of a mixture of experts. Here they are W + s B A.",
+            stacklevel=3,
+        )

@@ -1,0 +1,288 @@
+"""PEFT's adapter folder: how its configuration and its keys say what ours do.
+
+The format is that of PEFT 0.21 (https://huggingface.co/docs/peft/developer_guides/checkpoint). Tensors are called
+`base_model.model.<layer>.lora_A.weight` and `.lora_B.weight` (`.lora_embedding_A`, `.lora_embedding_B`, and with DoRA
+`.lora_magnitude_vector`); a list entry of `target_modules` matches a layer's whole name or the end of it after a dot, a
+string is a regular expression for the whole name.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora import (
+    AdaptedWeight,
+    LoRAConfig,
+    adapted_weights,
+    attachment_of,
+    is_adapter_key,
+)
+from lora_lightning.lora.config import endings
+from lora_lightning.lora.named_adapters import exactly
+from lora_lightning.lora.sharding import full
+from lora_lightning.lora.transformers_layers import LoRATransposedLinear
+from lora_lightning.lora.variants import magnitude_shape
+
+PEFT_TYPE = "LORA"
+OWN_TYPE = "LORA_LIGHTNING"
+"""Says `adapter_config.json` where an adapter is in a layer that PEFT does not know or gets wrong: PEFT then refuses it."""
+PREFIX = "base_model.model."
+
+# What another kind of adapter, or one with more parts than A and B, says in its configuration.
+_UNSUPPORTED = {
+    "lora_bias": "a bias in the adapter",
+    "target_parameters": "parameters adapted by name",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "megatron_config": "Megatron layers",
+    "layer_replication": "replicated layers",
+    "trainable_token_indices": "trainable tokens",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "arrow_config": "Arrow",
+}
+_ONLY_DRAWS_A = ("gaussian", "orthogonal", "eva")
+_SUFFIXES = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """Return the configuration of the module's adapters, as `adapter_config.json` holds it.
+
+    PiSSA's difference to the start is plain LoRA of twice the rank, at the same scale.
+    """
+    attachment, found = attachment_of(module), adapted_weights(module)
+    config, doubled = attachment.config, 2 if attachment.config.init == "pissa" else 1
+    rank, alpha = (
+        doubled * config.rank,
+        config.alpha_of(rank=config.rank) * doubled ** (0.5 if config.use_rslora else 1),
+    )
+    ranks, alphas = dict[str, float](), dict[str, float]()
+    for each in found:
+        own = len(each.factors[0])
+        times = doubled if each.parameter else 1  # a bypass is never PiSSA
+        ranks[each.name] = own * times
+        alphas[each.name] = config.alpha_of(*each.names, rank=own) * times ** (0.5 if config.use_rslora else 1)
+    description: dict[str, Any] = {
+        "peft_type": PEFT_TYPE,
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "task_type": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": _target_modules(module, [each.name for each in found]),
+        "bias": "none",
+        "fan_in_fan_out": any(isinstance(each.layer, LoRATransposedLinear) for each in found),
+        "init_lora_weights": True,
+        "modules_to_save": (attachment.saved.names if attachment.saved else None) or None,
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+    }
+    if unknown_to_peft(module):
+        description["peft_type"] = OWN_TYPE
+        description["target_parameters"] = [each.name for each in found if each.kind.lora_is_inside]
+        description["bypass"] = config.bypass
+    return description
+
+
+def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
+    """Return the values that differ from `default`, by expressions for the names.
+
+    An expression also matches names that end like it: such a layer gets its own, and the longest come first.
+    """
+    names = {name for name, value in values.items() if value != default}
+    names |= {name for name in values if any(ending in names for ending in endings(name))}
+    return {re.escape(name) or "(?:)": values[name] for name in sorted(names, key=len, reverse=True)}
+
+
+def unknown_to_peft(module: nn.Module) -> list[str]:
+    """Return the names of what is adapted where PEFT computes something else than we do, or nothing.
+
+    It drops a convolution's dilation and padding mode (https://github.com/huggingface/peft/issues/3697), mixes the
+    channels of its groups, and passes by adapters on weights that are read instead of called (or adds them twice,
+    https://github.com/huggingface/peft/issues/3774). In some mixtures of experts of the transformers library it takes linear
+    layers for the experts that had their names in an older version, and drops their adapters.
+    """
+    experts, read = _taken_for_experts(module), _read_by_others(module)
+    return [
+        each.name
+        for each in adapted_weights(module)
+        if not _known_to_peft(each) or each.name in read or each.name.rpartition(".")[2] in experts
+    ]
+
+
+_READERS = {
+    ("torch", "MultiheadAttention"): ("out_proj",),
+    ("torch", "TransformerEncoderLayer"): ("linear1", "linear2"),
+    ("torchvision", "ShiftedWindowAttention"): ("qkv", "proj"),
+    ("torchvision", "ShiftedWindowAttentionV2"): ("qkv", "proj"),
+    ("timm", "Attention"): ("qkv",),  # of BEiT
+    ("timm", "EvaAttention"): ("qkv",),
+    ("timm", "WindowAttention"): ("qkv",),
+    ("transformers", "MambaMixer"): ("out_proj",),  # which PEFT refuses itself
+    ("transformers", "Mamba2Mixer"): ("out_proj",),
+    ("transformers", "FalconMambaMixer"): ("out_proj",),
+}
+"""Children whose weights a module of these libraries reads, at least in some cases, and does not call them."""
+
+
+def _read_by_others(module: nn.Module) -> set[str]:
+    """Return the names of layers whose weights other known modules read."""
+    return {
+        f"{name}.{child}".lstrip(".")
+        for name, layer in module.named_modules()
+        for cls in type(layer).__mro__
+        for child in _READERS.get((cls.__module__.split(".")[0], cls.__name__), ())
+    }
+
+
+def _known_to_peft(each: AdaptedWeight) -> bool:
+    layer = each.layer
+    if each.kind.lora_is_inside or not each.parameter:
+        return False
+    return not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or conv_is_plain(layer)
+
+
+_OLD_NAMES_OF_EXPERTS = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def _taken_for_experts(module: nn.Module) -> tuple[str, ...]:
+    """Return the last names of targets that PEFT renames, by the table of the transformers library that it takes for it."""
+    library = sys.modules.get("transformers.conversion_mapping")
+    patterns = {**getattr(library, "_MODEL_TO_CONVERSION_PATTERN", {}), "mixtral": "mixtral"}
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    return _OLD_NAMES_OF_EXPERTS.get(str(patterns.get(kind)), ())
+
+
+def conv_is_plain(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+    """Return whether PEFT knows all arguments of this convolution."""
+    return layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
+
+
+def exported(module: nn.Module) -> dict[str, Tensor]:
+    """Return the adapters' tensors by the format's keys; those of PiSSA as a difference, of twice the rank."""
+    tensors: dict[str, Tensor] = {}
+    for each in adapted_weights(module):
+        adapter = each.adapter
+        parts = dict(zip(adapter.lora_names, adapter.lora_factors(), strict=True))
+        if "lora_magnitude_vector" in adapter._parameters:
+            parts["lora_magnitude_vector"] = adapter.lora_magnitude_vector
+        for key, value in parts.items():
+            suffix = ".weight" if key in ("lora_A", "lora_B") else ""
+            tensors[f"{PREFIX}{_holder_name(each)}.{key}{suffix}".replace("..", ".")] = value
+    if saved := attachment_of(module).saved:
+        state = module.state_dict()
+        tensors |= {f"{PREFIX}{key}": state[key] for key in saved.keys}
+    return {key: full(value.detach()).cpu().contiguous().clone() for key, value in tensors.items()}
+
+
+def own_key(key: str) -> str | None:
+    """Return our state-dict key for one of the format, `None` if it is none of an adapter."""
+    name = key.removeprefix(PREFIX)
+    if name == key:
+        return None
+    # PEFT wraps an nn.MultiheadAttention, so that the projection inside it appears one level further in.
+    name = name.replace(".base_layer.out_proj.", ".out_proj.")
+    for suffix, own in _SUFFIXES.items():
+        if name == suffix or name.endswith(f".{suffix}"):
+            return name.removesuffix(suffix) + own
+    return name if is_adapter_key(name) else None
+
+
+def base_key(key: str) -> str | None:
+    """Return the state-dict key of a weight of the base that is saved beside adapters; `None` if the key is none of the format."""
+    name = key.removeprefix(PREFIX)
+    return None if name == key or is_adapter_key(key) else name.replace(".base_layer.", ".")
+
+
+def check_method(description: dict[str, Any], where: object) -> None:
+    """Refuse other methods than LoRA, and LoRA with parts that are not known here.
+
+    Raises:
+        ValueError: Naming what is not known.
+    """
+    kind = description.get("peft_type")
+    if kind not in (PEFT_TYPE, OWN_TYPE):
+        raise ValueError(f"{where} is of peft_type {kind!r}; expected 'LORA', the only kind that can be loaded here.")
+    unsupported = [
+        f"{key} ({what})"
+        for key, what in _UNSUPPORTED.items()
+        if description.get(key) and not (kind == OWN_TYPE and key == "target_parameters")
+    ]
+    if description.get("bias", "none") != "none":
+        unsupported.append(f"bias={description['bias']!r}")
+    if isinstance(init := description.get("init_lora_weights"), str) and init not in _ONLY_DRAWS_A:
+        unsupported.append(f"init_lora_weights={init!r} (may have changed the base)")
+    if unsupported:
+        raise ValueError(f"{where} asks for what can't be loaded here: {', '.join(unsupported)}.")
+
+
+def configuration(
+    description: dict[str, Any], where: object, module: nn.Module, targets: list[str], whole: list[str]
+) -> LoRAConfig:
+    """Return our configuration for PEFT's, with targets that are exactly the layers in the file.
+
+    Raises:
+        ValueError: If it has values that make no sense.
+    """
+    by_name = description.get("target_parameters") or []
+    bypass = description.get("bypass")
+    layers = [name for name in targets if name not in by_name and not (bypass and not name)]
+    modules = [name for name, _ in module.named_modules()]
+    weights = modules + [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    try:
+        return LoRAConfig(
+            rank=description["r"],
+            alpha=description["lora_alpha"],
+            dropout=description.get("lora_dropout") or 0.0,
+            target_modules=exactly(layers, weights) if layers else [],
+            rank_pattern=description.get("rank_pattern") or {},
+            alpha_pattern=description.get("alpha_pattern") or {},
+            use_rslora=bool(description.get("use_rslora")),
+            use_dora=bool(description.get("use_dora")),
+            target_parameters=exactly(by_name, weights) if by_name else [],
+            modules_to_save=exactly(whole, modules) if whole else [],
+            bypass=(bypass[0], bypass[1]) if bypass else None,
+        )
+    except KeyError as error:
+        raise ValueError(f"{where} has no entry {error}; expected r and lora_alpha.") from None
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def expected_shapes(each: AdaptedWeight, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of one adapter, by our state-dict keys."""
+    out_features, in_features = each.shape
+    a, b = each.kind.lora_reshape(
+        torch.empty(each.rank, in_features, device="meta"),
+        torch.empty(out_features, each.rank, device="meta"),
+        each.weight,
+    )
+    shapes = dict(zip(each.kind.lora_names, (tuple(a.shape), tuple(b.shape)), strict=True))
+    if config.use_dora and each.parameter:
+        shapes["lora_magnitude_vector"] = magnitude_shape(b)
+    return {f"{_holder_name(each)}.{key}".lstrip("."): shape for key, shape in shapes.items()}
+
+
+def _target_modules(module: nn.Module, names: list[str]) -> list[str] | str:
+    """Return the full names where a list of them is exact for PEFT, else an expression that is."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention, LoRATransposedLinear)
+    return exactly(names, (name for name, layer in module.named_modules() if isinstance(layer, kinds)))
+
+
+def _holder_name(each: AdaptedWeight) -> str:
+    """Return the dotted name of what holds A and B."""
+    return f"{each.layer_name}.lora_{each.parameter}".lstrip(".") if each.kind.lora_is_inside else each.layer_name

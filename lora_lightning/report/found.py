@@ -1,0 +1,107 @@
+"""Finds the targets in a batch and the logits in what a model returned, and brings both into one form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TARGET_KEYS = ("labels", "label", "targets", "target", "y", "mask")
+_LOGIT_KEYS = ("logits", "out", "preds", "pred", "y_hat")
+_NO_TARGET = -100
+"""Target of a sample that does not count: the default `ignore_index` of PyTorch's losses."""
+
+
+def find_targets(batch: Any, key: str | int | None = None) -> Tensor | None:
+    """Return the targets in `batch`, or `None` if they are not where they usually are.
+
+    Args:
+        batch: A mapping, whose targets have one of the usual keys (`labels`, `label`, `targets`, `target`, `y`, `mask`), a
+            sequence, whose second element they are, or an object with an attribute of such a name.
+        key: Key, attribute or position of the targets, where it is another one.
+    """
+    if isinstance(batch, Mapping):
+        found = next((batch[name] for name in ((key,) if key is not None else _TARGET_KEYS) if name in batch), None)
+    elif isinstance(batch, tuple | list):
+        place = 1 if key is None else key
+        found = batch[place] if isinstance(place, int) and -len(batch) <= place < len(batch) else None
+        if isinstance(found, Mapping):
+            found = find_targets(found)
+    else:
+        names = [str(key)] if key is not None else _TARGET_KEYS
+        found = next((getattr(batch, name) for name in names if hasattr(batch, name)), None)
+    return found if isinstance(found, Tensor) and found.dim() else None
+
+
+def align(output: Any, targets: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Return the first logits in `output` that fit `targets`, and the targets, both flattened; `None` if none fit.
+
+    Args:
+        output: Logits, or an object, mapping or sequence that holds them. Their shape is (B, C, ...), or (B, ..., C) as the
+            transformers library has it, or for two classes (B, 1, ...) or (B,).
+        targets: Class numbers of shape (B, ...) or (B, 1, ...), or one-hot rows of shape (B, C).
+
+    Returns:
+        Logits of shape (N, C), or (N,) for two classes, and targets of shape (N,), int64.
+    """
+    found = (_aligned(each, targets) for each in _tensors(output) if each.is_floating_point() and targets is not None)
+    return next(filter(None, found), None)
+
+
+def counted(targets: Tensor, num_classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    """Return which targets count, and those left over that are no class.
+
+    Targets that are `ignore_index` or -100 do not count, and are not among those left over.
+    """
+    ignored = targets == _NO_TARGET
+    if ignore_index is not None:
+        ignored |= targets == ignore_index
+    valid = (targets >= 0) & (targets < num_classes) & ~ignored
+    return valid, targets[~valid & ~ignored]
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+        return
+    if isinstance(named := getattr(output, "logits", None), Tensor):
+        yield named
+    if isinstance(output, Mapping):
+        output = [output[key] for key in dict.fromkeys((*_LOGIT_KEYS, *output)) if key in output]
+    if isinstance(output, tuple | list):
+        yield from (each for each in output if isinstance(each, Tensor))
+
+
+def _aligned(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
+    if targets.dim() == logits.dim() > 1 and targets.shape[1] == 1:
+        targets = targets.squeeze(1)
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        if targets.dim() == 2 and targets.shape == logits.shape and bool((targets.amax(1) == 1).all()):
+            if not bool((targets.sum(1) == 1).all()):
+                return None  # several classes a sample
+            targets = targets.argmax(1)
+        elif not bool((targets == targets.round()).all()):
+            return None  # no classes at all
+    targets = targets.long()
+    if logits.dim() > 1 and logits.shape[1] == 1:
+        logits = logits.squeeze(1)
+    if logits.shape == targets.shape and logits.dim() != 2:
+        return logits.flatten(), targets.flatten()
+    if logits.dim() > 1 and logits.shape[:1] + logits.shape[2:] == targets.shape:
+        return logits.movedim(1, -1).flatten(0, -2), targets.flatten()
+    if logits.dim() > 1 and logits.shape[:-1] == targets.shape:
+        return logits.flatten(0, -2), targets.flatten()
+    return None
+
+
+def described(value: Any) -> str:
+    """Return in words what a batch or an output holds: `{image: (8, 3, 32, 32), label: (8,)}`."""
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {described(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(described(each) for each in value[:5]) + (", ...]" if len(value) > 5 else "]")
+    return type(value).__name__

@@ -1,0 +1,202 @@
+"""Checkpoints of adapters alone, through Lightning's own machinery."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lora_lightning.lora import (
+    AdaptedWeight,
+    adapted_weights,
+    attachment_of,
+    is_adapted,
+    is_adapter_key,
+    saved_keys,
+    some_of,
+)
+from lora_lightning.lora.fingerprint import digests
+from lora_lightning.resume.checkpoints import ADAPTER_KEY
+
+_STATES = ("state_dict", "current_model_state")
+"""Entries that hold the model's state: weight averaging saves the averaged one as the first, the other one beside it."""
+
+
+class NotFiniteError(RuntimeError):
+    """Adapters hold NaN or infinity, from which no training comes back."""
+
+
+class AdapterContent:
+    """Says what a checkpoint of adapters has: what of the model's state, and which description.
+
+    The entry `lora_lightning` has the adapters' configuration and scales, the SHA-256 fingerprint of the base, and the
+    base's path as a hint.
+
+    Args:
+        pl_module: The model, adapted.
+        adapted: The part of it that `attach` was called with.
+        base_fingerprint: `base_fingerprint` of that part.
+        base_path: Where the base came from, if from a file.
+    """
+
+    def __init__(
+        self, pl_module: LightningModule, adapted: nn.Module, base_fingerprint: str, base_path: str | None
+    ) -> None:
+        self._buffers = digests(adapted, only={key for key, _ in adapted.named_buffers()})
+        self.pl_module = pl_module
+        self.adapted = adapted
+        self.base_fingerprint = base_fingerprint
+        self.base_path = base_path
+
+    def description(self) -> dict[str, Any]:
+        """Return the entry `lora_lightning`."""
+        return {
+            "config": asdict(attachment_of(self.adapted).config),
+            "adapters": self._adapters(),
+            "base_fingerprint": self.base_fingerprint,
+            "base_path": self.base_path,
+        }
+
+    def check(self, path: object, description: dict[str, Any] | None) -> None:
+        """Compare a checkpoint's description with the model.
+
+        Raises:
+            ValueError: If the checkpoint has none, has other adapters, or adapters of another base.
+        """
+        if description is None:
+            raise ValueError(
+                f"{path} is a full checkpoint; with LoRAFinetuning, ckpt_path takes one that holds adapters. Give this "
+                "one as LoRAFinetuning's base_checkpoint."
+            )
+        saved, attached = description["adapters"], self._adapters()
+        if saved != attached:
+            raise ValueError(
+                f"{path} holds other adapters than the model has. In the checkpoint: {_summary(saved)}; attached: "
+                f"{_summary(attached)}. Give LoRAFinetuning the rank, alpha, targets and variant of the checkpoint."
+            )
+        if description["base_fingerprint"] != self.base_fingerprint:
+            raise ValueError(
+                f"{path} holds adapters of another base: trained on {description['base_path']} (fingerprint "
+                f"{description['base_fingerprint'][:12]}), but the model's base is {self.base_path} "
+                f"({self.base_fingerprint[:12]}). Set LoRAFinetuning's base_checkpoint to the first."
+            )
+
+    def base_keys(self) -> set[str]:
+        """Return the names of the frozen base's parameters and buffers, which do not belong into a checkpoint.
+
+        Parameters that still train do belong there, and so do buffers outside the adapted part, which may change, and those
+        inside it that have.
+        """
+        prefix = next(name for name, module in self.pl_module.named_modules() if module is self.adapted)
+        whole = saved_keys(self.pl_module)
+        frozen = {
+            name
+            for name, parameter in self.pl_module.named_parameters(remove_duplicate=False)
+            if not parameter.requires_grad and not is_adapter_key(name)
+        }
+        now = digests(self.adapted, only=self._buffers)
+        changed = {f"{prefix}.{key}".lstrip(".") for key, digest in self._buffers.items() if now.get(key) != digest}
+        buffers = {name for name, _ in self.adapted.named_buffers(prefix=prefix, remove_duplicate=False)} - changed
+        return (frozen | buffers) - whole - {key for key in buffers if is_adapter_key(key)}
+
+    def _adapters(self) -> dict[str, str]:
+        """Describe each adapter, by the name of what it adapts: `rank 1, scale 1`; and the modules trained in full."""
+        described = {each.name: _describe(each) for each in adapted_weights(self.pl_module)}
+        whole = {key.rpartition(".")[0] for key in saved_keys(self.pl_module)}
+        return described | dict.fromkeys(sorted(whole), "trained in full")
+
+
+class AdapterCheckpointIO(CheckpointIO):
+    """Leaves the frozen base out of the checkpoints that are saved, and fills it in from the model when loading.
+
+    Every route of Lightning goes through it: `ModelCheckpoint` in all modes, `save_weights_only`,
+    `Trainer.save_checkpoint`, `ckpt_path` in `fit`, `validate`, `test` and `predict`, strict loading included. Once the
+    adapters are merged or detached, or the trainer has another model, it passes everything on as it is.
+
+    A checkpoint made on another base, or with other adapters, is refused.
+
+    Args:
+        checkpoint_io: What reads and writes the files.
+        strategy: Tells which model the trainer has.
+        content: Says what a checkpoint of the adapted model has.
+
+    Attributes:
+        closed: Whether nothing is saved or removed any more, since the adapters are not finite.
+    """
+
+    def __init__(self, checkpoint_io: CheckpointIO, strategy: Strategy, content: AdapterContent) -> None:
+        super().__init__()
+        self.checkpoint_io = checkpoint_io
+        self.strategy = strategy
+        self.content = content
+        self.closed = False
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        if self.closed:
+            return
+        # A strategy that starts processes sends the bare state dict home by this way, too.
+        if "state_dict" not in checkpoint or not self._applies():
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+            return
+        not_finite = [
+            key for key, value in checkpoint["state_dict"].items() if is_adapter_key(key) and not _finite(value)
+        ]
+        if not_finite:
+            raise NotFiniteError(
+                f"{path} is not written: {some_of(map(repr, not_finite))} hold NaN or infinity. Checkpoints that were written before are kept. "
+                "Lower the learning rate, or clip gradients with gradient_clip_val."
+            )
+        base_keys = self.content.base_keys()
+        states = {
+            name: {key: value for key, value in checkpoint[name].items() if key not in base_keys}
+            for name in _STATES
+            if name in checkpoint
+        }
+        content = {**checkpoint, **states, ADAPTER_KEY: self.content.description()}
+        self.checkpoint_io.save_checkpoint(content, path, storage_options)
+
+    @override
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, *args, **kwargs)
+        if "state_dict" not in checkpoint or not self._applies():
+            return checkpoint
+        self.content.check(path, checkpoint.get(ADAPTER_KEY))
+        live = self.content.pl_module.state_dict()
+        base = {key: live[key] for key in self.content.base_keys() if key in live}
+        for name in _STATES:
+            if name in checkpoint:
+                checkpoint[name] = {**base, **checkpoint[name]}
+        return checkpoint
+
+    @override
+    def remove_checkpoint(self, path: str | Path) -> None:
+        if not self.closed:
+            self.checkpoint_io.remove_checkpoint(path)
+
+    @override
+    def teardown(self) -> None:
+        self.checkpoint_io.teardown()
+
+    def _applies(self) -> bool:
+        return is_adapted(self.content.adapted) and self.strategy.lightning_module is self.content.pl_module
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(value.isfinite().all())
+
+
+def _describe(each: AdaptedWeight) -> str:
+    variants = [name for name in ("PiSSA", "DoRA") if name in [cls.__name__ for cls in type(each.adapter).__mro__]]
+    return ", ".join([f"rank {each.rank}", f"scale {each.adapter.lora_scaling:g}", *variants])
+
+
+def _summary(adapters: dict[str, str]) -> str:
+    """Return the adapters in words: `linear1 (rank 1, scale 1), ...`."""
+    return ", ".join(f"{name} ({what})" for name, what in adapters.items())

@@ -1,0 +1,83 @@
+"""Checkpoint files that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from typing_extensions import override
+
+from lora_lightning.resume.checkpoints import check_file, explain_damage, paths_are_safe
+
+
+def write_atomically(files: CheckpointIO) -> CheckpointIO:
+    """Return a CheckpointIO that writes the files of this one whole or not at all.
+
+    One that writes in the background gets it inside: there the file is finished, not where it is ordered.
+    """
+    if isinstance(files, _WrappingCheckpointIO):
+        inner = files.checkpoint_io
+        # The property of this name sets an inner one only where there is none yet.
+        files._checkpoint_io = write_atomically(TorchCheckpointIO() if inner is None else inner)
+        files._base_checkpoint_io_configured = True
+        return files
+    return files if isinstance(files, AtomicCheckpointIO) else AtomicCheckpointIO(files)
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes a checkpoint beside its place, then renames it; reads none that is damaged.
+
+    A run that is killed while it saves leaves the previous checkpoint, or none, under the final name. Lightning alone writes
+    to the system's temporary folder and copies, if that is on another disk.
+
+    Args:
+        checkpoint_io: What reads and writes the files.
+    """
+
+    def __init__(self, checkpoint_io: CheckpointIO) -> None:
+        super().__init__()
+        self.checkpoint_io = checkpoint_io
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        if "://" in str(path):
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.checkpoint_io.save_checkpoint(checkpoint, unfinished, storage_options)
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            raise OSError(
+                f"The checkpoint {path} could not be written ({error.strerror or error}). Those written before are intact. Make "
+                "room or choose another folder, then go on with --ckpt_path last."
+            ) from error
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if "://" not in str(path):
+            check_file(Path(path))
+        with explain_damage(path), paths_are_safe():
+            # Lightning leaves the choice to PyTorch for a local file, and runs code from a remote one.
+            loaded: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, map_location, weights_only is not False)
+        return loaded
+
+    @override
+    def remove_checkpoint(self, path: str | Path) -> None:
+        self.checkpoint_io.remove_checkpoint(path)
+
+    @override
+    def teardown(self) -> None:
+        self.checkpoint_io.teardown()

@@ -1,0 +1,183 @@
+"""Finding and reading checkpoints: a file, or a log folder whose newest checkpoint is meant."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from lightning.pytorch import LightningModule
+
+ADAPTER_CONFIG = "adapter_config.json"
+STARTED_FROM = "started_from.txt"
+"""File in the log folder of a training: the checkpoint that it started from, if any."""
+ADAPTER_KEY = "lora_lightning"
+"""Entry of a checkpoint that holds adapters: their configuration, and the base's fingerprint and path."""
+
+
+def newest_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """Return the checkpoint that `path` means: itself if it is a file, else the newest `*.ckpt` in or below the folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist; expected a checkpoint, or a log folder that holds one.")
+    found = sorted(path.rglob("*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file))
+    if not found:
+        raise FileNotFoundError(f"{path} holds no checkpoint (*.ckpt); run fit first, or name another folder.")
+    return found[-1]
+
+
+def newest_adapter(path: str | os.PathLike[str]) -> Path:
+    """Return the adapter folder that `path` means: itself if it is one, else the newest one below.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    path = Path(path)
+    if (path / ADAPTER_CONFIG).is_file():
+        return path
+    found = sorted(path.rglob(ADAPTER_CONFIG), key=lambda file: (file.stat().st_mtime_ns, file))
+    if not found:
+        raise FileNotFoundError(
+            f"{path} is not an adapter folder and holds none ({ADAPTER_CONFIG}); expected the folder that fit wrote, a log folder, "
+            "or 'none' for the base."
+        )
+    return found[-1].parent
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint with which the last training in `folder` goes on: the newest one of its newest `version_N`.
+
+    A run that was itself resumed, and stopped before it saved, goes on with the checkpoint that it started from. `None` if the
+    last run has no checkpoint at all.
+    """
+    versions = sorted(
+        (path for path in folder.glob("version_*") if path.name.removeprefix("version_").isdecimal()),
+        key=lambda path: int(path.name.removeprefix("version_")),
+    )
+    for version in reversed(versions):
+        found = [path for path in version.rglob("*.ckpt") if not path.name.startswith(".")]
+        if found:
+            return max(found, key=lambda file: (file.stat().st_mtime_ns, file))
+        if (version / STARTED_FROM).is_file():
+            started_from = (version / STARTED_FROM).read_text().strip()
+            return Path(started_from) if started_from and Path(started_from).is_file() else None
+    return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint on the CPU, without running code from it.
+
+    Raises:
+        ValueError: If the file is damaged, or not a Lightning checkpoint.
+    """
+    check_file(path)
+    with explain_damage(path), paths_are_safe():
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise ValueError(f"{path} is not a Lightning checkpoint: it has no 'state_dict'. Choose another one.")
+    return checkpoint
+
+
+def check_file(path: Path) -> None:
+    """Compare a checkpoint's checksums, which `torch.load` does not.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    with explain_damage(path):
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no archive, as torch.save writes it")
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it announces more than it holds")
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+            for entry in archive.infolist():
+                # Of what zipfile overlooks, this makes PyTorch return memory that nobody wrote to.
+                plain = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
+                if not plain or entry.external_attr or entry.is_dir():
+                    raise ValueError(f"{entry.filename} is not as torch.save writes it")
+
+
+@contextmanager
+def paths_are_safe() -> Iterator[None]:
+    """Let `torch.load` read `pathlib`'s paths with `weights_only` within this context; hyper-parameters often are paths."""
+    with torch.serialization.safe_globals([PosixPath, PurePosixPath, PureWindowsPath, WindowsPath]):
+        yield
+
+
+@contextmanager
+def explain_damage(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what a damaged checkpoint raises into one clear message."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except (
+        OSError,  # a place in the file that there can't be
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        BadZipFile,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        NotImplementedError,
+        OverflowError,
+        zlib.error,
+    ) as error:
+        if kind := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path} refers to {kind[1]}, which is not read with weights_only=True, as reading it may run code. Save "
+                "plain numbers, strings and paths as hyper-parameters; or, if you trust the file, load it with "
+                "weights_only=False."
+            ) from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is damaged or no checkpoint ({reason}). Choose another one.") from None
+
+
+def load_base(pl_module: LightningModule, path: Path) -> None:
+    """Load a full checkpoint into the model, strictly.
+
+    Raises:
+        ValueError: If the file is damaged, holds adapters, or does not fit; the model is then as it was.
+    """
+    checkpoint = read_checkpoint(path)
+    if ADAPTER_KEY in checkpoint:
+        base = checkpoint[ADAPTER_KEY].get("base_path")
+        raise ValueError(
+            f"{path} holds adapters, not a base model. Give base_checkpoint the checkpoint that they were trained on"
+            f"{f' ({base})' if base else ''}, and these adapters as ckpt_path."
+        )
+    saved: dict[str, Any] = checkpoint["state_dict"]
+    if wrong := misfits(saved, pl_module.state_dict()):
+        raise ValueError(
+            f"{path} does not fit this {type(pl_module).__name__}: {wrong}. Configure the model as it was trained, or choose "
+            "another base_checkpoint."
+        )
+    pl_module.load_state_dict(saved)
+
+
+def misfits(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    """Return which names and shapes of a state dict are not the ones expected, in words; empty if all are."""
+    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in found.items()}
+    wanted = {key: tuple(getattr(value, "shape", ())) for key, value in expected.items()}
+    wrong = [key for key in {**wanted, **shapes} if shapes.get(key) != wanted.get(key)]
+    listed = [f"{key} is {shapes.get(key, 'missing')}, expected {wanted.get(key, 'none')}" for key in wrong[:5]]
+    return "; ".join(listed + ([f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []))

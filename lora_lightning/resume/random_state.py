@@ -1,0 +1,113 @@
+"""Random numbers that go on where they were: for runs that are resumed bitwise."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lora_lightning.resume.epoch_progress import begin_the_next_epoch, count_the_epoch
+
+KEY = "lora_lightning_random_state"
+_SEED_OFFSET = 1_000_003
+
+
+class RandomState(Callback):
+    """Saves the state of all random number generators with a checkpoint, and restores it when training resumes.
+
+    PyTorch's on the CPU and on this process's GPU, NumPy's and Python's; each process of a run has its own. They are
+    restored just before the first training batch. Validation is kept from drawing any: so what training draws depends on
+    neither how often it is done nor when a run was stopped. A run goes on with the epoch that it would have had, also with
+    `max_steps`. `LoRAFinetuning` includes this; add it to runs without that.
+
+    Data loaders draw a number whenever they are iterated, from PyTorch's unless they have a `generator`: give them one, as
+    this project's have, or an epoch's end is not resumed bitwise.
+    """
+
+    def __init__(self) -> None:
+        self._to_restore: dict[str, Any] | None = None
+        self._before_validation: dict[str, Any] | None = None
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        own = random_state()
+        states: list[dict[str, Any] | None] = [own]
+        if trainer.world_size > 1 and torch.distributed.is_initialized():
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, own)
+        checkpoint[KEY] = states
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        states = checkpoint.get(KEY)
+        if isinstance(states, list) and len(states) == trainer.world_size:
+            self._to_restore = states[trainer.global_rank]
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        begin_the_next_epoch(trainer)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._to_restore is not None:
+            restore_random_state(self._to_restore)
+            self._to_restore = None
+            count_the_epoch(trainer)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._before_validation = random_state()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._before_validation is not None:
+            restore_random_state(self._before_validation)
+            self._before_validation = None
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of all generators, in types that `torch.load` reads with `weights_only`."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": list(random.getstate()[1]),
+        "python_gauss": random.getstate()[2],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Undo everything that was drawn since `random_state`."""
+    torch.set_rng_state(state["torch"].cpu())
+    random.setstate((3, tuple(state["python"]), state["python_gauss"]))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+@contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """Make what is drawn a function of the run's seed alone.
+
+    How many random numbers came before depends on the strategy (`ddp` seeds again), and one device has to get the adapters
+    that several get. They must not be the numbers that the base was initialized with either, hence the offset.
+    """
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seed) + _SEED_OFFSET)
+        yield

@@ -1,0 +1,21 @@
+"""Records which checkpoint a training started from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lora_lightning.resume.checkpoints import STARTED_FROM
+
+
+class StartedFrom(Callback):
+    """Write the checkpoint that a training starts from into its log folder, where `--ckpt_path last` looks for it."""
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = trainer.log_dir if trainer.loggers else None
+        if folder is not None and "://" not in folder and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / STARTED_FROM).write_text(f"{trainer.ckpt_path or ''}\n")
