@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor, nn
+from torch import nn
 
-from lora_lightning.cli import main
+from lora_lightning.cli.main import main
 
 ROOT = Path(__file__).parents[1]
+_WORDS = ["lost", "top", "up", "please", "help", "is", "what", "my", "new", "where", "how", "card", "money", "rate"]
 
-
-def same(first: Any, second: Any) -> bool:
-    """Whether two nested structures of tensors and values are equal, bit for bit."""
-    if isinstance(first, Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
-    return bool(first == second) or str(first) == str(second) == "nan"
+# Where the root logger had no handler when Lightning was imported, Lightning keeps its messages from it, and so from caplog.
+for _name in ("lightning.fabric", "lightning.pytorch"):
+    logging.getLogger(_name).propagate = True
 
 
 @pytest.fixture(autouse=True)
@@ -80,11 +74,11 @@ def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
 
 @pytest.fixture
 def mnist_dir() -> Path:
-    """Where the whole MNIST is, for the tests that want it."""
+    """Where the full MNIST is, for the tests that want it."""
     folder = os.environ.get("LORA_LIGHTNING_DATA")
     if not folder:
         # It is not shipped, and can't be downloaded everywhere; .ci/run looks for it, and the embedded sample has its own tests.
-        pytest.skip("LORA_LIGHTNING_DATA does not say where the whole MNIST is")
+        pytest.skip("LORA_LIGHTNING_DATA does not say where the full MNIST is")
     return (ROOT / folder).resolve()
 
 
@@ -92,3 +86,29 @@ def mnist_dir() -> Path:
 def mlp() -> nn.Sequential:
     """A small network with a norm layer in it: layers `0` and `3` are linear."""
     return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+
+
+@pytest.fixture
+def tiny_bert(tmp_path: Path) -> str:
+    """A tiny BERT without a classification head, and its tokenizer."""
+    import transformers  # which takes seconds to import
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path / "tiny"
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *_WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    ).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    torch.manual_seed(1)
+    transformers.BertModel(config).save_pretrained(folder)
+    return str(folder)

@@ -59,7 +59,7 @@ def test_two_devices_train_the_adapters_that_one_trains_with_batches_twice_as_la
 
 
 @pytest.mark.usefixtures("workspace")
-def test_two_devices_predict_every_picture_once() -> None:
+def test_two_devices_predict_every_image_once() -> None:
     words = [
         "predict",
         "-c",

@@ -15,7 +15,7 @@ import torch
 
 from lora_lightning import image_backbone
 from lora_lightning.data.image_folder import SAMPLE
-from lora_lightning.data.pictures import read_picture
+from lora_lightning.data.images import read_image
 from tests.conftest import ROOT
 
 Run = Callable[..., tuple[int, str]]
@@ -29,7 +29,7 @@ def predictions(folder: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def check_that_every_picture_is_a_goldfish(folder: str) -> None:
+def check_that_every_image_is_a_goldfish(folder: str) -> None:
     rows = predictions(folder)
     assert [Path(row["file"]).name for row in rows] == PICTURES
     assert {(row["class"], row["category"]) for row in rows} == {("1", "goldfish")}
@@ -45,7 +45,7 @@ def fit_and_predict(run: Run, *config: str) -> Path:
     code, text = run("predict", *config)
     assert code == 0, text
     assert all(f"{name}  " in text for name in PICTURES)
-    check_that_every_picture_is_a_goldfish("logs/goldfish_lora")
+    check_that_every_image_is_a_goldfish("logs/goldfish_lora")
     return adapter
 
 
@@ -60,12 +60,12 @@ def test_adapters_in_all_layers_of_vgg19(run: Run) -> None:
 
     code, text = run("predict", *config, "--adapter", "none")
     assert code == 0, text
-    assert "the base predicts" in text
+    assert "the base answers alone" in text
     torch.manual_seed(0)
     net = image_backbone("vgg19").eval()
-    pictures = torch.stack([net.preprocessing(read_picture(SAMPLE / "goldfish" / name)) for name in PICTURES])
+    images = torch.stack([net.preprocessing(read_image(SAMPLE / "goldfish" / name)) for name in PICTURES])
     with torch.no_grad():
-        of_base = net(pictures).softmax(1)
+        of_base = net(images).softmax(1)
     for row, expected in zip(predictions("logs/goldfish_lora"), of_base, strict=True):
         assert int(row["class"]) == int(expected.argmax())
         assert float(row["probability"]) == pytest.approx(float(expected.max()), rel=1e-5)
@@ -79,7 +79,7 @@ def test_the_bypass_around_vgg19_predicts_the_same_in_a_new_process(run: Run) ->
     assert "The base is bitwise unchanged" in text
     code, text = run("predict", *config)
     assert code == 0, text
-    check_that_every_picture_is_a_goldfish("logs/goldfish")
+    check_that_every_image_is_a_goldfish("logs/goldfish")
     here = predictions("logs/goldfish")
     words = [sys.executable, "-m", "lora_lightning", "predict", *config, "--adapter", "logs/goldfish"]
     there = subprocess.run(words, check=False, capture_output=True, text=True, timeout=300)
@@ -114,7 +114,7 @@ class TestSmall:
 
     def test_the_documented_commands_run_twice(self, run: Run) -> None:
         commands = re.findall(
-            r"^lora-lightning (fit|predict) (.*goldfish.*)$", (ROOT / "README.md").read_text(), re.MULTILINE
+            r"^lora-lightning (fit|predict) (.*goldfish.*)$", (ROOT / "docs" / "images.md").read_text(), re.MULTILINE
         )
         assert [command for command, _ in commands] == ["fit", "predict", "predict"]
         Path("lora_lightning").symlink_to(ROOT / "lora_lightning")
@@ -183,7 +183,7 @@ class TestSmall:
 
     def test_adapters_of_another_base_are_noticed(self, run: Run, fitted: Path) -> None:
         with pytest.warns(
-            UserWarning, match=r"was trained on another base, .* Use the configuration, seed and base_checkpoint"
+            UserWarning, match=r"was trained on another base: .* Use the configuration, seed and base checkpoint"
         ):
             code, text = run("predict", *self.CONFIG, "--adapter", str(fitted), "--seed_everything", "1")
         assert code == 0, text
@@ -191,11 +191,14 @@ class TestSmall:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (("--adapter", "logs/nowhere"), "logs/nowhere is no adapter folder, and holds none (adapter_config.json)"),
-            (("--data.predict", "*.tiff"), "*.tiff is or matches no picture"),
+            (
+                ("--adapter", "logs/nowhere"),
+                "logs/nowhere is not an adapter folder and holds none (adapter_config.json)",
+            ),
+            (("--data.predict", "*.tiff"), "*.tiff is or matches no image"),
             (("--model.backbone.name", "vgg20"), "torchvision has no classification network 'vgg20'. Did you mean vgg"),
-            (("--model.backbone.weights", "IMAGENET"), "weights='IMAGENET' is no file."),
-            (("--data.root", "nowhere"), "nowhere is or matches no picture"),
+            (("--model.backbone.weights", "IMAGENET"), "weights='IMAGENET' is not a file."),
+            (("--data.root", "nowhere"), "nowhere is or matches no image"),
             (
                 ("--data.classes", "VGG"),
                 "classes='VGG': expected a list of names, or the name of torchvision's weights",
@@ -209,7 +212,7 @@ class TestSmall:
         assert message in " ".join(text.split())
         assert "Traceback" not in text
 
-    def test_a_damaged_picture_ends_the_run_by_name(self, run: Run, tmp_path: Path) -> None:
+    def test_a_damaged_image_ends_the_run_by_name(self, run: Run, tmp_path: Path) -> None:
         (tmp_path / "root" / "goldfish").mkdir(parents=True)
         content = (SAMPLE / "goldfish" / "one.jpg").read_bytes()
         (tmp_path / "root" / "goldfish" / "half.jpg").write_bytes(content[: len(content) // 2])
@@ -218,7 +221,7 @@ class TestSmall:
         assert code == 1
         line = next(line for line in text.splitlines() if line.startswith("lora-lightning: error:"))
         assert line.startswith(
-            "lora-lightning: error: root/goldfish/half.jpg is damaged, or no JPEG, PNG, WEBP or BMP picture"
+            "lora-lightning: error: root/goldfish/half.jpg is damaged, or no JPEG, PNG, WEBP or BMP image"
         )
 
     def test_a_network_of_torchvision_may_be_named_as_a_class(self, run: Run) -> None:

@@ -1,6 +1,7 @@
 """Runs the benchmarks, prints their tables and writes them as JSON.
 
 LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol] [memory] [prefix]
+[architectures] [layers] [language_model]
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from rich import get_console
 
-from tests.benchmarks import lora_step, networks, seed_protocol, vgg19
+from tests.benchmarks import architectures, language_model, layers, lora_step, networks, seed_protocol, vgg19
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = {
@@ -24,6 +25,9 @@ BENCHMARKS = {
     "seed_protocol": lambda: seed_protocol.run(Path(os.environ.get("LORA_LIGHTNING_DATA", "data")).resolve()),
     "memory": vgg19.run_memory,
     "prefix": vgg19.run_prefix,
+    "architectures": architectures.run,
+    "layers": layers.run,
+    "language_model": language_model.run,
 }
 
 

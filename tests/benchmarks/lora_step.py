@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lora_lightning import RichBoyNet
-from lora_lightning.cpu import tune_for_cpu
+from lora_lightning.cli.cpu import tune_for_cpu
 from tests.benchmarks.steps import measure, steps_of, training_step
 
 BATCH_SIZES = (10, 64, 256, 1024)

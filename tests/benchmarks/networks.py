@@ -11,8 +11,9 @@ import torchvision
 from rich.table import Table
 from torch import Tensor, nn
 
-from lora_lightning import RichBoyNet, disabled, merged
-from lora_lightning.cpu import tune_for_cpu
+from lora_lightning import RichBoyNet
+from lora_lightning.cli.cpu import tune_for_cpu
+from lora_lightning.lora import disabled, merged
 from tests.benchmarks.steps import Step, attached, measure, steps_of, training_step
 
 TURNS = 15

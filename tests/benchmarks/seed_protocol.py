@@ -41,7 +41,7 @@ class Stopwatch(Callback):
 
 def project(data_dir: Path) -> dict[str, float]:
     """Runs the four commands by the command line's own function; seconds of each."""
-    from lora_lightning.cli import main
+    from lora_lightning.cli.main import main
 
     commands = (
         ("fit", "pretrain", []),

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning import LoRAConfig, adapter_parameters, attach
+from lora_lightning import LoRAConfig
+from lora_lightning.lora import adapter_parameters, attach
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -31,7 +32,7 @@ Step = Callable[[], Any]
 
 def attached(net: nn.Module, rank: int, targets: str | list[str] = "all") -> nn.Module:
     """The network with this project's adapters."""
-    attach(net, LoRAConfig(rank=rank, targets=targets))
+    attach(net, LoRAConfig(rank=rank, target_modules=targets))
     return net
 
 

@@ -20,24 +20,16 @@ import torchvision
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from rich.table import Table
 
-from lora_lightning import (
-    Classifier,
-    FrozenPrefixCache,
-    ImageFolderDataModule,
-    LoRAConfig,
-    LoRAFinetuning,
-    adapter_state,
-    attach,
-    image_backbone,
-)
+from lora_lightning import Classifier, FeatureCache, ImageFolderDataModule, LoRAConfig, LoRAFinetuning, image_backbone
+from lora_lightning.lora import adapter_state_dict, attach
 
 LAST_TWO = ["classifier.3", "classifier.6"]
 CONTENDERS: dict[str, LoRAConfig | None] = {
     "full fine-tuning": None,
     "adapters in all layers, rank 4": LoRAConfig(rank=4),
-    "adapters in the linear layers, rank 4": LoRAConfig(rank=4, targets=["classifier.0", *LAST_TWO]),
-    "adapters in the last two, rank 4": LoRAConfig(rank=4, targets=LAST_TWO),
-    "bypass, rank 10": LoRAConfig(rank=10, targets=[], bypass=(150_528, 1_000)),
+    "adapters in the linear layers, rank 4": LoRAConfig(rank=4, target_modules=["classifier.0", *LAST_TWO]),
+    "adapters in the last two, rank 4": LoRAConfig(rank=4, target_modules=LAST_TWO),
+    "bypass, rank 10": LoRAConfig(rank=10, target_modules=[], bypass=(150_528, 1_000)),
 }
 BATCH, STEPS, ROUNDS, EPOCHS = 5, 4, 2, 6
 MEGABYTE = 1e6
@@ -118,7 +110,7 @@ def fit(cached: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="cpu",
-            callbacks=[LoRAFinetuning(rank=4, targets=LAST_TWO), epochs, *([FrozenPrefixCache()] if cached else [])],
+            callbacks=[LoRAFinetuning(rank=4, target_modules=LAST_TWO), epochs, *([FeatureCache()] if cached else [])],
             default_root_dir=folder,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -128,7 +120,7 @@ def fit(cached: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
             max_epochs=EPOCHS,
         )
         trainer.fit(model, datamodule=data)
-    return epochs.seconds, {key: value.clone() for key, value in adapter_state(model).items()}
+    return epochs.seconds, {key: value.clone() for key, value in adapter_state_dict(model).items()}
 
 
 def run_prefix() -> tuple[Table, Any]:
@@ -143,9 +135,7 @@ def run_prefix() -> tuple[Table, Any]:
     same = all(torch.equal(states[0][key], state[key]) for state in states for key in state)
     later = {name: [statistics.median(epochs[1:]) for epochs in of] for name, of in found.items()}
     ratios = [without / cached for without, cached in zip(later["without"], later["with"], strict=True)]
-    table = Table(
-        title="Frozen prefix: adapters in VGG-19's last two linear layers, five pictures", title_justify="left"
-    )
+    table = Table(title="Frozen prefix: adapters in VGG-19's last two linear layers, five images", title_justify="left")
     for column in ("cache", "first epoch, ms", "later epochs, ms"):
         table.add_column(column, justify="right" if column != "cache" else "left")
     for name, of in found.items():

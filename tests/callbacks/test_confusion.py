@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning import Classifier, ConfusionReport, LoRAFinetuning, MNISTDataModule, RichBoyNet
+from tests.helpers import stir
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -158,16 +161,244 @@ def test_names_that_do_not_fit_are_refused(make_trainer: MakeTrainer) -> None:
         make_trainer(ConfusionReport(class_names=["cat", "dog"])).test(own())
 
 
+class Task(pl.LightningModule):
+    """A user's module whose steps return nothing, on whatever batches."""
+
+    def __init__(self, net: nn.Module, batches: list[Any], step: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self.net = net
+        self.batches = batches
+        self.steps = 0
+        self.step = step or (lambda task, batch: task(batch["image"]))
+
+    def forward(self, x: Any) -> Any:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self(batch["image"]).float().square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.step(self, batch)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.steps += 1
+        self.log("test/steps", 1.0, batch_size=1)
+        self.step(self, batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    def loader(self, batches: Any = None) -> DataLoader[Any]:
+        return DataLoader(batches or self.batches, batch_size=None)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.loader()
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+def matrix(predicted: torch.Tensor, targets: torch.Tensor, classes: int) -> list[list[int]]:
+    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    for row, column in zip(targets.flatten(), predicted.flatten(), strict=True):
+        if 0 <= row < classes:
+            counts[row, column] += 1
+    return counts.tolist()
+
+
+IMAGES = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+CLASSES = torch.arange(8) % 3
+
+
+class Wrapped(nn.Module):
+    """Returns its logits inside of something else."""
+
+    def __init__(self, wrap: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.wrap = wrap
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.wrap(self.layer(x))
+
+
 @pytest.mark.parametrize(
-    ("outputs", "found"),
+    "wrap",
     [
-        (lambda logits, targets: None, "NoneType"),
-        (lambda logits, targets: logits, "Tensor"),
-        (lambda logits, targets: {"logits": logits}, r"\['logits'\]"),
+        lambda logits: logits,
+        lambda logits: SimpleNamespace(loss=torch.tensor(0.0), logits=logits),
+        lambda logits: {"features": torch.zeros(8, 9, 9), "logits": logits},
+        lambda logits: (torch.tensor(0.0), logits),
     ],
+    ids=["tensor", "attribute", "dictionary", "tuple"],
 )
-def test_a_step_that_returns_something_else_is_told_what_to_return(
-    make_trainer: MakeTrainer, outputs: Any, found: str
+@pytest.mark.parametrize("call", ["self", "forward", "child"])
+def test_a_step_that_returns_nothing_is_counted_by_what_it_called(
+    make_trainer: MakeTrainer, wrap: Any, call: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"got {found} from Own's step; expected a dictionary with 'logits' of shape"):
-        make_trainer(ConfusionReport()).test(own(outputs))
+    calls = {
+        "self": lambda task, x: task(x),
+        "forward": lambda task, x: task.forward(x),
+        "child": lambda t, x: t.net(x),
+    }
+    task = Task(Wrapped(wrap), [{"image": IMAGES, "label": CLASSES}], lambda t, batch: calls[call](t, batch["image"]))
+    expected = matrix(task.net.layer(IMAGES).argmax(1), CLASSES, 3)
+    trainer = make_trainer(LoRAFinetuning(rank=2), report := ConfusionReport(verbose=False))
+    trainer.test(task, verbose=False)
+    stir(task.net)
+    adapted = matrix(task.net.layer(IMAGES).argmax(1), CLASSES, 3)
+    trainer.test(task, verbose=False)
+    assert report.report.model.matrix.tolist() == adapted != expected
+    assert report.report.base.matrix.tolist() == expected
+    assert task.steps == 2
+    assert "forward" not in vars(task)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        *({"image": IMAGES, key: CLASSES} for key in ("labels", "label", "targets", "target", "y", "mask")),
+        {"image": IMAGES, "label": CLASSES[:, None]},
+        {"image": IMAGES, "label": nn.functional.one_hot(CLASSES).float()},
+        SimpleNamespace(image=IMAGES, y=CLASSES),
+        (IMAGES, CLASSES),
+        [IMAGES, {"labels": CLASSES}],
+    ],
+    ids=lambda batch: type(batch).__name__,
+)
+def test_targets_are_found_where_batches_have_them(make_trainer: MakeTrainer, batch: Any) -> None:
+    task = Task(nn.Linear(6, 3), [batch], lambda task, batch: task(IMAGES))
+    make_trainer(report := ConfusionReport(verbose=False)).test(task, verbose=False)
+    assert report.report.model.matrix.tolist() == matrix(task.net(IMAGES).argmax(1), CLASSES, 3)
+
+
+def test_targets_elsewhere_are_named(make_trainer: MakeTrainer) -> None:
+    for batch, key in (({"image": IMAGES, "species": CLASSES}, "species"), ((CLASSES, IMAGES), 0)):
+        task = Task(nn.Linear(6, 3), [batch], lambda task, batch: task(IMAGES))
+        make_trainer(report := ConfusionReport(verbose=False, target_key=key)).test(task, verbose=False)
+        assert report.report.model.total == 8
+
+
+@pytest.mark.parametrize("outputs_are", ["logits", "probabilities"])
+@pytest.mark.parametrize("shape", [(8, 1), (8,)], ids=str)
+def test_one_output_a_sample_stands_for_two_classes(
+    make_trainer: MakeTrainer, outputs_are: str, shape: tuple[int, ...]
+) -> None:
+    class Net(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(x).view(shape)
+            return logits.sigmoid() if outputs_are == "probabilities" else logits
+
+    task = Task(Net(6, 1), [{"image": IMAGES, "label": CLASSES.clamp(max=1)}])
+    make_trainer(report := ConfusionReport(verbose=False)).test(task, verbose=False)
+    logits = nn.functional.linear(IMAGES, task.net.weight, task.net.bias)
+    assert report.report.model.matrix.tolist() == matrix((logits > 0).long(), CLASSES.clamp(max=1), 2)
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+def test_pixels_are_counted_without_those_to_ignore(make_trainer: MakeTrainer, classes: int) -> None:
+    images = torch.randn(2, 3, 5, 6)
+    masks = torch.randint(0, max(classes, 2), (2, 5, 6))
+    masks[0, 0], masks[1, 1] = 255, -100
+    task = Task(nn.Conv2d(3, classes, 1), [{"image": images, "mask": masks}])
+    trainer = make_trainer(LoRAFinetuning(rank=1), report := ConfusionReport(verbose=False, ignore_index=255))
+    trainer.test(task, verbose=False)
+    logits = task.net(images)
+    predicted = logits.argmax(1) if classes > 1 else (logits.squeeze(1) > 0).long()
+    assert report.report.model.matrix.tolist() == matrix(predicted, masks, max(classes, 2))
+    assert report.report.base.total == report.report.model.total == 2 * 5 * 6 - 12
+
+
+def test_tokens_are_counted_with_the_class_last(make_trainer: MakeTrainer) -> None:
+    labels = torch.tensor([[0, 1, -100], [2, -100, -100]])
+    tokens = torch.randn(2, 3, 6)
+    task = Task(nn.Linear(6, 4), [{"image": tokens, "labels": labels}])
+    make_trainer(report := ConfusionReport(verbose=False)).test(task, verbose=False)
+    assert report.report.model.matrix.tolist() == matrix(task.net(tokens).argmax(2), labels, 4)
+    assert report.report.model.total == 3
+
+
+def test_each_loader_has_a_report(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    task = Task(nn.Linear(6, 3), [])
+    loaders = [task.loader([(IMAGES, CLASSES)]), task.loader([(IMAGES, CLASSES.flip(0)), (IMAGES, CLASSES)])]
+    task.step = lambda task, batch: task(batch[0])
+    trainer = make_trainer(report := ConfusionReport())
+    trainer.test(task, loaders, verbose=False)
+    assert [each.model.total for each in report.reports] == [8, 16]
+    assert report.report is report.reports[0]
+    assert {path.name for path in tmp_path.rglob("*.json")} == {f"confusion_dataloader_idx_{i}.json" for i in (0, 1)}
+
+
+def test_classes_have_the_names_of_the_data_set(make_trainer: MakeTrainer) -> None:
+    data = TensorDataset(IMAGES, CLASSES)
+    data.classes = ["cat", "dog", "eel"]
+    task = Task(nn.Linear(6, 3), [], lambda task, batch: task(batch[0]))
+    make_trainer(report := ConfusionReport(verbose=False)).test(task, DataLoader(data, batch_size=4), verbose=False)
+    assert report.report.model.class_names == ("cat", "dog", "eel")
+
+
+def test_what_can_not_be_found_is_said_before_training(make_trainer: MakeTrainer) -> None:
+    task = Task(nn.Linear(6, 3), [{"image": IMAGES, "species": CLASSES}])
+    trainer = make_trainer(ConfusionReport(), max_epochs=1, max_steps=0)
+    with pytest.warns(UserWarning, match=r"no targets in the batch, which is {image: \(8, 6\), species: \(8,\)}"):
+        trainer.fit(task)
+    task = Task(nn.Linear(6, 3), [{"image": IMAGES, "label": torch.randn(8, 3)}])
+    with pytest.warns(
+        UserWarning, match=r"no logits of classes. The targets are \(8, 3\) of torch.float32; forward of Task"
+    ):
+        make_trainer(report := ConfusionReport()).test(task)
+    assert report.report is None
+
+
+def test_targets_that_are_no_class_are_named(make_trainer: MakeTrainer) -> None:
+    task = Task(nn.Linear(6, 3), [{"image": IMAGES, "label": torch.tensor([0, 1, 2, 9, 0, 1, 2, -1])}])
+    with pytest.warns(UserWarning, match=r"targets outside 0..2: -1, 9. If they mean"):
+        make_trainer(report := ConfusionReport(verbose=False)).test(task, verbose=False)
+    assert report.report.model.total == 6
+
+
+class TwoParts(pl.LightningModule):
+    """Its step calls one child after the other, and never forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.head(self.encoder(batch[0]).relu())
+
+
+def test_children_that_are_called_one_by_one_are_counted_without_the_base(make_trainer: MakeTrainer) -> None:
+    loader = DataLoader([(IMAGES, CLASSES)], batch_size=None)
+    trainer = make_trainer(LoRAFinetuning(rank=1), report := ConfusionReport(verbose=False))
+    with pytest.warns(UserWarning, match="can't count the base beside the adapted model: the step of TwoParts"):
+        trainer.test(model := TwoParts(), loader, verbose=False)
+    assert report.report.base is None
+    assert report.report.model.matrix.tolist() == matrix(model.head(model.encoder(IMAGES).relu()).argmax(1), CLASSES, 3)
+
+
+def test_a_step_that_fails_leaves_the_module_as_it_was(make_trainer: MakeTrainer) -> None:
+    def fail(task: Task, batch: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    task = Task(nn.Linear(6, 3), [{"image": IMAGES, "label": CLASSES}], fail)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        make_trainer(ConfusionReport()).test(task)
+    assert "forward" not in vars(task)
+    assert not task.net._forward_hooks
+
+
+class Logger(CSVLogger):
+    """One with images, as those of W&B and Comet have."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.images: list[str] = []
+
+    def log_image(self, key: str, images: list[Any], step: int) -> None:
+        self.images.append(key)
+
+
+def test_any_logger_with_images_gets_the_figures(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    logger = Logger(tmp_path)
+    make_trainer(ConfusionReport(verbose=False), logger=logger).test(own(), verbose=False)
+    assert logger.images == ["test/confusion/model"]

@@ -15,17 +15,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_lightning import (
-    Classifier,
-    LoRAFinetuning,
-    MNISTDataModule,
-    RichBoyNet,
-    adapter_state,
-    fingerprint,
-    is_adapted,
-    load_adapter,
-)
-from lora_lightning.checkpoints import newest_checkpoint
+from lora_lightning import Classifier, LoRAFinetuning, MNISTDataModule, RichBoyNet, load_adapter
+from lora_lightning.lora import adapter_state_dict, base_fingerprint, is_adapted
+from lora_lightning.resume.checkpoints import newest_checkpoint
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -39,7 +31,7 @@ def sample(**arguments: object) -> MNISTDataModule:
 
 
 def adapters(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in adapter_state(module).items()}
+    return {key: value.clone() for key, value in adapter_state_dict(module).items()}
 
 
 def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -68,11 +60,26 @@ def test_fit_trains_the_adapters_of_the_base_alone(make_trainer: MakeTrainer, ba
     trainer, module, callback = finetune(make_trainer, base)
     live = module.state_dict()
     assert all(torch.equal(live[key], value) for key, value in saved.items())
-    assert all(value.any() for value in adapter_state(module).values())
+    assert all(value.any() for value in adapter_state_dict(module).values())
     assert {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]} == {
         id(p) for p in module.parameters() if p.requires_grad
     }
-    assert fingerprint(module.backbone) == callback.base_fingerprint
+    assert base_fingerprint(module.backbone) == callback.base_fingerprint
+
+
+def test_a_folder_of_adapters_is_tested_and_trained_further(make_trainer: MakeTrainer, base: Path) -> None:
+    trainer, module, callback = finetune(make_trainer, base, rank=2)
+    expected = trainer.test(module, datamodule=sample(), verbose=False)
+    trained, folder = adapters(module), callback.adapter_folder
+
+    again = model()
+    found = make_trainer(LoRAFinetuning(base_checkpoint=base, adapter=folder)).test(again, sample(), verbose=False)
+    assert found == [pytest.approx(expected[0])]
+    assert equal(adapters(again), trained)
+
+    _, further, _ = finetune(make_trainer, base, adapter=folder)
+    assert adapters(further).keys() == trained.keys()
+    assert not equal(adapters(further), trained)
 
 
 def test_it_says_which_layers_and_how_many_parameters(
@@ -100,7 +107,7 @@ def test_a_checkpoint_holds_adapters_alone_and_loads_strictly_in_a_new_process(
     trainer, module, callback = finetune(make_trainer, base)
     path = trainer.checkpoint_callback.best_model_path
     checkpoint = torch.load(path, weights_only=True)
-    assert set(checkpoint["state_dict"]) == {f"backbone.{key}" for key in adapter_state(module.backbone)}
+    assert set(checkpoint["state_dict"]) == {f"backbone.{key}" for key in adapter_state_dict(module.backbone)}
     assert checkpoint["lora_lightning"]["base_fingerprint"] == callback.base_fingerprint
     assert checkpoint["lora_lightning"]["base_path"] == str(callback.base_path)
 
@@ -132,7 +139,7 @@ def test_a_checkpoint_saved_by_hand_is_filtered_too(
 ) -> None:
     trainer, module, _ = finetune(make_trainer, base)
     trainer.save_checkpoint(tmp_path / "hand.ckpt", weights_only=weights_only)
-    assert set(torch.load(tmp_path / "hand.ckpt", weights_only=True)["state_dict"]) == set(adapter_state(module))
+    assert set(torch.load(tmp_path / "hand.ckpt", weights_only=True)["state_dict"]) == set(adapter_state_dict(module))
     other = model()
     make_trainer(LoRAFinetuning(rank=1, base_checkpoint=base)).test(
         other, datamodule=sample(), ckpt_path=tmp_path / "hand.ckpt", verbose=False
@@ -201,9 +208,9 @@ def test_any_module_is_adapted_whole_and_its_norms_do_not_drift(make_trainer: Ma
     trainer.fit(module)
     assert callback.adapted is module
     assert all(torch.equal(module.state_dict()[key], value) for key, value in before.items())
-    assert all(value.any() for value in adapter_state(module).values())
+    assert all(value.any() for value in adapter_state_dict(module).values())
     assert set(torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]) == set(
-        adapter_state(module)
+        adapter_state_dict(module)
     )
 
 
@@ -278,7 +285,10 @@ class TestRefusals:
         [
             ({"rank": 2}, r"linear1 \(rank 1, scale 1\), .*; attached: .*linear1 \(rank 2, scale 1\)"),
             ({"alpha": 3}, r"linear1 \(rank 1, scale 1\), .*; attached: .*linear1 \(rank 1, scale 3\)"),
-            ({"targets": ["linear2"]}, r"linear3 \(rank 1, scale 1\); attached: .*linear2 \(rank 1, scale 1\)\. Give"),
+            (
+                {"target_modules": ["linear2"]},
+                r"linear3 \(rank 1, scale 1\); attached: .*linear2 \(rank 1, scale 1\)\. Give",
+            ),
         ],
     )
     def test_other_adapters_than_configured(
@@ -292,7 +302,7 @@ class TestRefusals:
         )
 
     def test_a_target_that_matches_nothing(self, make_trainer: MakeTrainer) -> None:
-        trainer = make_trainer(LoRAFinetuning(targets=["linear9"]))
+        trainer = make_trainer(LoRAFinetuning(target_modules=["linear9"]))
         self.refuse(trainer, r"Targets \['linear9'\] match no layer .* linear1, linear2, linear3")
 
     def test_a_model_that_came_with_adapters(self, make_trainer: MakeTrainer) -> None:
@@ -328,7 +338,7 @@ def test_a_precision_that_converts_the_base_is_no_change_of_it(make_trainer: Mak
         torch.testing.assert_close(adapters(other)[key], value.float())
 
 
-@pytest.mark.parametrize("variant", [{}, {"init": "pissa"}, {"dora": True}])
+@pytest.mark.parametrize("variant", [{}, {"init": "pissa"}, {"use_dora": True}])
 @pytest.mark.parametrize("command", ["test", "validate", "predict"])
 def test_adapters_that_were_not_trained_are_said_to_be_the_base(
     make_trainer: MakeTrainer, command: str, variant: dict[str, Any], caplog: pytest.LogCaptureFixture

@@ -1,4 +1,4 @@
-"""Folders of pictures, one a class."""
+"""Folders of images, one a class."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torchvision.models import ResNet18_Weights
 from torchvision.transforms import v2
 
 from lora_lightning import Classifier, ConfusionReport, ImageFolderDataModule, image_backbone
-from lora_lightning.callbacks import RandomState
-from tests.conftest import same
+from lora_lightning.resume import RandomState
+from tests.helpers import same
 
 MakeTrainer = Callable[..., Trainer]
 Draw = Callable[..., Path]
@@ -27,7 +27,7 @@ TO_TENSOR = v2.Compose([v2.Resize(8), v2.CenterCrop(8), v2.ToImage(), v2.ToDtype
 
 @pytest.fixture
 def draw(tmp_path: Path) -> Draw:
-    """Draws pictures of one grey each, lighter from one to the next, a folder a class."""
+    """Draws images of one grey each, lighter from one to the next, a folder a class."""
 
     def make(root: str = "root", **classes: int) -> Path:
         for place, (name, count) in enumerate(classes.items()):
@@ -45,12 +45,12 @@ def small(root: Path, **arguments: Any) -> ImageFolderDataModule:
 
 
 def greys(images: Tensor) -> list[int]:
-    """Which pictures these are."""
+    """Which images these are."""
     return [round(255 * float(image[0, 0, 0])) for image in images]
 
 
 def noisy(root: Path) -> Path:
-    """The same pictures, of noise."""
+    """The same images, of noise."""
     for path in root.rglob("*.png"):
         Image.fromarray(torch.randint(256, (40, 40, 3), dtype=torch.uint8).numpy()).save(path)
     return root
@@ -68,7 +68,7 @@ def test_folders_are_classes_in_alphabetical_order(draw: Draw) -> None:
     assert read(data.test_dataloader()) == ([40, 41, 42, 0, 1], [0, 0, 0, 1, 1])
 
 
-def test_a_batch_is_of_float_pictures_and_class_indices(draw: Draw) -> None:
+def test_a_batch_is_of_float_images_and_class_indices(draw: Draw) -> None:
     data = ImageFolderDataModule(draw(cat=3, dog=2), batch_size=4)
     data.setup("fit")
     images, targets = next(iter(data.train_dataloader()))
@@ -82,8 +82,8 @@ def test_the_preprocessing_is_that_of_the_weights(draw: Draw) -> None:
     data = small(root, preprocessing="ResNet18_Weights.IMAGENET1K_V1")
     data.setup("test")
     images, _ = next(iter(data.test_dataloader()))
-    picture = Image.open(root / "cat" / "000.png").convert("RGB")
-    assert torch.equal(images[0], ResNet18_Weights.IMAGENET1K_V1.transforms()(picture))
+    image = Image.open(root / "cat" / "000.png").convert("RGB")
+    assert torch.equal(images[0], ResNet18_Weights.IMAGENET1K_V1.transforms()(image))
 
 
 def test_the_preprocessing_is_that_of_the_backbone(draw: Draw, make_trainer: MakeTrainer) -> None:
@@ -141,15 +141,15 @@ class TestClasses:
     def test_have_to_be_as_many_as_the_models(self, draw: Draw, make_trainer: MakeTrainer) -> None:
         model = Classifier(nn.Linear(3, 10), num_classes=10)
         with pytest.raises(
-            ValueError, match=r"pictures of 2 classes \(cat, dog, ...\), the model has num_classes=10: set it"
+            ValueError, match=r"images of 2 classes \(cat, dog, ...\), the model has num_classes=10: set it"
         ):
             make_trainer().fit(model, datamodule=small(draw(cat=1, dog=1)))
 
 
 class TestParts:
     def test_of_separate_folders(self, draw: Draw) -> None:
-        for part, pictures in {"train": {"cat": 3, "dog": 2}, "val": {"dog": 1}, "test": {"cat": 1}}.items():
-            root = draw(f"root/{part}", **pictures).parent
+        for part, images in {"train": {"cat": 3, "dog": 2}, "val": {"dog": 1}, "test": {"cat": 1}}.items():
+            root = draw(f"root/{part}", **images).parent
         data = small(root)
         data.setup("fit")
         assert sorted(read(data.train_dataloader())[1]) == [0, 0, 0, 1, 1]
@@ -167,7 +167,7 @@ class TestParts:
         with pytest.raises(ValueError, match=r"root has class folders in val/, but none in train/"):
             small(root).setup("fit")
 
-    def test_split_off_keep_the_share_of_every_class_and_share_no_picture(self, draw: Draw) -> None:
+    def test_split_off_keep_the_share_of_every_class_and_share_no_image(self, draw: Draw) -> None:
         data = small(draw(cat=20, dog=10), val_fraction=0.2, test_fraction=0.1)
         data.setup("fit")
         train, val, test = (
@@ -186,7 +186,7 @@ class TestParts:
             held_out.append(read(data.val_dataloader())[0])
         assert held_out[0] == held_out[1] != held_out[2]
 
-    def test_that_are_the_same_pictures_say_so(self, draw: Draw, caplog: pytest.LogCaptureFixture) -> None:
+    def test_that_are_the_same_images_say_so(self, draw: Draw, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level("INFO"):
             small(draw(cat=2, dog=2)).setup("test")
         assert (
@@ -194,13 +194,23 @@ class TestParts:
             in caplog.text
         )
 
+    def test_where_only_validation_images_are_held_out_those_are_tested(
+        self, draw: Draw, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        draw("root/train", cat=2, dog=2)
+        data = small(draw("root/val", cat=1, dog=2).parent)
+        with caplog.at_level("INFO"):
+            data.setup("test")
+        assert "3 to validate, 3 to test (those that validate)." in caplog.text
+        assert read(data.test_dataloader()) == read(data.val_dataloader())
+
     def test_nothing_to_validate_on_is_refused(self, draw: Draw, make_trainer: MakeTrainer) -> None:
         with pytest.raises(ValueError, match=r"root has no folder val, and val_fraction=0.0 holds nothing out"):
             make_trainer().validate(Classifier(nn.Flatten(), num_classes=2), datamodule=small(draw(cat=1, dog=1)))
 
 
 class TestBadFolders:
-    def test_damaged_pictures_are_all_named(self, draw: Draw) -> None:
+    def test_damaged_images_are_all_named(self, draw: Draw) -> None:
         root = draw(cat=2, dog=2)
         (root / "cat" / "empty.jpg").touch()
         (root / "dog" / "notes.webp").write_text("fish food")
@@ -208,7 +218,7 @@ class TestBadFolders:
             small(root).setup("fit")
 
     @pytest.mark.parametrize("num_workers", [0, 1])
-    def test_a_picture_that_ends_too_early_is_named_when_it_is_read(self, draw: Draw, num_workers: int) -> None:
+    def test_a_image_that_ends_too_early_is_named_when_it_is_read(self, draw: Draw, num_workers: int) -> None:
         root = draw(cat=2, dog=2)
         path = root / "cat" / "001.png"
         path.write_bytes(path.read_bytes()[:50])
@@ -217,8 +227,8 @@ class TestBadFolders:
         with pytest.raises(ValueError, match=r"001.png is damaged, or no"):
             list(data.test_dataloader())
 
-    def test_a_class_without_pictures_is_refused(self, draw: Draw) -> None:
-        with pytest.raises(ValueError, match=r"dog has no pictures \(.jpg, .jpeg, .png, .webp, .bmp\) in it"):
+    def test_a_class_without_images_is_refused(self, draw: Draw) -> None:
+        with pytest.raises(ValueError, match=r"dog has no images \(.jpg, .jpeg, .png, .webp, .bmp\) in it"):
             small(draw(cat=1, dog=0)).setup("fit")
 
     def test_other_files_are_passed_over_and_named(self, draw: Draw, caplog: pytest.LogCaptureFixture) -> None:
@@ -227,24 +237,24 @@ class TestBadFolders:
         with caplog.at_level("INFO"):
             small(root).setup("fit")
         assert (
-            f"Passed over, since they are no pictures (.jpg, .jpeg, .png, .webp, .bmp) of a class: {root}/cat/notes.txt."
+            f"Passed over, since they are not images (.jpg, .jpeg, .png, .webp, .bmp) of a class: {root}/cat/notes.txt."
             in caplog.text
         )
 
-    def test_pictures_without_class_folders_are_refused(self, draw: Draw) -> None:
+    def test_images_without_class_folders_are_refused(self, draw: Draw) -> None:
         root = draw(cat=3) / "cat"
         with pytest.raises(
-            ValueError, match=r"cat has 3 pictures, but no folders in it; expected a folder of pictures a class"
+            ValueError, match=r"cat has 3 images, but no folders in it; expected a folder of images a class"
         ):
             small(root).setup("fit")
 
     def test_a_missing_folder_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(
-            FileNotFoundError, match=r"nowhere is no folder; expected one with a folder of pictures a class"
+            FileNotFoundError, match=r"nowhere is not a folder; expected one with a folder of images a class"
         ):
             small(tmp_path / "nowhere").setup("fit")
 
-    def test_pictures_of_different_sizes_are_named(self, draw: Draw) -> None:
+    def test_images_of_different_sizes_are_named(self, draw: Draw) -> None:
         root = draw(cat=1, dog=1)
         Image.new("L", (30, 30)).save(root / "dog" / "large.png")
         data = small(root, preprocessing=v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32)]))
@@ -280,7 +290,7 @@ def test_values_out_of_range_are_refused(arguments: dict[str, Any], message: str
 
 
 class TestAugmentation:
-    """What training pictures become is a function of seed, epoch and picture."""
+    """What training images become is a function of seed, epoch and image."""
 
     def test_differs_between_epochs_and_not_between_workers(self, draw: Draw) -> None:
         root = noisy(draw(cat=4, dog=4))
@@ -304,7 +314,7 @@ class TestAugmentation:
         assert sorted(read(data.train_dataloader())[0]) == [214, 215, 253, 254, 255]
 
 
-def test_a_resumed_run_sees_the_pictures_that_it_would_have_seen(
+def test_a_resumed_run_sees_the_images_that_it_would_have_seen(
     draw: Draw, make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "3")
@@ -322,7 +332,7 @@ def test_a_resumed_run_sees_the_pictures_that_it_would_have_seen(
     assert same(run("resumed", tmp_path / "whole" / "step=8.ckpt"), expected)
 
 
-def test_in_memory_every_picture_is_decoded_once(draw: Draw) -> None:
+def test_in_memory_every_image_is_decoded_once(draw: Draw) -> None:
     root = draw(cat=3, dog=2)
     data = small(root, in_memory=True)
     data.setup("fit")
@@ -350,18 +360,18 @@ class TestPredict:
             assert [grey for images in data.predict_dataloader() for grey in greys(images)] == expected
             assert len(data.predict_files) == len(expected)
 
-    def test_what_matches_no_picture_is_refused(self, draw: Draw) -> None:
+    def test_what_matches_no_image_is_refused(self, draw: Draw) -> None:
         data = small(draw(cat=1, dog=1), predict="*.tiff")
-        with pytest.raises(FileNotFoundError, match=r"\*.tiff is or matches no picture; expected a picture \(.jpg"):
+        with pytest.raises(FileNotFoundError, match=r"\*.tiff is or matches no image; expected an image \(.jpg"):
             data.setup("predict")
 
-    def test_a_file_that_is_no_picture_is_refused(self, draw: Draw, tmp_path: Path) -> None:
+    def test_a_file_that_is_no_image_is_refused(self, draw: Draw, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("fish food")
         with pytest.raises(ValueError, match=r"notes.txt is damaged, or no"):
             small(draw(cat=1, dog=1), predict=tmp_path / "notes.txt").setup("predict")
 
 
-def test_a_device_without_pictures_gets_a_batch_of_none(draw: Draw) -> None:
+def test_a_device_without_images_gets_a_batch_of_none(draw: Draw) -> None:
     data = small(draw(cat=1, dog=1))
     data.setup("test")
     images, targets = data.test_dataloader().dataset.__getitems__([])
@@ -381,7 +391,7 @@ def test_the_report_of_three_folders_has_their_names(
     assert all(name in printed for name in ("cat", "dog", "eel"))
 
 
-def test_the_pictures_that_come_with_the_package_are_five_goldfish(
+def test_the_images_that_come_with_the_package_are_five_goldfish(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -86,7 +86,7 @@ class TestWhatItServes:
         assert [int((targets == 9).sum()) for targets in batches] == [35] * len(batches)
         assert len(batches) == 3240 // 65
 
-    def test_batches_are_normalised_images_and_their_digits(self) -> None:
+    def test_batches_are_normalized_images_and_their_digits(self) -> None:
         data = ready(batch_size=7)
         batch = next(iter(data.train_dataloader()))
         assert batch[0].dtype == torch.uint8
@@ -128,14 +128,14 @@ class TestWhereItComesFrom:
             data = ready(source="auto", data_dir=tmp_path)
         assert time.monotonic() - began < 10
         assert data.source == "sample"
-        assert f"the embedded sample (the whole MNIST is not in {tmp_path}" in caplog.text
+        assert f"the embedded sample (the full MNIST is not in {tmp_path}" in caplog.text
         assert "could not be downloaded: http://127.0.0.1:9/: [Errno 111] Connection refused" in caplog.text
 
     def test_auto_does_not_wait_for_a_network_that_does_not_answer(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def silence(*_: object, **__: object) -> None:
-            time.sleep(1)
+        def silence(*_: object, timeout: float) -> None:
+            time.sleep(timeout)
             raise TimeoutError
 
         monkeypatch.setattr(mnist_files, "_PROBE_SECONDS", 0.2)
@@ -145,7 +145,7 @@ class TestWhereItComesFrom:
         assert "no answer within" in data.description()
 
     def test_full_without_a_network_is_an_error_that_says_what_to_do(self, tmp_path: Path) -> None:
-        with pytest.raises(RuntimeError, match=r"source=full: the whole MNIST is not in .* Put its four files there"):
+        with pytest.raises(RuntimeError, match=r"source=full: the full MNIST is not in .* Put its four files there"):
             ready(source="full", data_dir=tmp_path)
         assert not list(tmp_path.iterdir())
 
@@ -197,8 +197,8 @@ class TestDamagedFiles:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("train-images-idx3-ubyte", b"", "is no IDX file of 3 dimension"),
-            ("t10k-labels-idx1-ubyte", b"<html>404</html>", "is no IDX file of 1 dimension.* begins with b'<htm'"),
+            ("train-images-idx3-ubyte", b"", "is not an IDX file of 3 dimension"),
+            ("t10k-labels-idx1-ubyte", b"<html>404</html>", "is not an IDX file of 1 dimension.* begins with b'<htm'"),
             ("t10k-images-idx3-ubyte", struct.pack(">4I", 2051, 1, 14, 14), r"items of shape \(14, 14\); expected"),
             ("train-images-idx3-ubyte", struct.pack(">4I", 2051, 0, 28, 28), "holds 0 items"),
             ("train-labels-idx1-ubyte", struct.pack(">2I", 2049, 2**32 - 1), "its header announces 4294967303"),

@@ -14,7 +14,7 @@ def test_alpha_follows_the_rank_so_that_the_scale_is_one() -> None:
 
 def test_alpha_over_rank_is_the_scale_and_over_its_root_with_rslora() -> None:
     assert LoRAConfig(rank=4, alpha=8).scaling_of("x") == 2
-    assert LoRAConfig(rank=4, alpha=8, rslora=True).scaling_of("x") == 4
+    assert LoRAConfig(rank=4, alpha=8, use_rslora=True).scaling_of("x") == 4
 
 
 @pytest.mark.parametrize(
@@ -28,12 +28,12 @@ def test_alpha_over_rank_is_the_scale_and_over_its_root_with_rslora() -> None:
     ],
 )
 def test_targets_are_names_endings_after_a_dot_or_an_expression(targets: str | list[str], selected: set[str]) -> None:
-    config = LoRAConfig(targets=targets)
+    config = LoRAConfig(target_modules=targets)
     assert {name for name in ("linear1", "block.linear1", "block.linear12") if config.selects(name)} == selected
 
 
 def test_excluded_layers_are_left_out() -> None:
-    config = LoRAConfig(exclude=["head"])
+    config = LoRAConfig(exclude_modules=["head"])
     assert config.selects("body")
     assert not config.selects("head")
     assert not config.selects("model.head")
@@ -57,9 +57,9 @@ def test_the_first_pattern_that_matches_counts() -> None:
         ({"alpha_pattern": {"a": -1.0}}, r"alpha_pattern\['a'\]=-1.0: alpha"),
         ({"dropout": 1.0}, "dropout=1.0: expected a probability of at least 0 and below 1"),
         ({"init": "zeros"}, "init='zeros': expected one of kaiming, gaussian, pissa"),
-        ({"targets": []}, "targets=.. selects nothing"),
-        ({"targets": "(("}, r"targets='\(\(' is not a regular expression"),
-        ({"exclude": "["}, r"exclude='\[' is not a regular expression"),
+        ({"target_modules": []}, "target_modules=.*selects nothing"),
+        ({"target_modules": "(("}, r"target_modules='\(\(' is not a regular expression"),
+        ({"exclude_modules": "["}, r"exclude_modules='\[' is not a regular expression"),
     ],
 )
 def test_a_value_out_of_range_is_named(arguments: dict[str, object], message: str) -> None:

@@ -13,24 +13,27 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_lightning import LoRAConfig, adapter_parameters, attach, detach, disabled, fingerprint, merge, merged
-from lora_lightning.lora.attached import Site, sites
+from lora_lightning import LoRAConfig
+from lora_lightning.lora import (
+    AdaptedWeight,
+    adapted_weights,
+    adapter_parameters,
+    attach,
+    base_fingerprint,
+    detach,
+    disabled,
+    merge,
+    merged,
+)
+from tests.helpers import stir
 
 F64 = torch.float64
 
 
-def stir(module: nn.Module) -> None:
-    """Moves every adapter parameter away from where it began."""
-    for parameter in adapter_parameters(module):
-        with torch.no_grad():
-            parameter += 0.3 * torch.randn_like(parameter)
-
-
-def delta(site: Site) -> Tensor:
+def delta(site: AdaptedWeight) -> Tensor:
     """ΔW by the definition, element by element, from the parameters alone."""
-    update, weight = site.update, site.weight
-    down, up = (update.get_parameter(name) for name in (update.lora_name_A, update.lora_name_B))
-    down, up = down.flatten(1), up.flatten(1)
+    update, weight = site.adapter, site.weight
+    down, up = (factor.flatten(1) for factor in site.factors)
     change = torch.einsum("or,ri->oi", up, down)
     if "lora_A_initial" in update._buffers:
         change = change - torch.einsum("or,ri->oi", update.lora_B_initial.flatten(1), update.lora_A_initial.flatten(1))
@@ -39,9 +42,9 @@ def delta(site: Site) -> Tensor:
     return (change.t() if transposed else change).reshape(weight.shape)
 
 
-def dense_weight(site: Site) -> Tensor:
+def dense_weight(site: AdaptedWeight) -> Tensor:
     full = site.weight + delta(site)
-    magnitude = site.update._parameters.get("lora_magnitude_vector")
+    magnitude = site.adapter._parameters.get("lora_magnitude_vector")
     if magnitude is None:
         return full
     transposed = isinstance(site.layer, nn.Embedding) or type(site.layer).__name__ == "LoRAConv1D"
@@ -66,8 +69,8 @@ def check(plain: nn.Module, inputs: tuple[Any, ...], config: LoRAConfig, *, tole
     assert torch.equal(first(plain(*inputs)), expected), "a fresh adapter changes a bit"
     with torch.no_grad():
         assert torch.equal(first(plain(*inputs)), expected_without_grad), "a fresh adapter changes a bit"
-    stir(plain)
-    found = sites(plain)
+    stir(plain, 0.3)
+    found = adapted_weights(plain)
     dense = {f"{site.layer_name}.{site.parameter}".lstrip("."): dense_weight(site) for site in found}
     y, target = first(plain(*inputs)), first(functional_call(oracle, dense, inputs))
     torch.testing.assert_close(y, target, rtol=tolerance, atol=tolerance)
@@ -101,8 +104,8 @@ def check(plain: nn.Module, inputs: tuple[Any, ...], config: LoRAConfig, *, tole
 VARIANTS = st.fixed_dictionaries(
     {
         "alpha": st.floats(0.5, 4),
-        "rslora": st.booleans(),
-        "dora": st.booleans(),
+        "use_rslora": st.booleans(),
+        "use_dora": st.booleans(),
         "init": st.sampled_from(["kaiming", "gaussian", "pissa"]),
     }
 )
@@ -210,7 +213,7 @@ def test_attention(
 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("variant", [{}, {"dora": True}, {"init": "pissa"}])
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"init": "pissa"}])
 def test_transformer_layers(norm_first: bool, activation: str, variant: dict[str, Any]) -> None:
     settings = {"norm_first": norm_first, "activation": activation, "batch_first": True, "dtype": F64}
     x = torch.randn(2, 3, 8, dtype=F64)
@@ -223,7 +226,7 @@ def test_transformer_layers(norm_first: bool, activation: str, variant: dict[str
 def test_the_fast_path_of_a_transformer_layer_is_still_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     attach(layer, LoRAConfig(rank=2))
-    stir(layer)
+    stir(layer, 0.3)
     x, calls = torch.randn(2, 3, 8), []
     slow = layer(x)
     fast_path = torch._transformer_encoder_layer_fwd
@@ -237,7 +240,7 @@ def test_the_fast_path_of_a_transformer_layer_is_still_taken(monkeypatch: pytest
 def test_padding_masks_go_through_the_nested_fast_path() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
     attach(encoder, LoRAConfig(rank=2))
-    stir(encoder)
+    stir(encoder, 0.3)
     x, mask = torch.randn(2, 3, 8), torch.tensor([[False, False, True], [False, False, False]])
     slow = encoder(x, src_key_padding_mask=mask)
     with torch.no_grad():
@@ -287,9 +290,9 @@ class Bilinear(nn.Module):
         return torch.einsum("bi,oi,sok->bsk", x, self.inner, self.stack) + (self.bias @ self.inner).sum()
 
 
-@pytest.mark.parametrize("variant", [{}, {"dora": True}, {"init": "pissa"}, {"rank_pattern": {"stack": 3}}])
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"init": "pissa"}, {"rank_pattern": {"stack": 3}}])
 def test_any_parameter_by_name(variant: dict[str, Any]) -> None:
-    config = LoRAConfig(rank=2, targets=[], target_parameters=["inner", "stack"], **variant)
+    config = LoRAConfig(rank=2, target_modules=[], target_parameters=["inner", "stack"], **variant)
     check(Bilinear(), (torch.randn(3, 6, dtype=F64),), config)
     check(nn.Sequential(Bilinear()), (torch.randn(3, 6, dtype=F64),), config)
 
@@ -328,11 +331,11 @@ def test_a_weight_that_other_code_reads_is_the_one_in_effect() -> None:
 def test_a_bypass_adds_s_b_a_x_to_any_module() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 16, 10)).double()
     x = torch.randn(5, 3, 6, 6, dtype=F64)
-    digest, expected = fingerprint(net), net.eval()(x)
-    assert attach(net, LoRAConfig(rank=2, alpha=6, targets=[], bypass=(108, 10))) == [""]
+    digest, expected = base_fingerprint(net), net.eval()(x)
+    assert attach(net, LoRAConfig(rank=2, alpha=6, target_modules=[], bypass=(108, 10))) == [""]
     assert sum(parameter.numel() for parameter in adapter_parameters(net)) == 108 * 2 + 2 * 10
     assert torch.equal(net(x), expected)
-    stir(net)
+    stir(net, 0.3)
     torch.testing.assert_close(net(x), expected + 3 * x.flatten(1) @ net.lora_A.t() @ net.lora_B.t())
     with disabled(net):
         assert torch.equal(net(x), expected)
@@ -340,12 +343,12 @@ def test_a_bypass_adds_s_b_a_x_to_any_module() -> None:
         merge(net)
     detach(net)
     assert torch.equal(net(x), expected)
-    assert fingerprint(net) == digest
+    assert base_fingerprint(net) == digest
 
 
 def test_a_bypass_of_the_wrong_size_says_which_sizes_it_met() -> None:
     net = nn.Flatten()
-    attach(net, LoRAConfig(rank=2, targets=[], bypass=(12, 10)))
+    attach(net, LoRAConfig(rank=2, target_modules=[], bypass=(12, 10)))
     with pytest.raises(
         ValueError, match=r"bypass=\(12, 10\) does not fit: a sample .* has \(12, 12\) numbers in input"
     ):

@@ -27,8 +27,13 @@ def adapted_linear(
     return layer
 
 
+def base(layer: LoRALinear) -> Tensor:
+    """The frozen weight, which `layer.weight` is not."""
+    return layer.state_dict()["weight"]
+
+
 def dense(layer: LoRALinear, x: Tensor) -> Tensor:
-    weight = layer.weight + layer.lora_scaling * layer.lora_B @ layer.lora_A
+    weight = base(layer) + layer.lora_scaling * layer.lora_B @ layer.lora_A
     return F.linear(x, weight, layer.bias)
 
 
@@ -84,7 +89,7 @@ def test_function_transforms_see_the_adapter() -> None:
     x = torch.randn(6, 5, dtype=torch.float64)
     torch.testing.assert_close(torch.func.vmap(layer)(x), dense(layer, x))
     jacobian = torch.func.jacrev(layer)(x[0])
-    torch.testing.assert_close(jacobian, layer.weight + layer.lora_delta(layer.weight))
+    torch.testing.assert_close(jacobian, base(layer) + layer.lora_delta_weight(base(layer)))
 
 
 def test_a_base_of_low_precision_keeps_its_dtype_beside_a_float32_adapter() -> None:
@@ -93,7 +98,7 @@ def test_a_base_of_low_precision_keeps_its_dtype_beside_a_float32_adapter() -> N
     x = torch.randn(3, 5, dtype=torch.bfloat16)
     y = layer(x)
     assert y.dtype == torch.bfloat16
-    expected = F.linear(x.float(), layer.weight.float() + layer.lora_delta(layer.weight), layer.bias.float())
+    expected = F.linear(x.float(), base(layer).float() + layer.lora_delta_weight(base(layer)), layer.bias.float())
     torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), y)
@@ -117,9 +122,9 @@ def test_dropout_touches_the_adapter_path_alone_and_only_in_training() -> None:
     torch.testing.assert_close(layer(x), dense(layer, x))
     layer.train()
     with disabled(layer):
-        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert torch.equal(layer(x), F.linear(x, base(layer), layer.bias))
     nn.init.zeros_(layer.lora_B)
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert torch.equal(layer(x), F.linear(x, base(layer), layer.bias))
 
 
 def test_gaussian_has_the_seed_notebooks_standard_deviation_at_rank_1() -> None:

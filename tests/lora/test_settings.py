@@ -13,7 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_lightning import LoRAConfig, adapter_parameters, attach, detach, disabled, fingerprint, merge, merged
+from lora_lightning import LoRAConfig
+from lora_lightning.lora import (
+    adapter_parameters,
+    adapter_state_dict,
+    attach,
+    base_fingerprint,
+    detach,
+    disabled,
+    merge,
+    merged,
+)
+from tests.helpers import stir
 
 
 class Small(nn.Module):
@@ -42,7 +53,7 @@ def adapted(config: LoRAConfig, net: nn.Module | None = None) -> nn.Module:
 
 VARIANTS = {
     "plain": LoRAConfig(rank=2, alpha=3),
-    "dora": LoRAConfig(rank=2, dora=True),
+    "dora": LoRAConfig(rank=2, use_dora=True),
     "pissa": LoRAConfig(rank=2, init="pissa"),
 }
 
@@ -88,10 +99,10 @@ def test_a_base_in_bfloat16_under_float32_adapters(config: LoRAConfig, x: Tensor
         assert all(gradient.dtype == torch.float32 and gradient.any() for gradient in gradients(net, y))
         with torch.no_grad():
             torch.testing.assert_close(net(x.bfloat16()), y, rtol=0.05, atol=0.05)
-    digest = fingerprint(net)
+    digest = base_fingerprint(net)
     with merged(net):
         torch.testing.assert_close(net(x.bfloat16()).float(), exact(x), rtol=0.05, atol=0.05)
-    assert fingerprint(net) == digest
+    assert base_fingerprint(net) == digest
 
 
 def test_channels_last(net: nn.Module, x: Tensor) -> None:
@@ -100,10 +111,10 @@ def test_channels_last(net: nn.Module, x: Tensor) -> None:
     x = x.contiguous(memory_format=torch.channels_last)
     assert net.conv(x).is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(net(x), y)
-    digest = fingerprint(net)
+    digest = base_fingerprint(net)
     with merged(net):
         torch.testing.assert_close(net(x), y)
-    assert fingerprint(net) == digest
+    assert base_fingerprint(net) == digest
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the compiler's own modules
@@ -121,6 +132,10 @@ def test_compiled_without_graph_breaks_and_switched_without_compiling_again(
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(gradients(net, y), expected_gradients)
     y = compiled(x)
+    with disabled(net):  # each state is compiled once
+        compiled(x)
+    with merged(net):
+        compiled(x)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):
             with disabled(net):
@@ -169,7 +184,7 @@ def test_moving_and_converting_takes_the_adapters_along(net: nn.Module, x: Tenso
 def test_tied_weights_keep_their_tie_and_each_its_own_adapter() -> None:
     net = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
     net["head"].weight = net["embed"].weight
-    attach(net, LoRAConfig(rank=2, targets=["head"]))
+    attach(net, LoRAConfig(rank=2, target_modules=["head"]))
     nn.init.normal_(net["head"].lora_B)
     index, h = torch.arange(6), torch.randn(2, 4)
     torch.testing.assert_close(net["embed"](index), net["embed"].weight)
@@ -191,7 +206,7 @@ def test_the_merged_model_is_exported(net: nn.Module, x: Tensor) -> None:
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of PyTorch's attention under vmap
 def test_per_sample_gradients_by_function_transforms(x: Tensor) -> None:
-    net = adapted(LoRAConfig(rank=2, targets=["conv", "head"])).eval()
+    net = adapted(LoRAConfig(rank=2, target_modules=["conv", "head"])).eval()
     parameters = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
 
     def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
@@ -216,7 +231,7 @@ class TestQuantised:
 
     @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
     def test_adapters_train_over_it_and_merging_makes_it_dense(self, base: nn.Module, config: LoRAConfig) -> None:
-        x, digest = torch.randn(5, 32), fingerprint(base)
+        x, digest = torch.randn(5, 32), base_fingerprint(base)
         expected = base(x)
         attach(base, config)
         assert torch.equal(base(x), expected)
@@ -225,18 +240,31 @@ class TestQuantised:
             optimizer.zero_grad()
             (base(x) - 1).square().sum().backward()
             optimizer.step()
-        assert fingerprint(base) == digest
+        assert base_fingerprint(base) == digest
         adapted = base(x)
         assert (adapted - 1).square().sum() < (expected - 1).square().sum()
         with disabled(base):
             assert torch.equal(base(x), expected)
         with merged(base):
             torch.testing.assert_close(base(x), adapted, rtol=1e-4, atol=1e-4)
-        assert fingerprint(base) == digest
+        assert base_fingerprint(base) == digest
         assert torch.equal(base(x), adapted)
         with pytest.warns(
-            UserWarning, match=r"weights of 0, 2 were quantised; merged, they are dense tensors of torch.float32"
+            UserWarning, match=r"weights of 0, 2 were quantized; merged, they are dense tensors of torch.float32"
         ):
             merge(base)
         assert type(base[0].weight) is nn.Parameter
         torch.testing.assert_close(base(x), adapted, rtol=1e-4, atol=1e-4)
+
+    def test_a_base_is_quantized_under_its_adapters_while_they_are_disabled(self) -> None:
+        torchao = pytest.importorskip("torchao.quantization", reason="the extra torchao is not installed")
+        net = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+        first = copy.deepcopy(net)
+        torchao.quantize_(first, torchao.Int8WeightOnlyConfig())
+        attach(first, LoRAConfig(rank=2))
+        attach(net, LoRAConfig(rank=2))
+        stir(net)
+        first.load_state_dict(adapter_state_dict(net), strict=False)
+        with disabled(net):
+            torchao.quantize_(net, torchao.Int8WeightOnlyConfig())
+        assert torch.equal(net(torch.ones(3, 32)), first(torch.ones(3, 32)))

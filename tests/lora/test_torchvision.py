@@ -7,15 +7,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from lora_lightning import (
-    LoRAConfig,
-    adapter_parameters,
-    attach,
-    detach,
-    fingerprint,
-    merged,
-    verify,
-)
+from lora_lightning import LoRAConfig
+from lora_lightning.lora import adapter_parameters, attach, base_fingerprint, detach, merged, verify_adapters
 
 SIZES = {"inception_v3": 299, "swin_v2_b": 64, "swin_v2_s": 64, "swin_v2_t": 64}
 FIXED = {"vit": {"image_size": 32}, "maxvit": {"input_size": (224, 224)}}
@@ -52,7 +45,7 @@ def logits(output: object) -> Tensor:
 def test_every_architecture_keeps_all_promises(name: str) -> None:
     net, x = build(name), images(name)
     # The auxiliary heads answer in training alone, so an adapter there is inert in evaluation, and verify says so.
-    config = LoRAConfig(rank=1, exclude=r"(aux.*|AuxLogits.*)")
+    config = LoRAConfig(rank=1, exclude_modules=r"(aux.*|AuxLogits.*)")
     before = {key: value.clone() for key, value in net.state_dict().items()}
     types = [type(layer) for layer in net.modules()]
     with torch.no_grad():
@@ -67,8 +60,8 @@ def test_every_architecture_keeps_all_promises(name: str) -> None:
 
     with torch.no_grad():
         assert torch.equal(net(x), base), "zero B is not the identity"
-    verify(net, x)
-    digest = fingerprint(net)
+    verify_adapters(net, x)
+    digest = base_fingerprint(net)
 
     net.train()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
@@ -79,7 +72,7 @@ def test_every_architecture_keeps_all_promises(name: str) -> None:
     trained = {key for key, parameter in net.named_parameters() if parameter.grad is not None}
     assert trained == {key for key, parameter in net.named_parameters() if parameter.requires_grad}
     assert len(trained) == 2 * len(names)
-    assert fingerprint(net) == digest
+    assert base_fingerprint(net) == digest
     assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
 
     with torch.no_grad():

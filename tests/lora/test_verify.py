@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_lightning import LoRAConfig, attach, disabled, verify
-from lora_lightning.lora import InertAdapterError
+from lora_lightning import LoRAConfig
+from lora_lightning.lora import InertAdapterError, attach, disabled, verify_adapters
 
 
 class Sneaky(nn.Module):
@@ -34,7 +34,7 @@ def test_every_inert_adapter_is_named_with_its_mode() -> None:
     net = Sneaky()
     attach(net, LoRAConfig(rank=2))
     with pytest.raises(InertAdapterError) as caught:
-        verify(net, torch.randn(3, 4))
+        verify_adapters(net, torch.randn(3, 4))
     message = str(caught.value)
     assert "'called'" not in message
     for expected in (
@@ -49,19 +49,19 @@ def test_every_inert_adapter_is_named_with_its_mode() -> None:
 def test_what_is_named_can_be_left_out_or_adapted_as_a_parameter() -> None:
     net = nn.ModuleDict({"sneaky": Sneaky()})
     net.forward = lambda x: net["sneaky"](x)
-    attach(net, LoRAConfig(rank=2, targets=["called"]))
-    verify(net, torch.randn(3, 4))
+    attach(net, LoRAConfig(rank=2, target_modules=["called"]))
+    verify_adapters(net, torch.randn(3, 4))
 
 
 def test_the_module_is_left_as_it_was() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3), nn.BatchNorm1d(3))
     net[2].eval()
-    attach(net, LoRAConfig(rank=2, trainable=["4"]))
+    attach(net, LoRAConfig(rank=2, modules_to_save=["4"]))
     net[3].lora_B.grad = torch.ones_like(net[3].lora_B)
     state = {key: value.clone() for key, value in net.state_dict().items()}
     modes = [layer.training for layer in net.modules()]
     random = torch.get_rng_state()
-    verify(net, torch.randn(3, 4, generator=torch.Generator().manual_seed(1)))
+    verify_adapters(net, torch.randn(3, 4, generator=torch.Generator().manual_seed(1)))
     assert all(torch.equal(net.state_dict()[key], value) for key, value in state.items())
     assert [layer.training for layer in net.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
@@ -85,14 +85,14 @@ class Dead(nn.Module):
 def test_a_gradient_of_zero_alone_makes_no_adapter_inert() -> None:
     net = Dead()
     attach(net, LoRAConfig(rank=2))
-    verify(net, torch.randn(30, 4))
+    verify_adapters(net, torch.randn(30, 4))
 
 
 def test_a_head_that_begins_at_zero_hides_no_adapter() -> None:
     net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     nn.init.zeros_(net[2].weight)
     attach(net, LoRAConfig(rank=2))
-    verify(net, torch.randn(3, 4))
+    verify_adapters(net, torch.randn(3, 4))
 
 
 class DroppedAtRandom(nn.Module):
@@ -110,13 +110,13 @@ class DroppedAtRandom(nn.Module):
 def test_a_branch_that_is_dropped_at_random_is_live() -> None:
     net = DroppedAtRandom()
     attach(net, LoRAConfig(rank=2))
-    verify(net, torch.randn(3, 4))
+    verify_adapters(net, torch.randn(3, 4))
 
 
 def test_a_disabled_or_missing_adapter_can_not_be_verified() -> None:
     net = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="has no adapters to verify"):
-        verify(net, torch.randn(3, 4))
+        verify_adapters(net, torch.randn(3, 4))
     attach(net, LoRAConfig(rank=2))
     with disabled(net), pytest.raises(ValueError, match="adapters of this Sequential are disabled"):
-        verify(net, torch.randn(3, 4))
+        verify_adapters(net, torch.randn(3, 4))

@@ -84,7 +84,7 @@ def test_the_figure_of_a_plain_model_is_one_matrix() -> None:
 
 
 def test_files_hold_every_number(tmp_path: Path) -> None:
-    json_path, csv_path = write_report(Report("test", AFTER, BEFORE), tmp_path / "run")
+    json_path, csv_path = map(Path, write_report(Report("test", AFTER, BEFORE), tmp_path / "run"))
     content = json.loads(json_path.read_text())
     assert json_path.name == "confusion.json"
     assert content["base"]["matrix"] == BEFORE.matrix.tolist()
@@ -102,9 +102,9 @@ def test_files_hold_every_number(tmp_path: Path) -> None:
 
 
 def test_a_second_report_does_not_overwrite_the_first(tmp_path: Path) -> None:
-    first, _ = write_report(Report("test", AFTER), tmp_path)
+    first, _ = map(Path, write_report(Report("test", AFTER), tmp_path))
     before = first.read_text()
-    second, _ = write_report(Report("test", BEFORE), tmp_path)
+    second, _ = map(Path, write_report(Report("test", BEFORE), tmp_path))
     assert (first.name, second.name) == ("confusion.json", "confusion-v1.json")
     assert first.read_text() == before
     assert free_path(tmp_path / "confusion.json").name == "confusion-v2.json"
@@ -142,7 +142,7 @@ class TestAThousandClasses:
             figure.savefig(tmp_path / f"{name}.png")
 
     def test_the_files_have_all(self, report: Report, tmp_path: Path) -> None:
-        json_path, csv_path = write_report(report, tmp_path)
+        json_path, csv_path = map(Path, write_report(report, tmp_path))
         with csv_path.open() as file:
             assert [row["class"] for row in csv.DictReader(file)] == list(report.model.class_names)
         content = json.loads(json_path.read_text())["model"]

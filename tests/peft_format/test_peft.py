@@ -13,18 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_lightning import (
-    LoRAConfig,
-    RichBoyNet,
-    adapter_state,
-    attach,
-    detach,
-    fingerprint,
-    is_adapted,
-    load_adapter,
-    save_adapter,
-)
-from lora_lightning.lora import trained_on
+from lora_lightning import LoRAConfig, RichBoyNet, load_adapter, save_adapter
+from lora_lightning.lora import adapter_state_dict, attach, base_fingerprint, detach, is_adapted
+from lora_lightning.peft_format import trained_on
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of PEFT's dependencies, while they are imported
@@ -48,15 +39,15 @@ CONFIGS = {
     "plain": LoRAConfig(rank=2, alpha=3),
     "alpha follows rank patterns": LoRAConfig(rank=2, rank_pattern={"block.head": 4, r"block\.0": 1}),
     "alpha pattern": LoRAConfig(rank=2, alpha=3, alpha_pattern={"head": 5}),
-    "rslora": LoRAConfig(rank=4, alpha=3, rslora=True),
-    "one of two that end alike": LoRAConfig(rank=2, targets="head"),
+    "use_rslora": LoRAConfig(rank=4, alpha=3, use_rslora=True),
+    "one of two that end alike": LoRAConfig(rank=2, target_modules="head"),
 }
 
 
 def adapted(config: LoRAConfig, net: nn.Module | None = None) -> nn.Module:
     net = Net() if net is None else net
     attach(net, config)
-    for key, value in adapter_state(net).items():
+    for key, value in adapter_state_dict(net).items():
         if key.endswith("lora_B"):
             nn.init.normal_(value)
     return net
@@ -83,8 +74,8 @@ def test_what_is_written_is_read_back_bitwise(config: LoRAConfig, tmp_path: Path
     other = plain(net)
     assert load_adapter(other, tmp_path / "adapter")
     assert torch.equal(other(x), net(x))
-    for key, value in adapter_state(net).items():
-        assert torch.equal(adapter_state(other)[key], value)
+    for key, value in adapter_state_dict(net).items():
+        assert torch.equal(adapter_state_dict(other)[key], value)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +119,7 @@ def test_a_bare_layer_is_saved_and_loaded(tmp_path: Path) -> None:
     save_adapter(layer, tmp_path / "adapter")
     other = plain(layer)
     assert load_adapter(other, tmp_path / "adapter") == [""]
-    assert torch.equal(adapter_state(other)["lora_B"], adapter_state(layer)["lora_B"])
+    assert torch.equal(adapter_state_dict(other)["lora_B"], adapter_state_dict(layer)["lora_B"])
 
 
 def test_adapters_that_are_attached_take_the_numbers_of_the_folder(tmp_path: Path) -> None:
@@ -144,7 +135,7 @@ def test_adapters_that_are_attached_take_the_numbers_of_the_folder(tmp_path: Pat
 def test_a_folder_says_which_base_it_was_trained_on(tmp_path: Path) -> None:
     net = adapted(LoRAConfig(rank=2))
     save_adapter(net, tmp_path / "here")
-    assert trained_on(tmp_path / "here") == fingerprint(plain(net))
+    assert trained_on(tmp_path / "here") == base_fingerprint(plain(net))
     peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["head"])).save_pretrained(tmp_path / "there")
     assert trained_on(tmp_path / "there") is None
 
@@ -175,10 +166,10 @@ class TestRefusals:
         self, folder: Path, message: str, kind: type[Exception] = ValueError, net: nn.Module | None = None
     ) -> None:
         net = Net() if net is None else net
-        digest, was_adapted = fingerprint(net), is_adapted(net)
+        digest, was_adapted = base_fingerprint(net), is_adapted(net)
         with pytest.raises(kind, match=message):
             load_adapter(net, folder)
-        assert fingerprint(net) == digest
+        assert base_fingerprint(net) == digest
         assert is_adapted(net) == was_adapted
         assert was_adapted or all(parameter.requires_grad for parameter in net.parameters())
 
@@ -238,7 +229,7 @@ class TestRefusals:
     def test_another_network(self, folder: Path) -> None:
         self.refuse(
             folder,
-            "adapts 'block.0', which this RichBoyNet has not. .*: linear1, linear2, linear3",
+            "adapts 'block.0', which this RichBoyNet does not have. .*: linear1, linear2, linear3",
             net=RichBoyNet(2, 2),
         )
         wide = Net()

@@ -23,7 +23,8 @@ DEV = (*SAMPLE, "--trainer.fast_dev_run", "true")
 CONFIGS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "configs").rglob("*.yaml")
-    if "goldfish" not in path.name  # tests/test_goldfish.py runs those, on pictures
+    # tests/test_goldfish.py and tests/data/test_text.py run those, on images and texts
+    if "goldfish" not in path.name and path.name != "text.yaml"
 )
 
 
@@ -46,7 +47,7 @@ def test_every_config_runs_as_it_is(run: Run, pretrained: Path, config: str) -> 
 
 
 def test_the_documented_sequence_runs_twice_without_editing_a_path(run: Run) -> None:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "mnist.md").read_text() + (ROOT / "docs" / "resuming.md").read_text()
     commands = re.findall(r"^lora-lightning (fit|test|merge) ((?!.*goldfish).*)$", text, re.MULTILINE)
     assert [command for command, _ in commands] == ["fit", "test", "fit", "test", "merge", "fit"]
     for _ in range(2):
@@ -110,7 +111,7 @@ class TestBadInput:
             (["--data.digits", "[3,3]"], 1, "digits=[3, 3] repeats a digit; name each once."),
             (["--data.digits", "[a]"], 2, "Parser key \"digits\": Expected a <class 'int'>. Got value: a"),
             (["--data.digitz", "[3]"], 2, "Option 'digitz' is not accepted. Did you mean 'digits'? It takes: data_dir"),
-            (["--data.source", "full"], 1, "source=full: the whole MNIST is not in data/MNIST/raw and could not be"),
+            (["--data.source", "full"], 1, "source=full: the full MNIST is not in data/MNIST/raw and could not be"),
             (["--ckpt_path", "no.ckpt"], 1, "no.ckpt does not exist; expected a checkpoint, or a log folder"),
             (["-c", "no.yaml"], 2, "File does not exist"),
             (
@@ -132,8 +133,12 @@ class TestBadInput:
         ("config", "code", "message"),
         [
             ("rank: 0", 1, "rank=0: a LoRA rank is a whole number of at least 1, for example rank=8."),
-            ("rnk: 1", 2, "Option 'rnk' is not accepted. Did you mean 'rank'? It takes: rank, alpha, dropout"),
-            ("targets: [linear9]", 1, "Targets ['linear9'] match no layer"),
+            (
+                "rnk: 1",
+                2,
+                "Option 'rnk' is not accepted. Did you mean 'rank'? It takes: base_checkpoint, adapter, lr_ratio, verify, rank, alpha, dropout",
+            ),
+            ("target_modules: [linear9]", 1, "Targets ['linear9'] match no layer"),
             ("base_checkpoint: logs/no", 1, "logs/no does not exist; expected a checkpoint, or a log folder"),
         ],
     )
@@ -166,7 +171,7 @@ class TestBadInput:
                 (raw / f"{part}-{kind}-ubyte").write_bytes(b"\0\0\x08")
         code, text = run("fit", "-c", "configs/pretrain.yaml")
         assert code == 1
-        assert "data/MNIST/raw/train-images-idx3-ubyte is no IDX file of 3 dimension(s)" in text
+        assert "data/MNIST/raw/train-images-idx3-ubyte is not an IDX file of 3 dimension(s)" in text
 
     def test_no_command_and_no_such_command(self, run: Run) -> None:
         for words in ([], ["fitt"]):
@@ -198,13 +203,34 @@ def test_ctrl_c_ends_it_with_a_line_and_a_code(workspace: Path) -> None:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 60
-    while not list(Path("logs").rglob("adapted/events*")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=60)
+    deadline = time.monotonic() + 300
+    try:
+        while not list(Path("logs").rglob("adapted/events*")):
+            assert time.monotonic() < deadline, "it has not come to its second training in five minutes"
+            time.sleep(0.2)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 1
     assert "lora-lightning: interrupted. What was written so far is kept." in text
     assert "Traceback" not in text
     assert list(Path("logs").rglob("base/checkpoints/base.ckpt"))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_runs_without_its_progress_bar_and_checkpoints(run: Run, pretrained: Path, config: str) -> None:
+    words = ("--trainer.enable_progress_bar", "false", "--trainer.enable_checkpointing", "false")
+    before = set(Path("logs").rglob("*.ckpt"))
+    code, text = run("fit", "-c", config, *SAMPLE, "--trainer.max_steps", "2", *words)
+    assert code == 0, text
+    assert set(Path("logs").rglob("*.ckpt")) == before
+    assert "Epoch" not in text
+
+
+def test_a_training_that_diverges_ends_with_its_reason_and_no_adapter(run: Run, pretrained: Path) -> None:
+    code, text = run("fit", "-c", "configs/adapt.yaml", *SAMPLE, "--model.optimizer.init_args.lr", "1e30")
+    assert code == 1, text
+    assert re.search(r"error: Training has diverged: 'linear1.lora_A', .* hold NaN or infinity since batch \d+", text)
+    assert not list(Path("logs/adapt").rglob("adapter"))

@@ -18,8 +18,9 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_lightning import Classifier, LoRAFinetuning, RichBoyNet, adapter_state, fingerprint
-from lora_lightning.callbacks import AtomicCheckpointIO
+from lora_lightning import Classifier, LoRAFinetuning, RichBoyNet
+from lora_lightning.lora import adapter_state_dict, base_fingerprint
+from lora_lightning.resume import AtomicCheckpointIO
 
 MakeTrainer = Callable[..., Trainer]
 pytestmark = pytest.mark.filterwarnings(
@@ -85,15 +86,15 @@ def test_checkpoints_of_every_mode_hold_the_adapters_alone_and_are_taken_strictl
     assert paths
     for path in paths:
         checkpoint = torch.load(path, weights_only=True)
-        assert set(checkpoint["state_dict"]) == set(adapter_state(module))
+        assert set(checkpoint["state_dict"]) == set(adapter_state_dict(module))
         assert ("optimizer_states" in checkpoint) == (mode != "weights only")
         for verb in ("validate", "test"):
             other = copy.deepcopy(base)
             getattr(make_trainer(LoRAFinetuning(rank=2)), verb)(other, data(), ckpt_path=path, verbose=False)
-            state = adapter_state(other)
+            state = adapter_state_dict(other)
             assert all(torch.equal(state[key], value) for key, value in checkpoint["state_dict"].items())
     trainer.test(module, data(), ckpt_path="best" if mode not in ("last",) else "last", verbose=False)
-    assert fingerprint(module.net) == fingerprint(base.net)
+    assert base_fingerprint(module.net) == base_fingerprint(base.net)
 
 
 class Fail(Callback):
@@ -141,10 +142,10 @@ def test_the_learning_rate_finder_leaves_adapters_and_base_as_they_were(
     found = Tuner(trainer).lr_find(module, data(), num_training=10, min_lr=1e-5)
     assert found is not None
     assert len(found.results["lr"]) == 10
-    assert fingerprint(module.net) == fingerprint(base.net)
-    assert not any(value.any() for key, value in adapter_state(module).items() if key.endswith("lora_B"))
+    assert base_fingerprint(module.net) == base_fingerprint(base.net)
+    assert not any(value.any() for key, value in adapter_state_dict(module).items() if key.endswith("lora_B"))
     trainer.fit(module, data())
-    assert any(value.any() for key, value in adapter_state(module).items() if key.endswith("lora_B"))
+    assert any(value.any() for key, value in adapter_state_dict(module).items() if key.endswith("lora_B"))
 
 
 class FullDisk(TorchCheckpointIO):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora_lightning import LoRAConfig, adapter_parameters, attach
-from lora_lightning.lora.prefix_cache import PrefixCache
+from lora_lightning import LoRAConfig
+from lora_lightning.feature_cache.cache import PrefixCache
+from lora_lightning.lora import adapter_parameters, attach
 
 
 class Residual(nn.Module):
@@ -89,7 +90,7 @@ def test_training_is_bitwise_the_same(name: str) -> None:
     net = make()
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.2)
-    attach(net, LoRAConfig(rank=2, targets=targets))
+    attach(net, LoRAConfig(rank=2, target_modules=targets))
     batches = [torch.randn(4, *size) for _ in range(2)] + [torch.randn(3, *size)]
     expected = train(copy.deepcopy(net), batches, cached=False)
     found = train(net, batches, cached=True, samples=11)
@@ -98,7 +99,7 @@ def test_training_is_bitwise_the_same(name: str) -> None:
 
 def test_a_sample_is_computed_once_in_every_size_of_batch_whatever_the_order() -> None:
     net = vgg()
-    attach(net, LoRAConfig(rank=2, targets=["8"]))
+    attach(net, LoRAConfig(rank=2, target_modules=["8"]))
     samples = torch.randn(8, 3, 4, 4)
     train(net, [samples[:4]], cached=True, epochs=1)
     counted, cache = Counted(net[0]), PrefixCache(net)
@@ -120,7 +121,7 @@ def test_a_sample_is_computed_once_in_every_size_of_batch_whatever_the_order() -
 def test_what_is_kept_is_what_the_rest_uses() -> None:
     for target, kept in {"head": ["first", "third"], "third": ["first", "second"], "second": ["first"]}.items():
         net = Residual()
-        attach(net, LoRAConfig(rank=2, targets=[target]))
+        attach(net, LoRAConfig(rank=2, target_modules=[target]))
         cache = PrefixCache(net)
         cache.active = True
         net(torch.randn(2, 3, 4, 4))
@@ -129,7 +130,7 @@ def test_what_is_kept_is_what_the_rest_uses() -> None:
 
 def test_it_acts_on_training_calls_while_it_is_active_alone() -> None:
     net = vgg()
-    attach(net, LoRAConfig(rank=2, targets=["8"]))
+    attach(net, LoRAConfig(rank=2, target_modules=["8"]))
     batch = torch.randn(4, 3, 4, 4)
     cache = PrefixCache(net)
     cache.active = True
@@ -160,12 +161,12 @@ class TestRefused:
     )
     def test_if_the_first_layer_trains(self, targets: Any, why: str) -> None:
         net = vgg()
-        attach(net, LoRAConfig(rank=2, targets=targets))
+        attach(net, LoRAConfig(rank=2, target_modules=targets))
         self.refused(net, rf"This Sequential has no frozen prefix whose features could be kept: {why}")
 
     def test_if_random_numbers_come_first(self) -> None:
         net = nn.Sequential(nn.Dropout(0.1), nn.Conv2d(3, 3, 1), nn.Flatten(), nn.Linear(48, 5))
-        attach(net, LoRAConfig(rank=2, targets=["3"]))
+        attach(net, LoRAConfig(rank=2, target_modules=["3"]))
         self.refused(net, r"first comes '0', which draws random numbers")
 
     def test_if_random_numbers_come_first_outside_of_any_module(self) -> None:
@@ -174,7 +175,7 @@ class TestRefused:
                 return super().forward(x + torch.randn_like(x))
 
         net = Noisy(nn.Conv2d(3, 3, 1), nn.Flatten(), nn.Linear(48, 5))
-        attach(net, LoRAConfig(rank=2, targets=["2"]))
+        attach(net, LoRAConfig(rank=2, target_modules=["2"]))
         self.refused(net, r"first comes what is computed before '0', which draws random numbers")
 
     def test_if_a_norm_layer_still_learns(self) -> None:
@@ -184,7 +185,7 @@ class TestRefused:
 
     def test_if_samples_mix(self) -> None:
         net = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten(), nn.Linear(48, 5))
-        attach(net, LoRAConfig(rank=2, targets=["2"]))
+        attach(net, LoRAConfig(rank=2, target_modules=["2"]))
         self.refused(net, r"What '1' returns of a sample depends on the batch that it is in")
 
     def test_if_the_backward_pass_computes_it_again(self) -> None:
@@ -193,7 +194,7 @@ class TestRefused:
                 return checkpoint(super().forward, self[0](x), use_reentrant=False)
 
         net = Checkpointed(nn.Conv2d(3, 3, 1), nn.Flatten(), nn.Linear(48, 5))
-        attach(net, LoRAConfig(rank=2, targets=["2"]))
+        attach(net, LoRAConfig(rank=2, target_modules=["2"]))
         self.refused(
             net, r"The backward pass of this Checkpointed computes its frozen prefix again, as activation checkpointing"
         )
@@ -208,7 +209,7 @@ class TestRefused:
                 return self[2](x.flatten(1).masked_fill(self[1](self[0](x)), 0.0))
 
         net = Masked(nn.Conv2d(3, 3, 1), Positive(), nn.Linear(48, 5))
-        attach(net, LoRAConfig(rank=2, targets=["2"]))
+        attach(net, LoRAConfig(rank=2, target_modules=["2"]))
         with torch.no_grad():
             net[0].bias.fill_(-10)  # nothing is masked: zeros in its place would not show
         cache = PrefixCache(net)
@@ -218,7 +219,7 @@ class TestRefused:
 
     def test_if_inputs_change(self) -> None:
         net = vgg()
-        attach(net, LoRAConfig(rank=2, targets=["8"]))
+        attach(net, LoRAConfig(rank=2, target_modules=["8"]))
         cache = PrefixCache(net, samples=6)
         cache.active = True
         net(torch.randn(4, 3, 4, 4))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import same
+from tests.conftest import ROOT
+from tests.helpers import same
 
 Run = Callable[..., tuple[int, str]]
 
@@ -122,6 +125,91 @@ def test_a_run_that_was_killed_again_and_again_ends_as_one_that_was_not(
     assert {key: same(whole[key], resumed[key]) for key in whole} == dict.fromkeys(whole, True)
 
 
+class Shipped:
+    """Runs of `configs/adapt.yaml` as it is, which ends after `max_steps`, or of a copy that ends after `max_epochs`."""
+
+    def __init__(self, folder: Path, name: str, ends_by: str, devices: int) -> None:
+        self.folder, self.logs = folder, folder / "logs" / name / "adapt"
+        text = (ROOT / "configs/adapt.yaml").read_text().replace("save_dir: logs", f"save_dir: logs/{name}")
+        if ends_by == "max_epochs":
+            text = text.replace("max_epochs: 20", "max_epochs: 9").replace("  max_steps: 600\n", "")
+            assert "max_steps" not in text
+        (folder / f"{name}.yaml").write_text(text)
+        self.command = [sys.executable, "-m", "lora_lightning", "fit", "-c", f"{name}.yaml", "--data.source", "sample"]
+        self.command += ["--trainer.accelerator", "cpu", "--trainer.devices", str(devices), "--ckpt_path", "last"]
+        if devices > 1:
+            self.command += ["--trainer.strategy", "ddp"]
+
+    def start(self) -> subprocess.Popen[str]:
+        # A session of its own: Lightning starts the second device's process from the first one's.
+        return subprocess.Popen(
+            self.command,
+            cwd=self.folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self) -> dict[str, Any]:
+        process = self.start()
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        version = self.versions()[-1]
+        path = max((version / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+        checkpoint = torch.load(path, weights_only=True)
+        keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
+        return {
+            "adapters": load_file(version / "adapter" / "adapter_model.safetensors"),
+            **{key: checkpoint[key] for key in keys},
+        }
+
+    def versions(self) -> list[Path]:
+        found = [path for path in self.logs.glob("version_*") if (path / "config.yaml").is_file()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("version_")))
+
+    def kill(self, after_a_save: bool, later: float) -> bool:
+        """Starts it and kills it, once it has saved or else once it has begun; whether it was still running."""
+        process, before, began = self.start(), self.versions(), time.monotonic()
+        if after_a_save:
+            wait_for_a_save(process, self.logs)
+        while self.versions() == before and process.poll() is None:
+            assert time.monotonic() - began < 120, "no log folder in two minutes"
+            time.sleep(0.005)
+        time.sleep(later)
+        running = process.poll() is None
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+        return running
+
+
+@pytest.mark.parametrize(
+    ("ends_by", "devices", "kills"),
+    [
+        ("max_steps", 1, 3),
+        ("max_steps", 2, 2),
+        *(
+            pytest.param(ends_by, devices, 20, marks=pytest.mark.slow)
+            for ends_by in ("max_steps", "max_epochs")
+            for devices in (1, 2)
+        ),
+    ],
+)
+def test_the_shipped_config_killed_again_and_again_ends_as_if_it_was_not(
+    workplace: Path, ends_by: str, devices: int, kills: int
+) -> None:
+    expected = Shipped(workplace, "whole", ends_by, devices).finish()
+    if (ends_by, devices) == ("max_steps", 1):
+        assert expected["global_step"] == 600
+    run, choose = Shipped(workplace, "killed", ends_by, devices), random.Random(kills)
+    running = [run.kill(number % 3 == 0, choose.uniform(0, 0.1)) for number in range(kills)]
+    assert all(running), f"the run was over before it was killed {kills} times: {running}"
+    found = run.finish()
+    assert {key: same(expected[key], found[key]) for key in expected} == dict.fromkeys(expected, True)
+
+
 def test_a_run_that_is_asked_to_stop_does_so_with_a_checkpoint_and_one_line(workplace: Path) -> None:
     undisturbed = start(workplace, "whole", epochs=12, save_every=10)
     undisturbed.communicate(timeout=300)
@@ -151,7 +239,7 @@ def test_last_without_a_checkpoint_begins_anew_and_says_so(run: Run, workplace: 
     words = ("-c", "configs/adapt.yaml", "--data.source", "sample", "--trainer.max_steps", "3", "--ckpt_path", "last")
     code, output = run("fit", *words)
     assert code == 0, output
-    assert "beginning anew." in output
+    assert "starting from the beginning." in output
     code, output = run("fit", *words)
     assert code == 0, output
     assert "Checkpoint: logs/adapt/version_0/checkpoints" in output

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from lora_lightning import Classifier, LoRAFinetuning, MNISTDataModule
-from lora_lightning.callbacks import AtomicCheckpointIO, RandomState
 from lora_lightning.models import OneCycle
-from tests.conftest import same
+from lora_lightning.resume import AtomicCheckpointIO, RandomState
+from tests.helpers import same
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -66,8 +66,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA+ and a scheduler": {"lora": {"lr_ratio": 8.0}, "scheduler": lr_scheduler.StepLR, "scheduler_args": (4,)},
     "one cycle": {"scheduler": lr_scheduler.OneCycleLR, "scheduler_args": (0.02, 1000)},
     "a scheduler that counts the steps of the run": {"scheduler": OneCycle, "scheduler_args": ()},
-    "dora, dropout on the adapter": {"lora": {"dora": True, "dropout": 0.2}},
-    "pissa, a head trained whole": {"lora": {"init": "pissa", "trainable": ["head"]}},
+    "dora, dropout on the adapter": {"lora": {"use_dora": True, "dropout": 0.2}},
+    "pissa, a head trained in full": {"lora": {"init": "pissa", "modules_to_save": ["head"]}},
     "averaged weights": {"averaged": True},
 }
 

@@ -1,4 +1,4 @@
-"""`lora-lightning repair`, on the embedded sample and on the whole MNIST."""
+"""`lora-lightning repair`, on the embedded sample and on the full MNIST."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_lightning import RichBoyNet, load_adapter
-from lora_lightning.repair import _Outcome
+from lora_lightning.cli.repair import _Outcome
 from lora_lightning.report import Confusion
 
 Run = Callable[..., tuple[int, str]]
@@ -38,9 +39,12 @@ def test_the_whole_story_on_the_sample(run: Run, workspace: Path) -> None:
     content = json.loads((logs / "adapted" / "confusion.json").read_text())
     assert content["base"]["errors"] == before + others_before
     assert content["model"]["errors"] == after + others_after
-    assert load_adapter(RichBoyNet(), logs / "adapted" / "adapter") == ["linear1", "linear2", "linear3"]
-
     base = logs / "base" / "checkpoints" / "base.ckpt"
+    net = RichBoyNet()
+    state = torch.load(base, weights_only=True)["state_dict"]
+    net.load_state_dict({key.removeprefix("backbone."): value for key, value in state.items()})
+    assert load_adapter(net, logs / "adapted" / "adapter", strict=True) == ["linear1", "linear2", "linear3"]
+
     code, text = run("repair", "--source", "sample", "--base_checkpoint", str(base), "--focus", "9", "--steps", "50")
     assert code == 0, text
     assert "2. Weak digit: 9 (as asked)." in text
@@ -93,7 +97,7 @@ def test_each_promise_that_does_not_hold_is_named(
 
 
 def test_the_exit_code_says_that_a_promise_is_broken(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_lightning.repair.fingerprint", lambda module: "something else")
+    monkeypatch.setattr("lora_lightning.cli.repair.base_fingerprint", lambda module: "something else")
     code, text = run("repair", "--source", "sample", "--focus", "9", "--steps", "30")
     assert code == 1
     assert "Broken promise: the frozen base changed." in text

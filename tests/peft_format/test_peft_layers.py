@@ -14,17 +14,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from lora_lightning import (
-    LoRAConfig,
-    adapter_parameters,
-    adapter_state,
-    attach,
-    detach,
-    fingerprint,
-    load_adapter,
-    merged,
-    save_adapter,
-)
+from lora_lightning import LoRAConfig, load_adapter, save_adapter
+from lora_lightning.lora import adapter_state_dict, attach, base_fingerprint, detach, merged
+from tests.helpers import stir
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of PEFT's dependencies, while they are imported
@@ -85,15 +77,15 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], Any]] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"alpha": 3},
-    "rslora": {"rslora": True},
-    "dora": {"dora": True, "alpha": 5},
+    "use_rslora": {"use_rslora": True},
+    "use_dora": {"use_dora": True, "alpha": 5},
     "pissa": {"init": "pissa"},
-    "pissa rslora": {"init": "pissa", "rslora": True, "alpha": 3},
+    "pissa rslora": {"init": "pissa", "use_rslora": True, "alpha": 3},
 }
 PEFT_VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"lora_alpha": 3},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
+    "use_rslora": {"use_rslora": True},
+    "use_dora": {"use_dora": True},
 }
 
 
@@ -106,19 +98,13 @@ def build(case: str) -> tuple[nn.Module, Tensor, Any]:
     return net, inputs(), targets
 
 
-def stir(net: nn.Module) -> None:
-    for parameter in adapter_parameters(net):
-        with torch.no_grad():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-
-
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")  # PEFT corrects it layer by layer
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", CASES)
 def test_peft_gives_the_same_logits(case: str, variant: str, tmp_path: Path) -> None:
     net, x, targets = build(case)
     base = copy.deepcopy(net)
-    attach(net, LoRAConfig(rank=2, targets=targets, **VARIANTS[variant]))
+    attach(net, LoRAConfig(rank=2, target_modules=targets, **VARIANTS[variant]))
     stir(net)
     save_adapter(net, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
@@ -140,20 +126,20 @@ def test_folders_of_peft_give_the_same_logits(case: str, variant: str, tmp_path:
     config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **PEFT_VARIANTS[variant])
     theirs = peft.get_peft_model(net, config).eval()
     theirs.save_pretrained(tmp_path)
-    digest = fingerprint(base)
+    digest = base_fingerprint(base)
     load_adapter(base, tmp_path)
     torch.testing.assert_close(base(x), theirs(x), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(base(x), before, atol=1e-3)
-    assert fingerprint(base) == digest
+    assert base_fingerprint(base) == digest
 
 
 def test_the_difference_of_pissa_is_exact_and_leaves_the_base_alone(tmp_path: Path) -> None:
     net, x, _ = build("mlp")
-    digest = fingerprint(net)
+    digest = base_fingerprint(net)
     attach(net, LoRAConfig(rank=2, init="pissa"))
     stir(net)
     save_adapter(net, tmp_path)
-    assert fingerprint(net) == digest
+    assert base_fingerprint(net) == digest
     description = json.loads((tmp_path / "adapter_config.json").read_text())
     assert description["r"] == 4
     assert description["init_lora_weights"] is True
@@ -166,7 +152,7 @@ def test_the_difference_of_pissa_is_exact_and_leaves_the_base_alone(tmp_path: Pa
 def test_modules_trained_whole_go_along_both_ways(tmp_path: Path) -> None:
     net, x, _ = build("resnet18")
     base = copy.deepcopy(net)
-    attach(net, LoRAConfig(rank=2, targets=["conv1", "conv2"], trainable=["fc", "layer4.1.bn2"]))
+    attach(net, LoRAConfig(rank=2, target_modules=["conv1", "conv2"], modules_to_save=["fc", "layer4.1.bn2"]))
     stir(net)
     net.train()(x)  # the norm layer that trains keeps its own statistics
     net.eval()
@@ -202,12 +188,12 @@ class Odd(nn.Module):
     [
         LoRAConfig(rank=2, target_parameters=["matrix"]),
         LoRAConfig(rank=2, target_parameters=["matrix"], init="pissa"),
-        LoRAConfig(rank=2, target_parameters=["matrix"], dora=True, rank_pattern={"lstm": 1}, alpha=3),
-        LoRAConfig(rank=2, targets=["lstm"], bypass=(50, 100)),
-        LoRAConfig(rank=2, targets=["dilated"]),
-        LoRAConfig(rank=2, targets=["reflected"]),
-        LoRAConfig(rank=2, targets=["grouped"]),
-        LoRAConfig(rank=2, targets=["attention.out_proj"]),
+        LoRAConfig(rank=2, target_parameters=["matrix"], use_dora=True, rank_pattern={"lstm": 1}, alpha=3),
+        LoRAConfig(rank=2, target_modules=["lstm"], bypass=(50, 100)),
+        LoRAConfig(rank=2, target_modules=["dilated"]),
+        LoRAConfig(rank=2, target_modules=["reflected"]),
+        LoRAConfig(rank=2, target_modules=["grouped"]),
+        LoRAConfig(rank=2, target_modules=["attention.out_proj"]),
     ],
 )
 def test_what_peft_gets_wrong_is_kept_from_it_and_read_back_here(config: LoRAConfig, tmp_path: Path) -> None:
@@ -218,9 +204,9 @@ def test_what_peft_gets_wrong_is_kept_from_it_and_read_back_here(config: LoRACon
     save_adapter(net, tmp_path)
     with pytest.raises((KeyError, ValueError), match="LORA_LIGHTNING"):
         peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    digest = fingerprint(base)
+    digest = base_fingerprint(base)
     assert load_adapter(base, tmp_path) == names
-    assert fingerprint(base) == digest
+    assert base_fingerprint(base) == digest
     torch.testing.assert_close(base(x), net(x))
 
 
@@ -247,7 +233,7 @@ def test_an_attention_of_peft_loads_with_a_warning(tmp_path: Path) -> None:
         names = load_adapter(base, tmp_path)
     assert sorted(names) == ["attention.in_proj_weight", "attention.out_proj"]
     parts = theirs.base_model.model["attention"]
-    state = adapter_state(base)
+    state = adapter_state_dict(base)
     assert torch.equal(state["attention.lora_in_proj_weight.lora_A"], parts.lora_A["default"].weight)
     assert torch.equal(state["attention.out_proj.lora_B"], parts.base_layer.out_proj.lora_B["default"].weight)
 
@@ -286,7 +272,7 @@ def test_pefts_own_pissa_folder_is_refused_as_it_changed_its_base(tmp_path: Path
     with pytest.raises(ValueError, match=r"init_lora_weights='pissa' \(may have changed the base\)"):
         load_adapter(base, tmp_path / "raw")
     ours = copy.deepcopy(base)
-    attach(ours, LoRAConfig(rank=2, alpha=8, targets=["0"], init="pissa"))
+    attach(ours, LoRAConfig(rank=2, alpha=8, target_modules=["0"], init="pissa"))
     torch.testing.assert_close(ours(x), base(x))
     factors = (
         ours[0].lora_B @ ours[0].lora_A,

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lora_lightning import Classifier, MNISTDataModule, Predictions, RichBoyNet
+from lora_lightning import Classifier, MNISTDataModule, PredictionWriter, RichBoyNet
 
 MakeTrainer = Callable[..., Trainer]
 LOGITS = torch.tensor([[0.0, 3.0, 1.0], [2.0, 1.0, 0.0], [1.0, 0.0, 5.0]])
@@ -38,7 +38,7 @@ def predicted(trainer: Trainer, model: Any = None, data: Any = None) -> list[dic
 def test_every_file_gets_a_line_with_its_likeliest_classes(
     make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = predicted(make_trainer(Predictions(top_k=2)))
+    rows = predicted(make_trainer(PredictionWriter(top_k=2)))
     *lines, where = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert where.endswith("version_0/predictions.csv")
     assert lines == [
@@ -55,7 +55,7 @@ def test_every_file_gets_a_line_with_its_likeliest_classes(
 
 
 def test_more_classes_than_there_are_is_all_of_them(make_trainer: MakeTrainer) -> None:
-    assert "probability_3" in predicted(make_trainer(Predictions(top_k=9)))[0]
+    assert "probability_3" in predicted(make_trainer(PredictionWriter(top_k=9)))[0]
 
 
 def test_without_files_and_names_there_are_numbers(make_trainer: MakeTrainer) -> None:
@@ -63,19 +63,19 @@ def test_without_files_and_names_there_are_numbers(make_trainer: MakeTrainer) ->
         predict_files = ()
         class_names = None
 
-    rows = predicted(make_trainer(Predictions()), data=Bare())
+    rows = predicted(make_trainer(PredictionWriter()), data=Bare())
     assert [(row["file"], row["category"]) for row in rows] == [("0", "1"), ("1", "0"), ("2", "2")]
 
 
 def test_digits_are_predicted_too(make_trainer: MakeTrainer) -> None:
-    rows = predicted(make_trainer(Predictions()), Classifier(RichBoyNet(8, 8)), MNISTDataModule(source="sample"))
+    rows = predicted(make_trainer(PredictionWriter()), Classifier(RichBoyNet(8, 8)), MNISTDataModule(source="sample"))
     assert len(rows) == 1000
     assert {row["category"] for row in rows} <= set("0123456789")
 
 
 def test_a_second_prediction_does_not_overwrite_the_first(make_trainer: MakeTrainer) -> None:
     for _ in range(2):
-        trainer = make_trainer(Predictions())
+        trainer = make_trainer(PredictionWriter())
         trainer.logger._version = 0
         predicted(trainer)
     assert {path.name for path in Path(trainer.log_dir).glob("*.csv")} == {"predictions.csv", "predictions-v1.csv"}
@@ -88,7 +88,7 @@ def test_what_was_predicted_before_an_error_is_written(make_trainer: MakeTrainer
                 raise RuntimeError("out of memory")
             return super().predict_step(batch, batch_idx)
 
-    trainer = make_trainer(Predictions())
+    trainer = make_trainer(PredictionWriter())
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.predict(Failing(nn.Identity(), num_classes=3), datamodule=Data())
     with (Path(trainer.log_dir) / "predictions.csv").open() as file:
@@ -103,7 +103,7 @@ def test_other_outputs_are_named_and_not_guessed_at(make_trainer: MakeTrainer) -
     with pytest.warns(
         UserWarning, match=r"predict_step of Other returns str; expected logits of shape \(batch, classes\)"
     ):
-        make_trainer(Predictions()).predict(Other(), datamodule=Data())
+        make_trainer(PredictionWriter()).predict(Other(), datamodule=Data())
 
 
 def test_names_that_do_not_fit_are_refused(make_trainer: MakeTrainer) -> None:
@@ -111,9 +111,28 @@ def test_names_that_do_not_fit_are_refused(make_trainer: MakeTrainer) -> None:
         class_names = ("cat", "dog")
 
     with pytest.raises(ValueError, match=r"2 class names \(cat, dog, ...\) for a model of 3 classes"):
-        predicted(make_trainer(Predictions()), data=Named())
+        predicted(make_trainer(PredictionWriter()), data=Named())
 
 
 def test_one_class_at_least() -> None:
     with pytest.raises(ValueError, match="top_k=0: expected at least 1"):
-        Predictions(top_k=0)
+        PredictionWriter(top_k=0)
+
+
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "logits": lambda logits: logits,
+    "probabilities": lambda logits: logits.softmax(1),
+    "log-probabilities": lambda logits: logits.log_softmax(1),
+    "probabilities in bfloat16": lambda logits: logits.softmax(1).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_probabilities_are_written_as_they_are(form: str, make_trainer: MakeTrainer) -> None:
+    class Model(Classifier):
+        def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return FORMS[form](super().predict_step(batch, batch_idx))
+
+    rows = predicted(make_trainer(PredictionWriter()), Model(nn.Identity(), num_classes=3))
+    expected = LOGITS.softmax(1).max(1).values.tolist()
+    assert [float(row["probability"]) for row in rows] == pytest.approx(expected, abs=0.004)

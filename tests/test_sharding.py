@@ -1,0 +1,167 @@
+"""Runs whose weights are distributed over processes: FSDP2 and tensor parallelism, on CPU processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from lora_lightning import ConfusionReport, LoRAFinetuning, lora
+from lora_lightning.lora import sharding
+
+how = json.loads(sys.argv[1])
+devices, kind = how["devices"], how["kind"]
+torch.set_num_threads(1)
+
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        if not how.get("late"):
+            self.make()
+
+    def make(self):
+        torch.manual_seed(how.get("base", 3))
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def configure_model(self):
+        if not hasattr(self, "net"):
+            self.make()
+        if isinstance(self.net, FSDPModule) or any(isinstance(value, DTensor) for value in self.net.parameters()):
+            return
+        if kind == "fsdp":
+            mesh = self.device_mesh["data_parallel"]
+            for layer in self.net if how.get("each_layer") else ():
+                if isinstance(layer, nn.Linear):
+                    fully_shard(layer, mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+        if kind == "tensor":
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx), sync_dist=True)
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.05, foreach=False)
+
+
+def loader():
+    x = torch.randn(24, 8, generator=torch.Generator().manual_seed(1))
+    samples, share = TensorDataset(x, x.argmax(1) % 3), devices if kind == "fsdp" else 1
+    rank = int(os.environ.get("LOCAL_RANK", 0)) if share > 1 else 0
+    sampler = DistributedSampler(samples, num_replicas=share, rank=rank, shuffle=False)
+    return DataLoader(samples, batch_size=8 // share, sampler=sampler)
+
+
+seed_everything(1, verbose=False)
+sizes = {"fsdp": (devices, 1), "tensor": (1, devices)}
+strategy = "auto" if kind == "one" else ModelParallelStrategy(*sizes[kind], save_distributed_checkpoint=how["distributed"])
+report, module = ConfusionReport(verbose=False), Module()
+files = ModelCheckpoint(how["out"], save_last=True, filename="{epoch}")
+trainer = Trainer(
+    accelerator="cpu", devices=devices, strategy=strategy, max_epochs=how.get("epochs", 2), enable_progress_bar=False,
+    enable_model_summary=False, logger=CSVLogger(how["out"]), log_every_n_steps=1, num_sanity_val_steps=0,
+    callbacks=[LoRAFinetuning(rank=2), report, files], use_distributed_sampler=False,
+)
+trainer.fit(module, loader(), loader(), ckpt_path=how.get("ckpt_path"))
+state = {key: sharding.full(value).tolist() for key, value in lora.adapter_state_dict(module.net).items()}
+trainer.test(module, loader(), verbose=False)
+if trainer.is_global_zero:
+    matrices = [report.report.model.matrix.tolist(), report.report.base.matrix.tolist()]
+    loss = float(trainer.callback_metrics["val_loss"])
+    Path(how["out"], "out.json").write_text(json.dumps({"state": state, "loss": loss, "matrices": matrices}))
+"""
+
+
+def run(out: Path, *, fails: bool = False, **how: Any) -> Any:
+    """Return what a run found, or what it printed if it `fails`."""
+    out.mkdir()
+    (out / "run.py").write_text(SCRIPT)
+    words = [sys.executable, str(out / "run.py"), json.dumps({"distributed": True, "out": str(out), **how})]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stderr if fails else json.loads((out / "out.json").read_text())
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    for key, value in expected["state"].items():
+        torch.testing.assert_close(torch.tensor(found["state"][key]), torch.tensor(value), rtol=1e-4, atol=1e-5)
+    assert found["matrices"] == expected["matrices"]
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run(tmp_path_factory.mktemp("runs") / "alone", kind="one", devices=1)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({"kind": "fsdp"}, marks=pytest.mark.slow),
+        {"kind": "fsdp", "each_layer": True, "distributed": False},
+        {"kind": "fsdp", "each_layer": True, "late": True},
+        {"kind": "tensor", "distributed": False},
+        pytest.param({"kind": "tensor", "late": True}, marks=pytest.mark.slow),
+    ],
+    ids=[
+        "fsdp",
+        "fsdp of each layer",
+        "fsdp of layers made late",
+        "tensor parallel",
+        "tensor parallel layers made late",
+    ],
+)
+def test_two_processes_train_the_adapters_of_one(how: dict[str, Any], alone: Any, tmp_path: Path) -> None:
+    assert_alike(run(tmp_path / "two", devices=2, **how), alone)
+    (weights,) = (tmp_path / "two").rglob("adapter_model.safetensors")
+    assert weights.stat().st_size < 4000
+
+
+@pytest.mark.parametrize(
+    "distributed", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["sharded", "one file"]
+)
+def test_a_checkpoint_of_two_processes_holds_adapters_and_resumes_on_one_and_three(
+    distributed: bool, alone: Any, tmp_path: Path
+) -> None:
+    how = {"kind": "fsdp", "each_layer": True, "distributed": distributed}
+    run(tmp_path / "two", devices=2, epochs=1, **how)
+    path = tmp_path / "two" / "last.ckpt"
+    if not distributed:
+        saved = torch.load(path, weights_only=True)
+        assert {key.rpartition(".")[2] for key in saved["state_dict"]} == {"lora_A", "lora_B"}
+    assert_alike(run(tmp_path / "one", devices=1, ckpt_path=str(path), **how), alone)
+    three = run(tmp_path / "three", devices=3, ckpt_path=str(path), **how)
+    assert three["state"].keys() == alone["state"].keys()
+    message = run(tmp_path / "other", devices=1, ckpt_path=str(path), base=4, fails=True, **how)
+    assert "holds adapters of another base" in message
