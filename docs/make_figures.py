@@ -1,0 +1,27 @@
+"""Draw the figures of README and docs: `python docs/make_figures.py <log folder of a repair>`.
+
+The folder is `logs/repair/version_N`, as `lora-lightning repair` names it at its end.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from lora_lightning.report import Confusion, Report, confusion_figures
+
+
+def main(folder: Path) -> None:
+    """Draw what the adapters changed, from the `confusion.json` of a repair."""
+    content = json.loads((folder / "adapted" / "confusion.json").read_text())
+    names = tuple(content["class_names"])
+    model, base = (Confusion(torch.tensor(content[key]["matrix"]), names) for key in ("model", "base"))
+    figure = confusion_figures(Report(content["stage"], model, base))["difference"]
+    figure.savefig(Path(__file__).parent / "difference.png", dpi=80)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
