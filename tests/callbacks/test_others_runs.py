@@ -496,12 +496,11 @@ from lora_lightning import LoRAFinetuning, load_adapter
 from lora_lightning.lora import adapter_state_dict, is_adapted
 from tests.callbacks.test_others_runs import Two, data
 
-if __name__ == "__mp_main__":
-    # Gloo's threads, which Lightning leaves running, abort one in seven of the processes that `ddp_spawn` starts as they exit:
-    # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/fabric/utilities/distributed.py#L285
-    import atexit
-    import torch.distributed
-    atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
+# Gloo's threads, which Lightning leaves running, abort about one in seven of the processes as they exit:
+# https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/fabric/utilities/distributed.py#L285
+import atexit
+import torch.distributed
+atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
 
 def trainer(*callbacks, **arguments):
     settings = dict(accelerator="cpu", logger=CSVLogger("logs"), enable_progress_bar=False, enable_model_summary=False,
