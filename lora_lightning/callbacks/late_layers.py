@@ -7,10 +7,18 @@ from functools import wraps
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lora_lightning.lora import disabled
+
+
+def convert_layers(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Let `BitsandbytesPrecision` replace the linear layers now, which it would do after they were adapted. It does so once."""
+    precision = trainer.strategy.precision_plugin
+    if isinstance(precision, BitsandbytesPrecision):
+        precision.convert_module(pl_module)
 
 
 class AfterLayers:

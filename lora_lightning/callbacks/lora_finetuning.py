@@ -17,7 +17,7 @@ from typing_extensions import override
 from lora_lightning.callbacks.averaged_base import average_with_adapters, restore_averaged_base
 from lora_lightning.callbacks.frozen_base import FrozenBase
 from lora_lightning.callbacks.handover import Handover
-from lora_lightning.callbacks.late_layers import AfterLayers
+from lora_lightning.callbacks.late_layers import AfterLayers, convert_layers
 from lora_lightning.callbacks.relative_names import relative_names
 from lora_lightning.callbacks.summary import trained_parameters, what_trains
 from lora_lightning.callbacks.training_checks import Finite, Untouched, check_optimizers, refuse_strategy
@@ -39,6 +39,7 @@ from lora_lightning.report import free_name, write_to
 from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO, AdapterContent, NotFiniteError
 from lora_lightning.resume.atomic_checkpoint import write_atomically
 from lora_lightning.resume.checkpoints import ADAPTER_KEY, load_base, newest_adapter, newest_checkpoint
+from lora_lightning.resume.packed_layers import let_packed_keys_be_missing
 from lora_lightning.resume.random_state import RandomState, own_random_numbers
 from lora_lightning.resume.sharded_checkpoints import ShardedCheckpoints
 
@@ -254,6 +255,7 @@ class LoRAFinetuning(Callback):
 
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._load_base(pl_module)
+        convert_layers(trainer, pl_module)
         self.adapted = backbone_of(pl_module)
         new_head = vars(self.adapted).get("new_head") or []
         new_heads = [new_head] if isinstance(new_head, str) else new_head
@@ -288,6 +290,7 @@ class LoRAFinetuning(Callback):
             settle(self.adapted, trainer.strategy.device_mesh["data_parallel"].get_group())
             self._sharded = ShardedCheckpoints(content)
             return
+        self._handles.append(let_packed_keys_be_missing(pl_module))
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(write_atomically(files), trainer.strategy, content)
 
     def trained_parameters(self) -> str:

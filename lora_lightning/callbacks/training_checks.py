@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -47,10 +46,10 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.M
 
 
 def refuse_strategy(strategy: Strategy) -> None:
-    """Refuse strategies and precisions that replace the layers or parameters which adapters belong to.
+    """Refuse strategies that replace the parameters which adapters belong to.
 
     Raises:
-        ValueError: For FSDP1, DeepSpeed's stage 3 and bitsandbytes; the message names what to use.
+        ValueError: For FSDP1 and DeepSpeed's stage 3; the message names what to use.
     """
     stage_3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
     if isinstance(strategy, FSDPStrategy) or stage_3:
@@ -58,11 +57,6 @@ def refuse_strategy(strategy: Strategy) -> None:
         raise ValueError(
             f"{name} replaces the parameters that adapters belong to. Use ModelParallelStrategy, which is FSDP2, with fully_shard in "
             "configure_model; or ddp."
-        )
-    if isinstance(strategy.precision_plugin, BitsandbytesPrecision):
-        raise ValueError(
-            "BitsandbytesPrecision replaces the linear layers after they were adapted, and bitsandbytes' layers can't be adapted. "
-            "Quantize the base by torchao in __init__, setup or configure_model, or leave the plugin out."
         )
 
 

@@ -6,6 +6,7 @@ be asked for (`bypass.py`, `modules_to_save.py`, `named_adapters.py`), and funct
 """
 
 from lora_lightning.lora import (  # noqa: F401
+    bitsandbytes_layers,
     bypass,
     convolution,
     embedding,

@@ -34,6 +34,9 @@ class LoRALayer(nn.Module):
     lora_transposed = False  # whether the weight is stored in the shape (in, out)
     lora_draw = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))  # within one over the root of the number of inputs
     lora_reshape: Any = staticmethod(lambda a, b, weight: (a, b))  # gives matrices the shapes that the layer stores
+    lora_is_packed = False  # whether the weight is stored as numbers of which only the layer makes W
+    lora_dense: Any = staticmethod(lambda weight: dense(weight))  # gives W itself
+    lora_shape: Any = classmethod(lambda cls, layer, w: cls.lora_matrix(torch.empty(w.shape, device="meta")).shape)
     lora_find: Any = staticmethod(lambda layer, wanted: ["weight"])  # names the weights that can be adapted
     lora_refusal: Any = staticmethod(lambda layer, weight, config: None)  # says why this weight can't be adapted
     lora_scaling: float
@@ -57,7 +60,7 @@ class LoRALayer(nn.Module):
     def lora_start(self, weight: Tensor, rank: int, config: LoRAConfig) -> tuple[Tensor, Tensor]:
         """Return the values that A and B start from, drawn on the CPU: a seed gives the same on every device."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        rows, columns = self.lora_matrix(torch.empty(weight.shape, device="meta")).shape
+        rows, columns = self.lora_shape(self, weight)
         a, b = torch.empty(rank, columns, dtype=dtype, device="cpu"), torch.zeros(rows, rank, dtype=dtype, device="cpu")
         a, b = self.lora_reshape(a, b, weight)
         nn.init.normal_(a, std=1 / rank) if config.init == "gaussian" else self.lora_draw(a)
@@ -85,8 +88,8 @@ class LoRALayer(nn.Module):
 
     def lora_effective_weight(self, weight: Tensor) -> Tensor:
         """Return W + s B A, computed in the dtype of the adapter and rounded once to that of `weight`."""
-        delta = self.lora_delta_weight(weight)
-        return (dense(weight).to(delta.dtype) + delta).to(weight.dtype)
+        base, delta = self.lora_dense(weight), self.lora_delta_weight(weight)
+        return cast(Tensor, (base.to(delta.dtype) + delta).to(base.dtype))
 
     def lora_change(self, input: Tensor) -> Tensor:
         """Return s B A dropout(x)."""
@@ -165,9 +168,7 @@ def _new(recipe: tuple[Any, ...]) -> Any:  # copies and unpickled layers have to
 def _effective(name: str) -> property:
     def read(self: nn.Module) -> Tensor:
         adapter, weight = cast(LoRALayer, self._modules.get(f"lora_{name}", self)), cast(Tensor, self._parameters[name])
-        stored = (
-            getattr(weight, "device_mesh", self) == self.lora_sharded_over
-        )  # fully_shard asks for its own parameter
+        stored = getattr(weight, "device_mesh", self) == self.lora_sharded_over  # fully_shard reads its own parameter
         return adapter.lora_effective_weight(weight) if adapter.lora_active and not stored else weight
 
     return property(read)
@@ -175,8 +176,7 @@ def _effective(name: str) -> property:
 
 def dense(weight: Tensor) -> Tensor:
     """Return `weight`, dequantized if it is one of torchao's quantized tensors."""
-    plain = type(weight) in (Tensor, nn.Parameter) or not type(weight).__module__.startswith("torchao.")
-    return weight if plain else weight.dequantize()
+    return weight.dequantize() if type(weight).__module__.startswith("torchao.") else weight
 
 
 def full_precision(tensor: Tensor) -> Any:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.model import AdaptedWeight, adapted_weights, attachment_of, leave_plain, unwrapped
+from lora_lightning.lora.bitsandbytes_layers import become_linear
+from lora_lightning.lora.model import AdaptedWeight, adapted_weights, attachment_of, leave_plain, some_of, unwrapped
 
 
 @contextmanager
@@ -62,18 +63,22 @@ def merge(module: nn.Module) -> None:
         ValueError: If `module` is not adapted, another layer shares an adapted weight, or there is a bypass.
     """
     found = _foldable(module)
-    if quantized := [each.name for each in found if is_quantized(each.weight)]:
+    dense: dict[nn.Module, Tensor] = {}
+    if quantized := [each.name for each in found if each.kind.lora_is_packed or is_quantized(each.weight)]:
         warnings.warn(
-            f"The weights of {', '.join(quantized)} were quantized; merged, they are dense tensors of "
-            f"{found[0].weight.dtype}. Quantize the merged model again if that is wanted.",
+            f"The weights of {some_of(quantized)} were quantized; merged, they are dense tensors. Quantize the merged model again if that is wanted.",
             stacklevel=2,
         )
     for each in found:
-        if is_quantized(each.weight):
+        if each.kind.lora_is_packed:
+            dense[each.layer] = _effective(each)
+        elif is_quantized(each.weight):
             each.layer._parameters[each.parameter] = nn.Parameter(_effective(each), requires_grad=False)
         else:
             each.weight.data.copy_(_effective(each))
     leave_plain(unwrapped(module))
+    for layer, weight in dense.items():
+        become_linear(layer, weight)
 
 
 def is_quantized(weight: Tensor) -> bool:

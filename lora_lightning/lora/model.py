@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -32,7 +31,7 @@ class AdaptedWeight:
     name = property(lambda self: self.key if self.kind.lora_is_inside else self.layer_name)
     names = property(lambda self: (self.name, self.layer_name))
     adapter = property(lambda self: self.layer._modules.get(f"lora_{self.parameter}", self.layer))
-    shape = property(lambda self: self.kind.lora_matrix(torch.empty(self.weight.shape, device="meta")).shape)
+    shape = property(lambda self: self.kind.lora_shape(self.layer, self.weight))
     factors = property(lambda self: [self.adapter.get_parameter(name) for name in self.adapter.lora_names])
     weight = property(lambda self: self.layer._parameters.get(self.parameter))
 
@@ -116,8 +115,8 @@ def select(module: nn.Module, config: LoRAConfig) -> list[AdaptedWeight]:
     wanted = [each for each in known.values() if config.selects(*each.names) or by_name(each.name)]
     selected = [each for each in wanted if each.layer not in inside and each.name not in left_out]
     selected += EXTENSIONS["bypass"](module, config) if config.bypass else []
-    missing = Names(config.target_modules).unmatched(name for each in known.values() for name in each.names)
-    missing = [] if config.target_modules == "all" else missing
+    targets = [] if config.target_modules == "all" else config.target_modules
+    missing = Names(targets).unmatched(name for each in known.values() for name in each.names)
     missing += by_name.unmatched(known) + saved.unmatched(modules)
     for patterns in (config.rank_pattern, config.alpha_pattern):
         missing += Names(patterns).unmatched(name for each in selected for name in each.names)
@@ -143,8 +142,9 @@ def _refusal(each: AdaptedWeight, config: LoRAConfig) -> str | None:
         return "computes its weight from other parameters (as pruning and weight normalization do): make that permanent"
     if is_lazy(weight):
         return "has no weight yet: run a batch through the model"
-    if not weight.is_floating_point() or (weight.itemsize < 2 and type(weight) in (Tensor, nn.Parameter)):
-        return f"has a weight of {weight.dtype}: expected float16 or above, or one quantized by torchao"
+    plain = not each.kind.lora_is_packed and type(weight) in (Tensor, nn.Parameter)
+    if (plain and weight.itemsize < 2) or not (each.kind.lora_is_packed or weight.is_floating_point()):
+        return f"has a weight of {weight.dtype}: expected float16 or above, or one quantized by torchao or bitsandbytes"
     if weight.dim() < 2:
         return f"is of shape {tuple(weight.shape)}: expected two or more dimensions"
     reasons = (cls.lora_refusal(each.layer, weight, config) for cls in (*config.variants, each.kind))

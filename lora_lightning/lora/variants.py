@@ -27,7 +27,7 @@ class PiSSA(LoRALayer):
         return None if finite else "has weights that are not finite, of which PiSSA can't take singular values"
 
     def lora_start(self, weight: Tensor, rank: int, config: LoRAConfig) -> tuple[Tensor, Tensor]:
-        matrix = self.lora_matrix(dense(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32)))
+        matrix = self.lora_matrix(self.lora_dense(weight).detach().to(torch.promote_types(weight.dtype, torch.float32)))
         a, b = low_rank_factors(matrix, rank)
         root = self.lora_scaling**0.5
         reshaped: tuple[Tensor, Tensor] = self.lora_reshape(a / root, b / root, weight)
@@ -58,9 +58,9 @@ class DoRA(LoRALayer):
         self.lora_magnitude_vector = nn.Parameter(self._lora_norms(weight).view(shape))
 
     def lora_effective_weight(self, weight: Tensor) -> Tensor:
-        delta = self.lora_delta_weight(weight)
-        full = self.lora_matrix(dense(weight).to(delta.dtype) + delta) * self._lora_ratio(weight)[:, None]
-        return self.lora_from_matrix(full, weight).to(weight.dtype)
+        base, delta = self.lora_dense(weight), self.lora_delta_weight(weight)
+        full = self.lora_matrix(base.to(delta.dtype) + delta) * self._lora_ratio(weight)[:, None]
+        return self.lora_from_matrix(full, weight).to(base.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         # Computed as a change of W x + b, so that an untrained adapter changes no bit.
@@ -87,7 +87,7 @@ class DoRA(LoRALayer):
         """
         a, b = (factor.detach().flatten(1) for factor in self.lora_factors())
         with full_precision(a):
-            matrix = self.lora_matrix(dense(weight.detach())).to(a.dtype)
+            matrix = self.lora_matrix(self.lora_dense(weight).detach()).to(a.dtype)
             crossed = matrix @ a.t() * 2 + b @ (a @ a.t()) * self.lora_scaling
             squares = matrix.square().sum(1) + self.lora_scaling * (b * crossed).sum(1)
             return squares.clamp_min(0).sqrt()

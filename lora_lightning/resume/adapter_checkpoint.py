@@ -23,6 +23,7 @@ from lora_lightning.lora import (
 )
 from lora_lightning.lora.fingerprint import digests
 from lora_lightning.resume.checkpoints import ADAPTER_KEY
+from lora_lightning.resume.packed_layers import packed_keys
 
 _STATES = ("state_dict", "current_model_state")
 """Entries that hold the model's state: weight averaging saves the averaged one as the first, the other one beside it."""
@@ -103,7 +104,9 @@ class AdapterContent:
         now = digests(self.adapted, only=self._buffers)
         changed = {f"{prefix}.{key}".lstrip(".") for key, digest in self._buffers.items() if now.get(key) != digest}
         buffers = {name for name, _ in self.adapted.named_buffers(prefix=prefix, remove_duplicate=False)} - changed
-        return (frozen | buffers) - whole - {key for key in buffers if is_adapter_key(key)}
+        return (
+            (frozen | buffers | packed_keys(self.pl_module)) - whole - {key for key in buffers if is_adapter_key(key)}
+        )
 
     def _adapters(self) -> dict[str, str]:
         """Describe each adapter, by the name of what it adapts: `rank 1, scale 1`; and the modules trained in full."""
@@ -169,7 +172,8 @@ class AdapterCheckpointIO(CheckpointIO):
             return checkpoint
         self.content.check(path, checkpoint.get(ADAPTER_KEY))
         live = self.content.pl_module.state_dict()
-        base = {key: live[key] for key in self.content.base_keys() if key in live}
+        filled_in = self.content.base_keys() - packed_keys(self.content.pl_module)
+        base = {key: live[key] for key in filled_in if key in live}
         for name in _STATES:
             if name in checkpoint:
                 checkpoint[name] = {**base, **checkpoint[name]}

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins import AsyncCheckpointIO, BitsandbytesPrecision
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -801,13 +801,6 @@ def test_four_children_manual_optimization_and_dict_batches(make_trainer: MakeTr
     _, stopped, _ = run(4)
     resumed, _, _ = run(8, stopped.checkpoint_callback.best_model_path)
     assert same(dict(resumed.state_dict()), dict(module.state_dict()))
-
-
-def test_a_precision_that_replaces_layers_is_refused_before_adapters_are_lost(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(LoRAFinetuning(rank=2), max_epochs=1)
-    trainer.strategy.precision_plugin = BitsandbytesPrecision.__new__(BitsandbytesPrecision)  # which needs bitsandbytes
-    with pytest.raises(ValueError, match=r"BitsandbytesPrecision replaces the linear layers .* torchao"):
-        LoRAFinetuning(rank=2).setup(trainer, Two(), "fit")
 
 
 @pytest.mark.parametrize("hook", ["__init__", "setup", "configure_model"])

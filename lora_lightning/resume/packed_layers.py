@@ -1,0 +1,34 @@
+"""Leaves layers of bitsandbytes out of checkpoints of adapters, and out of what is loaded from them.
+
+Such a layer loads its weight only in the form that it is in itself, packed or not, and its state dict has more entries than
+parameters.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.utils.hooks import RemovableHandle
+
+from lora_lightning.lora import is_adapter_key
+
+
+def packed_keys(module: nn.Module) -> set[str]:
+    """Return the state-dict keys of the module's layers of bitsandbytes, those of adapters left out."""
+    return {
+        f"{name}.{key}".lstrip(".")
+        for name, layer in module.named_modules()
+        if any(cls.__module__.startswith("bitsandbytes.") for cls in type(layer).__mro__)
+        for key in layer.state_dict()
+        if not is_adapter_key(key)
+    }
+
+
+def let_packed_keys_be_missing(module: nn.Module) -> RemovableHandle:
+    """Let `module` load state dicts without these keys, also strictly, until the handle is removed."""
+
+    def forgive(module: nn.Module, incompatible: _IncompatibleKeys) -> None:
+        packed = packed_keys(module)
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in packed]
+
+    return module.register_load_state_dict_post_hook(forgive)  # type: ignore[no-any-return, no-untyped-call]

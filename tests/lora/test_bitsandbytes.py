@@ -1,0 +1,125 @@
+"""A base of bitsandbytes' quantized layers: 4 bits (QLoRA) and 8 bits."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_lightning import load_adapter, save_adapter
+from lora_lightning.lora import (
+    LoRAConfig,
+    adapter_parameters,
+    attach,
+    base_fingerprint,
+    detach,
+    disabled,
+    merge,
+    merged,
+    verify_adapters,
+)
+
+bnb = pytest.importorskip("bitsandbytes", reason="the extra bitsandbytes is not installed")
+
+# How each kind of layer is made, and how far its own rounding of what it multiplies is from the dense product.
+KINDS = {
+    "nf4": (lambda i, o: bnb.nn.Linear4bit(i, o, compute_dtype=torch.float32, quant_type="nf4"), 1e-5),
+    "fp4 in bfloat16": (lambda i, o: bnb.nn.Linear4bit(i, o, compute_dtype=torch.bfloat16), 2e-2),
+    "int8": (lambda i, o: bnb.nn.Linear8bitLt(i, o, has_fp16_weights=False), 2e-2),
+    "int8 with outliers": (lambda i, o: bnb.nn.Linear8bitLt(i, o, has_fp16_weights=False, threshold=6.0), 2e-2),
+}
+VARIANTS = {
+    "lora": LoRAConfig(rank=4, alpha=8, dropout=0.1),
+    "dora": LoRAConfig(rank=4, use_dora=True),
+    "pissa": LoRAConfig(rank=4, init="pissa"),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def base(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    make = KINDS[kind][0]
+    return nn.Sequential(make(64, 32), nn.ReLU(), make(32, 16)).to("cpu")  # which quantizes
+
+
+def train(net: nn.Module, x: Tensor) -> None:
+    optimizer = torch.optim.Adam(adapter_parameters(net), lr=0.02)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (net(x) - 1).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_adapters_train_over_a_base_that_stays_bitwise(base: nn.Module, config: LoRAConfig, kind: str) -> None:
+    x = torch.randn(8, 64)
+    expected = base.eval()(x)  # in which 4-bit layers convert their biases
+    digest = base_fingerprint(base)
+    assert attach(base, config) == ["0", "2"]
+    assert torch.equal(base(x), expected)
+    verify_adapters(base, x)
+    train(base.train(), x)
+    assert base_fingerprint(base) == digest
+    adapted = base.eval()(x)
+    assert (adapted - 1).square().sum() < 0.95 * (expected - 1).square().sum()
+    with disabled(base):
+        assert torch.equal(base(x), expected)
+    for copied in (copy.deepcopy(base), pickle.loads(pickle.dumps(base))):
+        assert torch.equal(copied(x), adapted)
+    with merged(base):
+        torch.testing.assert_close(base(x), adapted, rtol=0, atol=KINDS[kind][1])
+    assert torch.equal(base(x), adapted)
+    detach(base)
+    assert base_fingerprint(base) == digest
+    assert torch.equal(base(x), expected)
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_merging_makes_plain_layers_that_save_and_load(base: nn.Module, config: LoRAConfig, kind: str) -> None:
+    x = torch.randn(8, 64)
+    base(x)
+    attach(base, config)
+    train(base, x)
+    adapted = base.eval()(x)
+    calls: list[str] = []
+    base[0].register_forward_hook(lambda *_: calls.append("0"))
+    with pytest.warns(UserWarning, match="weights of 0, 2 were quantized; merged, they are dense"):
+        merge(base)
+    assert [type(base[0]), type(base[2])] == [nn.Linear, nn.Linear]
+    torch.testing.assert_close(base(x), adapted, rtol=0, atol=KINDS[kind][1])
+    assert calls == ["0"]
+    plain = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
+    plain.load_state_dict(base.state_dict())
+    assert torch.equal(plain(x), base(x))
+
+
+def test_a_folder_brings_the_adapters_back(base: nn.Module, tmp_path: Path) -> None:
+    x = torch.randn(8, 64)
+    attach(base, LoRAConfig(rank=4))
+    train(base, x)
+    adapted = base(x)
+    save_adapter(base, tmp_path / "adapter")
+    detach(base)
+    load_adapter(base, tmp_path / "adapter", strict=True)
+    assert torch.equal(base(x), adapted)
+
+
+def test_peft_computes_the_same_over_four_bits(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    make = KINDS["nf4"][0]
+    base = nn.Sequential(make(64, 32), nn.ReLU(), make(32, 16)).to("cpu")
+    other = copy.deepcopy(base)
+    x = torch.randn(8, 64)
+    attach(base, LoRAConfig(rank=4))
+    train(base, x)
+    save_adapter(base, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(other, tmp_path / "adapter")
+    torch.testing.assert_close(theirs(x), base(x), rtol=0, atol=1e-5)
