@@ -11,16 +11,25 @@ from pathlib import Path
 
 import torch
 
+from lora_lightning.repair.answers import Tally
+from lora_lightning.repair.baselines import Row, tradeoff_figure
 from lora_lightning.report import Confusion, Report, confusion_figures
 
 
 def main(folder: Path) -> None:
-    """Draw what the adapters changed, from the `confusion.json` of a repair."""
+    """Draw what the adapters changed, and the trade-off with the baselines, from a `repair --baselines true`."""
     content = json.loads((folder / "adapted" / "confusion.json").read_text())
     names = tuple(content["class_names"])
     model, base = (Confusion(torch.tensor(content[key]["matrix"]), names) for key in ("model", "base"))
     figure = confusion_figures(Report(content["stage"], model, base))["difference"]
     figure.savefig(Path(__file__).parent / "difference.png", dpi=80)
+    content = json.loads((folder / "baselines.json").read_text())
+    rows = [
+        Row(each["name"], Tally(**each["tally"]), each["parameters"], each["seconds"], each["p"])
+        for each in content["rows"]
+    ]
+    curves = {name: [Tally(**tally) for tally in tallies] for name, tallies in content["curves"].items()}
+    tradeoff_figure(rows, curves, content["focus"]).savefig(Path(__file__).parent / "tradeoff.png", dpi=80)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+from lora_lightning.data.augmentation import jitter
 from lora_lightning.data.in_memory import InMemoryDataset, full_batches, stratified_split
 from lora_lightning.data.mnist_files import Source, prepare, read
 from lora_lightning.data.module import ResumableDataModule
@@ -35,6 +36,7 @@ class MNISTDataModule(ResumableDataModule):
         digits: Train on these digits alone. Validation and test keep all ten.
         focus: Train on batches that hold a fixed share of these digits, the rest from all others (replay).
         focus_fraction: That share.
+        augment: Change training images at random, on the device: `lora_lightning.data.augmentation.jitter`.
         eval_digits: Validate, test and predict on these digits alone.
         batch_size: Training samples in a batch, on each device.
         eval_batch_size: Samples in a batch of validation, test and prediction, on each device.
@@ -61,6 +63,7 @@ class MNISTDataModule(ResumableDataModule):
         digits: list[int] | None = None,
         focus: list[int] | None = None,
         focus_fraction: float = 0.35,
+        augment: bool = False,
         eval_digits: list[int] | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 1000,
@@ -89,6 +92,7 @@ class MNISTDataModule(ResumableDataModule):
         self.digits = digits
         self.focus = focus
         self.focus_fraction = focus_fraction
+        self.augment = augment
         self.eval_digits = eval_digits
         self.val_fraction = val_fraction
         self.split_seed = split_seed
@@ -160,6 +164,8 @@ class MNISTDataModule(ResumableDataModule):
         # (x / 255 - mean) / std in one pass over new memory and one in place.
         images = images.unsqueeze(1).to(torch.float32)
         images = images.sub_(255 * MEAN).div_(255 * STD)
+        if self.augment and self.trainer is not None and self.trainer.training:
+            images = jitter(images)
         if self.trainer is not None:
             # Lightning converts a batch to bf16-true or 64-true before it comes here, and leaves uint8 alone.
             images = self.trainer.precision_plugin.convert_input(images)

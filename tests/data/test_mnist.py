@@ -11,12 +11,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from torch import Tensor
 from torchvision.datasets import MNIST
 
-from lora_lightning import MNISTDataModule
+from lora_lightning import Classifier, MNISTDataModule, RichBoyNet
 from lora_lightning.data import mnist_files
 
 
@@ -263,3 +266,42 @@ def test_the_sample_is_part_of_the_whole_training_set(mnist_dir: Path) -> None:
     ]
     assert len(sample) == 5000
     assert all(image.numpy().tobytes() in whole for image in sample)
+
+
+def test_augmentation_changes_training_images_a_little_and_no_others(tmp_path: Path) -> None:
+    class Seen(pl.Callback):
+        def __init__(self) -> None:
+            self.images: dict[str, Tensor] = {}
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.images["train"] = batch[0]
+
+        def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+            self.images["val"] = batch[0]
+
+    def images(augment: bool) -> dict[str, Tensor]:
+        pl.seed_everything(3)
+        seen = Seen()
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            callbacks=[seen],
+            max_steps=1,
+            val_check_interval=1,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(
+            Classifier(RichBoyNet()), datamodule=MNISTDataModule(source="sample", augment=augment, batch_size=32)
+        )
+        return seen.images
+
+    plain, augmented, again = images(False), images(True), images(True)
+    assert torch.equal(plain["val"], augmented["val"])
+    assert torch.equal(again["train"], augmented["train"])
+    changed = [(a - b).abs().mean() for a, b in zip(plain["train"], augmented["train"], strict=True)]
+    assert all(0 < change < 0.5 for change in changed)
+    pairs = zip(plain["train"], augmented["train"], strict=True)
+    alike = [torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] for a, b in pairs]
+    assert torch.stack(alike).median() > 0.8

@@ -1,0 +1,125 @@
+"""What a model answers on one split of the data, and what that says about the classes in focus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import comb
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from lora_lightning.report import Confusion
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Counts errors from the point of view of the classes in focus.
+
+    Args:
+        focus_errors: Samples of these classes that were taken for another class.
+        other_errors: Samples of all other classes that were taken for another class.
+        false_positives: Those of `other_errors` that were taken for a class in focus.
+        total: All samples.
+    """
+
+    focus_errors: int
+    other_errors: int
+    false_positives: int
+    total: int
+
+    @property
+    def errors(self) -> int:
+        return self.focus_errors + self.other_errors
+
+    @property
+    def accuracy(self) -> float:
+        return 1 - self.errors / self.total
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Holds the logits of all samples of one split, and their classes.
+
+    Args:
+        logits: Shape (N, C).
+        targets: Shape (N,), int64.
+    """
+
+    logits: Tensor
+    targets: Tensor
+
+    @cached_property
+    def predictions(self) -> Tensor:
+        return self.logits.argmax(1)
+
+    def tally(self, focus: tuple[int, ...]) -> Tally:
+        """Count errors for these classes in focus."""
+        wrong = self.predictions != self.targets
+        inside, taken = (torch.isin(each, torch.tensor(focus)) for each in (self.targets, self.predictions))
+        counts = [int(chosen.sum()) for chosen in (wrong & inside, wrong & ~inside, taken & ~inside)]
+        return Tally(counts[0], counts[1], counts[2], len(self.targets))
+
+    def confusion(self, class_names: tuple[str, ...]) -> Confusion:
+        """Return the confusion matrix."""
+        size = len(class_names)
+        return Confusion(
+            torch.bincount(self.targets * size + self.predictions, minlength=size**2).view(size, size), class_names
+        )
+
+    def biased(self, bias: Tensor) -> Answers:
+        """Return the answers with a bias of shape (C,) added to the logits."""
+        return Answers(self.logits + bias, self.targets)
+
+
+def mcnemar(before: Answers, after: Answers) -> float:
+    """Return the two-sided p-value of McNemar's exact test: whether two models err on equally many samples.
+
+    Under the null hypothesis, a sample that one model alone gets right is as likely to be of either (McNemar 1947,
+    https://doi.org/10.1007/BF02295996; the exact form is a sign test).
+    """
+    was, now = (each.predictions == each.targets for each in (before, after))
+    broke, mended = int((was & ~now).sum()), int((~was & now).sum())
+    changed = broke + mended
+    tail = sum(comb(changed, count) for count in range(min(broke, mended) + 1))
+    return min(1.0, float(2 * tail / 2**changed))
+
+
+class AnswersOf(Callback):
+    """Keeps what the steps of `Classifier` return while they validate or test."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._parts.append((outputs["logits"].float().cpu(), outputs["targets"].cpu()))
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._parts.append((outputs["logits"].float().cpu(), outputs["targets"].cpu()))
+
+    def answers(self) -> Answers:
+        """Return what was kept, and forget it."""
+        logits, targets = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        self._parts = []
+        return Answers(logits, targets)

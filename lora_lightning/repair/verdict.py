@@ -1,0 +1,49 @@
+"""Says in words whether a repair is one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lora_lightning.repair.answers import Tally
+
+REPAIRED, TRADED, KEPT = 0, 3, 4
+"""Are the exit codes of the three outcomes; 1 and 2 are those of errors."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Compares a base with what should repair it, on test data.
+
+    Args:
+        focus: What the classes in focus are called.
+        base: What the base errs on.
+        repaired: What the adapted model errs on; `None` if validation has found no better one than the base.
+    """
+
+    focus: str
+    base: Tally
+    repaired: Tally | None
+
+    @property
+    def exit_code(self) -> int:
+        """Return `REPAIRED` if errors on the focus fell and no others came, `TRADED` if others came, else `KEPT`."""
+        if self.repaired is None or self.repaired.focus_errors >= self.base.focus_errors:
+            return KEPT
+        return REPAIRED if self.repaired.other_errors <= self.base.other_errors else TRADED
+
+    def in_words(self) -> str:
+        """Return the outcome as one sentence, with the numbers."""
+        base, repaired = self.base, self.repaired
+        if repaired is None:
+            return f"no repair found on validation data, base kept: {base.focus_errors} errors on {self.focus}, {base.other_errors} on others."
+        numbers = (
+            f"errors on {self.focus} {base.focus_errors} → {repaired.focus_errors}, on all others {base.other_errors} → "
+            f"{repaired.other_errors}; accuracy {base.accuracy:.2%} → {repaired.accuracy:.2%}; others taken for {self.focus} "
+            f"{base.false_positives} → {repaired.false_positives}."
+        )
+        if self.exit_code == REPAIRED:
+            return f"repaired: {numbers}"
+        if self.exit_code == TRADED:
+            less, more = base.focus_errors - repaired.focus_errors, repaired.other_errors - base.other_errors
+            return f"traded: −{less} on {self.focus}, +{more} elsewhere. Not a repair: {numbers}"
+        return f"not repaired, use the base: what was better on validation data is not on test data. {numbers[0].upper()}{numbers[1:]}"
