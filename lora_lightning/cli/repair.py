@@ -30,7 +30,7 @@ def repair(
     source: Source = "auto",
     data_dir: str | os.PathLike[str] = "data",
     rank: int | list[int] = 8,
-    share: float | list[float] = 0.15,
+    share: float | list[float] | None = None,
     steps: int | None = None,
     baselines: bool = False,
     seeds: int = 1,
@@ -52,7 +52,8 @@ def repair(
         source: "full" MNIST, the embedded "sample", or "auto": full where it is on disk or can be downloaded.
         data_dir: Where the full MNIST is or goes.
         rank: Rank of the adapters, or several to choose from.
-        share: Share of the focus in a batch, or several to choose from. All others fill the rest.
+        share: Share of the focus in a batch, or several to choose from; by default 15 %, or 20 % on the sample. All others fill the
+            rest.
         steps: Training steps of the adapters, of 100 digits each; by default 1,500, or 500 on the sample.
         baselines: Also train the full network and the last layer alone, adapters without focus, and on a random digit, and choose
             logit biases; show them in one table and one figure.
@@ -66,7 +67,9 @@ def repair(
         changed, or does not come back when the adapters are off. Of several seeds, the highest.
     """
     ranks = rank if isinstance(rank, list) else [rank]
-    shares = share if isinstance(share, list) else [share]
+    shares = share if isinstance(share, list) else [] if share is None else [share]
+    if not ranks or share == []:
+        raise ValueError(f"rank={rank}, share={share}: expected at least one of each.")
     if steps is not None and steps < 1:
         raise ValueError(f"steps={steps}: expected at least 1.")
     if seeds < 1:

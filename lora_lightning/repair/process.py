@@ -17,7 +17,7 @@ from lora_lightning.data.mnist_files import Source
 from lora_lightning.lora import base_fingerprint
 from lora_lightning.lora.scaling import scale_adapter, scaled
 from lora_lightning.peft_format import save_adapter
-from lora_lightning.repair.answers import Answers, Tally
+from lora_lightning.repair.answers import Answers, Tally, mcnemar
 from lora_lightning.repair.choice import LAMBDAS, choose, classes_in_focus
 from lora_lightning.repair.training import Runs, Trained, Way
 from lora_lightning.repair.verdict import Verdict
@@ -27,12 +27,13 @@ _ADAPT_BATCH_SIZE = 100
 # The sample has a tenth of the digits: more epochs, fewer steps, and a larger share of it to choose by.
 _EPOCHS: dict[Source, int] = {"full": 1, "sample": 4}
 _STEPS: dict[Source, int] = {"full": 1500, "sample": 500}
+_SHARES: dict[Source, float] = {"full": 0.15, "sample": 0.2}
 _VAL_FRACTIONS: dict[Source, float] = {"full": 0.1, "sample": 0.2}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Says what to repair, on what, and which adapters to choose from."""
+    """Says what to repair, on what, and which adapters to choose from: without shares, from the one that suits the source."""
 
     base: Path | None
     focus: int | str
@@ -101,7 +102,7 @@ class Repair:
         self.trained = {
             (rank, share): self.train("candidates", "adapters", self.focus, share, rank)
             for rank in self.settings.ranks
-            for share in self.settings.shares
+            for share in self.settings.shares or [_SHARES[self.source]]
         }
         setting = choose(self.validated.tally(self.focus), self._on_validation())
         tested = self.runs.base_answers(self.base, self.data, "test")
@@ -163,6 +164,7 @@ class Repair:
         save_adapter(net, folder)
         verdict = Verdict(self.called, tested.tally(self.focus), repaired.tally(self.focus))
         say(f"[bold]4. Verdict[/]: {verdict.in_words()}")
+        say(f"McNemar's exact test against the base: p = {mcnemar(tested, repaired):.2g}.")
         say(f"Trained: {callback.trained_parameters()}, in {trained.seconds:.1f} s.")
         say(f"Base bitwise unchanged: {'yes' if unchanged else 'NO'} (SHA-256 {callback.base_fingerprint[:12]}).")
         say(f"Adapter: {escape(str(folder))}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,14 +106,13 @@ class Runs:
     def answers(self, model: Classifier, data: MNISTDataModule, split: Literal["validate", "test"]) -> Answers:
         """Return the answers of a model on one split."""
         kept = AnswersOf()
-        with without_progress(self.trainer("base", kept)) as trainer:
-            getattr(trainer, split)(model, datamodule=data, verbose=False)
+        trainer = Trainer(
+            accelerator=self.accelerator,
+            devices=1,
+            logger=False,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            callbacks=[kept],
+        )
+        getattr(trainer, split)(model, datamodule=data, verbose=False)
         return kept.answers()
-
-
-@contextmanager
-def without_progress(trainer: Trainer) -> Iterator[Trainer]:
-    """Disable the progress bar of a trainer."""
-    assert trainer.progress_bar_callback is not None
-    trainer.progress_bar_callback.disable()
-    yield trainer

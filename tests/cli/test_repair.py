@@ -160,6 +160,7 @@ def test_several_seeds_end_with_their_median(run: Run, workspace: Path) -> None:
         ),
         (["--focus", "0,1,2,3,4,5,6,7,8,9"], "leaves no other class to mix in"),
         (["--rank", "0"], "rank=0: a LoRA rank"),
+        (["--rank", "[]"], "rank=[], share=None: expected at least one of each."),
         (["--share", "1.5"], "focus_fraction=1.5: expected a share above 0 and below 1"),
         (["--steps", "0"], "steps=0: expected at least 1"),
         (["--seeds", "0"], "seeds=0: expected at least 1"),
