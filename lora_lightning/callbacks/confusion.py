@@ -7,13 +7,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from rich import get_console
 from torch import Tensor
 from typing_extensions import override
 
 from lora_lightning.callbacks.recorded_calls import Call, RecordedCalls
 from lora_lightning.lora import adapter_parameters, disabled, is_adapted, some_of
-from lora_lightning.report import SHOWN_CLASSES, Confusion, Report, confusion_figures, report_table, write_report
+from lora_lightning.report import SHOWN_CLASSES, Confusion, Report, confusion_figures, report_table, show, write_report
 from lora_lightning.report.counts import Counts, sum_over_devices
 from lora_lightning.report.found import align, counted, described, find_targets
 from lora_lightning.report.loggers import log_figure
@@ -211,16 +210,16 @@ class ConfusionReport(Callback):
         log_dir = trainer.log_dir if trainer.loggers else None  # every device is asked for it
         if not trainer.is_global_zero:
             return
+        fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         for report in self.reports:
+            if log_dir is not None and not fast_dev_run:
+                write_report(report, log_dir)
             if self.verbose:
-                get_console().print(report_table(report, report.suffix.strip("/") or None))
+                show(report_table(report, report.suffix.strip("/") or None))
             for logger in trainer.loggers:
                 logger.log_metrics(_per_class_metrics(report), trainer.global_step)
                 for name, figure in confusion_figures(report).items():
                     log_figure(logger, f"{stage}/confusion/{name}{report.suffix}", figure, trainer.global_step)
-            fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined] # Trainer sets it from elsewhere
-            if log_dir is not None and not fast_dev_run:
-                write_report(report, log_dir)
 
     def _gathered(self, trainer: Trainer, stage: str, loaders: Any) -> list[Report]:
         """Return the reports of all devices together. Every device has to call it, also one that had no samples."""

@@ -13,11 +13,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_warn
-from rich import get_console
 from torch import Tensor
 from typing_extensions import override
 
-from lora_lightning.report import free_name, write_to
+from lora_lightning.report import free_name, show, write_to
 
 
 @dataclass(frozen=True)
@@ -108,16 +107,17 @@ class PredictionWriter(BasePredictionWriter):
         rows = [[(str(names[i]) if names else str(i)) for i in each.classes] for each in self._predictions]
         shown = [os.path.relpath(label, folder) for label in labels]
         width = max(map(len, shown))
+        path = None
+        if log_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+            path = free_name(log_dir, "predictions.csv")
+            write_to(path, lambda local: _write(local, labels, self._predictions, rows))
         for label, each, classes in zip(shown, self._predictions, rows, strict=True):
             ranked = [f"{name} {100 * p:.1f} %" for name, p in zip(classes, each.probabilities, strict=True)]
             more = f"  ({', '.join(ranked[1:])})" if len(ranked) > 1 else ""
             line = f"{label:<{width}}  {ranked[0]}{more}"
-            get_console().print(line, markup=False, highlight=False, soft_wrap=True)
-        if log_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined] # Trainer sets it from elsewhere
-            return
-        path = free_name(log_dir, "predictions.csv")
-        write_to(path, lambda local: _write(local, labels, self._predictions, rows))
-        get_console().print(f"PredictionWriter: {path}", markup=False, highlight=False, soft_wrap=True)
+            show(line, markup=False, highlight=False, soft_wrap=True)
+        if path is not None:
+            show(f"PredictionWriter: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _probabilities(output: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from argparse import ArgumentError
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,9 @@ def main(args: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if args is None else args
     tune_for_cpu()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # progress bars and tables have characters that not every encoding has
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-from rich import get_console
 from rich.markup import escape
 
 from lora_lightning.lora.scaling import scaled
@@ -14,6 +13,7 @@ from lora_lightning.repair.choice import LAMBDAS, bias_vector, matched_bias, one
 from lora_lightning.repair.process import Outcome, Repair, adapted, say
 from lora_lightning.repair.training import Trained, Way
 from lora_lightning.repair.verdict import Verdict
+from lora_lightning.report import show
 
 
 def compare(repair: Repair, outcome: Outcome) -> list[Row]:
@@ -43,7 +43,7 @@ def compare(repair: Repair, outcome: Outcome) -> list[Row]:
         ("bias vector", bias_vector(validated), len(repair.names)),
     ):
         rows.append(Row.of(name, tested, tested.biased(bias), focus, count, 0))
-    get_console().print(comparison_table(rows, repair.called))
+    show(comparison_table(rows, repair.called))
     say(f"In place of the worst digit, a random one, at scale 1: {_random_digit(repair, outcome, rank, share)}")
     top = chosen.scale if chosen else 1.0
     write_comparison(rows, {"adapters, scale 0 to 1": _curve(repair, repaired, top)}, repair.called, repair.runs.folder)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import seed_everything
-from rich import get_console
 from rich.markup import escape
 from torch import nn
 
@@ -21,6 +20,7 @@ from lora_lightning.repair.answers import Answers, Tally, mcnemar
 from lora_lightning.repair.choice import LAMBDAS, choose, classes_in_focus
 from lora_lightning.repair.training import Runs, Trained, Way
 from lora_lightning.repair.verdict import Verdict
+from lora_lightning.report import show
 
 _PRETRAIN_BATCH_SIZE = 128
 _ADAPT_BATCH_SIZE = 100
@@ -196,7 +196,7 @@ def broken_guarantees(base_unchanged: bool, disabled: list[int], base: list[int]
 
 def say(line: str) -> None:
     """Print a line to the terminal."""
-    get_console().print(line, highlight=False, soft_wrap=True)
+    show(line, highlight=False, soft_wrap=True)
 
 
 def _ready(data: MNISTDataModule) -> MNISTDataModule:

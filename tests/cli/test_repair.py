@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +152,21 @@ def test_several_seeds_end_with_their_median(run: Run, workspace: Path) -> None:
     assert "Seed 1" in text
     assert re.search(r"2 seeds: errors on the digit cut by \d+% in the median \(\d+% to \d+%\)", text), text
     assert len(list(Path("logs/repair").iterdir())) == 2
+
+
+def test_a_terminal_that_lacks_characters_loses_no_table_and_no_file(workspace: Path) -> None:
+    base = weak_base(workspace)
+    words = ["repair", "--source", "sample", "--base_checkpoint", str(base), "--steps", "60"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    with Path("out.txt").open("wb") as out:
+        command = [sys.executable, "-m", "lora_lightning", *words]
+        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    text = Path("out.txt").read_text(encoding="cp1252")
+    assert code == 0, text
+    assert re.search(r"all \|\s+1,000 \|", text), text
+    assert "4. Verdict: repaired: errors on 7" in text
+    (logs,) = Path("logs/repair").iterdir()
+    assert (logs / "adapted" / "confusion.json").exists()
 
 
 @pytest.mark.parametrize(

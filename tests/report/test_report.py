@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lora_lightning.report import Confusion, Report, confusion_figures, free_path, report_table, write_report
+from lora_lightning.report import Confusion, Report, confusion_figures, free_path, report_table, show, write_report
 
 NAMES = ("cat", "dog", "eel")
 BEFORE = Confusion(torch.tensor([[8, 2, 0], [4, 6, 0], [0, 0, 0]]), NAMES)
@@ -152,3 +152,12 @@ class TestAThousandClasses:
         for target, predicted, count in content["counts"]:
             matrix[target, predicted] = count
         assert torch.equal(matrix, report.model.matrix)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_printing_never_fails(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(written, encoding=encoding, write_through=True), width=60)
+    monkeypatch.setattr("lora_lightning.report.terminal.get_console", lambda: console)
+    show("recall 99.4 → 99.2", highlight=False)
+    assert written.getvalue().decode(encoding).strip() == f"recall 99.4 {'→' if encoding == 'utf-8' else '?'} 99.2"

@@ -1,0 +1,25 @@
+"""Printing to the terminal, which never fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import get_console
+from rich.console import RenderableType
+
+
+def show(what: RenderableType, **options: Any) -> None:
+    """Print to standard output. Where its encoding lacks a character, there is a question mark.
+
+    Args:
+        what: Text or a table.
+        options: Those of `rich.console.Console.print`.
+    """
+    console = get_console()
+    encoding = getattr(console.file, "encoding", None) or "utf-8"
+    if console.encoding.startswith("utf"):
+        console.print(what, **options)
+        return
+    with console.capture() as captured:
+        console.print(what, **options)
+    console.file.write(captured.get().encode(encoding, "replace").decode(encoding))
