@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.models import get_weight
 from torchvision.transforms._presets import ImageClassification
 from typing_extensions import override
 
 from lora_lightning.data.categories import categories_of
+from lora_lightning.data.focus import as_list, check_classes, check_share, replay_sampler
 from lora_lightning.data.folders import (
     SPLITS,
     Labelled,
@@ -50,6 +51,8 @@ class ImageFolderDataModule(ResumableDataModule):
             usual one (256 pixels on the shorter side, the central 224 x 224, normalized).
         augmentation: A transform of torchvision.transforms.v2 that training images go through before that.
         predict: What to predict: an image, a folder (with all below it), or a glob pattern. By default all images of `root`.
+        focus: Classes to show more often, for example one that the model is poor at.
+        focus_fraction: Share of these classes in each training batch; the rest is drawn from all others (replay).
         batch_size: Training samples in a batch, on each device.
         eval_batch_size: Samples in a batch of validation, test and prediction, on each device.
         val_fraction: Part of the training images that is held out for validation, the same share of every class.
@@ -80,6 +83,8 @@ class ImageFolderDataModule(ResumableDataModule):
         preprocessing: str | nn.Module | None = None,
         augmentation: nn.Module | None = None,
         predict: str | os.PathLike[str] | None = None,
+        focus: str | list[str] | None = None,
+        focus_fraction: float = 0.2,
         batch_size: int = 32,
         eval_batch_size: int = 64,
         val_fraction: float = 0.0,
@@ -98,6 +103,8 @@ class ImageFolderDataModule(ResumableDataModule):
             raise ValueError(
                 f"val_fraction={val_fraction} and test_fraction={test_fraction} leave nothing to train on."
             )
+        check_share(focus_fraction)
+        self.focus, self.focus_fraction = as_list(focus), focus_fraction
         self.root = SAMPLE if str(root) == "sample" and not Path(root).exists() else Path(root)
         self.preprocessing = _preset(preprocessing) if isinstance(preprocessing, str) else preprocessing
         self.augmentation = augmentation
@@ -124,7 +131,12 @@ class ImageFolderDataModule(ResumableDataModule):
     @override
     def make_train_loader(self) -> ResumableLoader:
         dataset = self._dataset("train")
-        sampler = ShuffledSampler(len(dataset), **self.placement())
+        sampler: DistributedSampler[int] = ShuffledSampler(len(dataset), **self.placement())
+        if self.focus is not None:
+            assert self.class_names is not None
+            classes = [self.class_names.index(name) for name in self.focus]
+            assert dataset.targets is not None
+            sampler = replay_sampler(dataset.targets, classes, self.batch_size, self.focus_fraction, self.placement())
         return ResumableLoader(dataset, sampler, self.batch_size, **self._loading())
 
     @override
@@ -155,6 +167,7 @@ class ImageFolderDataModule(ResumableDataModule):
                     "of its classes with classes, for example VGG19_Weights.IMAGENET1K_V1."
                 )
             self.class_names = tuple(names)
+        check_classes(self.focus, self.class_names)
         labelled = {split: labelled_images(folder, self.class_names) for split, folder in folders.items()}
         of_all = len(labelled["train"][0])
         for split, fraction in {"test": self.test_fraction, "val": self.val_fraction}.items():

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from lora_lightning.data.augmentation import jitter
+from lora_lightning.data.focus import as_list, check_share, replay_sampler
 from lora_lightning.data.in_memory import InMemoryDataset, full_batches, stratified_split
 from lora_lightning.data.mnist_files import Source, prepare, read
 from lora_lightning.data.module import ResumableDataModule
-from lora_lightning.data.samplers import ReplaySampler, ShuffledSampler
+from lora_lightning.data.samplers import ShuffledSampler
 from lora_lightning.resume.loader import ResumableLoader
 
 MEAN, STD = 0.1307, 0.3081
@@ -60,11 +61,11 @@ class MNISTDataModule(ResumableDataModule):
         self,
         data_dir: str | os.PathLike[str] = "data",
         source: Source = "auto",
-        digits: list[int] | None = None,
-        focus: list[int] | None = None,
+        digits: int | list[int] | None = None,
+        focus: int | list[int] | None = None,
         focus_fraction: float = 0.35,
         augment: bool = False,
-        eval_digits: list[int] | None = None,
+        eval_digits: int | list[int] | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 1000,
         val_fraction: float = 0.1,
@@ -74,6 +75,7 @@ class MNISTDataModule(ResumableDataModule):
         super().__init__(batch_size, eval_batch_size)
         if source not in ("auto", "full", "sample"):
             raise ValueError(f"source={source!r}: expected 'auto', 'full' or 'sample'.")
+        digits, focus, eval_digits = as_list(digits), as_list(focus), as_list(eval_digits)
         for name, value in {"digits": digits, "focus": focus, "eval_digits": eval_digits}.items():
             _check_digits(name, value)
         if digits is not None and focus is not None:
@@ -83,8 +85,7 @@ class MNISTDataModule(ResumableDataModule):
             )
         if focus is not None and len(focus) == 10:
             raise ValueError(f"focus={focus} leaves no other digit to mix in; name fewer digits.")
-        if not 0 < focus_fraction < 1:
-            raise ValueError(f"focus_fraction={focus_fraction!r}: expected a share above 0 and below 1.")
+        check_share(focus_fraction)
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction!r}: expected a share of at least 0 and below 1.")
         self.data_dir = Path(data_dir)
@@ -127,15 +128,10 @@ class MNISTDataModule(ResumableDataModule):
     @override
     def make_train_loader(self) -> ResumableLoader:
         dataset = _ready(self._train)
-        sampler: DistributedSampler[int]
-        if self.focus is None:
-            sampler = ShuffledSampler(len(dataset), **self.placement())
-        else:
-            sampler = ReplaySampler(
-                torch.isin(dataset.targets, torch.tensor(self.focus)),
-                batch_size=self.batch_size,
-                focus_fraction=self.focus_fraction,
-                **self.placement(),
+        sampler: DistributedSampler[int] = ShuffledSampler(len(dataset), **self.placement())
+        if self.focus is not None:
+            sampler = replay_sampler(
+                dataset.targets, self.focus, self.batch_size, self.focus_fraction, self.placement()
             )
         return ResumableLoader(dataset, sampler, self.batch_size, **full_batches())
 

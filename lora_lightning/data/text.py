@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from lora_lightning.data.categories import categories_of
+from lora_lightning.data.focus import as_list, check_classes, check_share, replay_sampler
 from lora_lightning.data.in_memory import full_batches, stratified_split
 from lora_lightning.data.module import ResumableDataModule
-from lora_lightning.data.samplers import LengthGroupedSampler, ReplaySampler
+from lora_lightning.data.samplers import LengthGroupedSampler
 from lora_lightning.data.text_dataset import TextDataset
 from lora_lightning.data.text_files import read_texts
 from lora_lightning.lora import some_of
@@ -73,7 +74,7 @@ class TextDataModule(ResumableDataModule):
         classes: list[str] | None = None,
         tokenizer: str | None = None,
         max_length: int | None = None,
-        focus: list[str] | None = None,
+        focus: str | list[str] | None = None,
         focus_fraction: float = 0.2,
         batch_size: int = 32,
         eval_batch_size: int = 256,
@@ -83,8 +84,7 @@ class TextDataModule(ResumableDataModule):
         super().__init__(batch_size, eval_batch_size)
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction!r}: expected a share of at least 0 and below 1.")
-        if not 0 < focus_fraction < 1:
-            raise ValueError(f"focus_fraction={focus_fraction!r}: expected a share above 0 and below 1.")
+        check_share(focus_fraction)
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length!r}: expected at least 1.")
         self.files = {"train": train, "val": val, "test": test}
@@ -93,7 +93,7 @@ class TextDataModule(ResumableDataModule):
         self.class_names = None if classes is None else categories_of(classes)
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.focus, self.focus_fraction = focus, focus_fraction
+        self.focus, self.focus_fraction = as_list(focus), focus_fraction
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self._datasets: dict[str, TextDataset] = {}
 
@@ -119,13 +119,8 @@ class TextDataModule(ResumableDataModule):
         if self.focus is not None:
             assert self.class_names is not None
             assert dataset.targets is not None
-            classes = torch.tensor([self.class_names.index(name) for name in self.focus])
-            sampler = ReplaySampler(
-                torch.isin(dataset.targets, classes),
-                batch_size=self.batch_size,
-                focus_fraction=self.focus_fraction,
-                **self.placement(),
-            )
+            classes = [self.class_names.index(name) for name in self.focus]
+            sampler = replay_sampler(dataset.targets, classes, self.batch_size, self.focus_fraction, self.placement())
         return ResumableLoader(dataset, sampler, self.batch_size, **full_batches())
 
     @override
@@ -157,10 +152,7 @@ class TextDataModule(ResumableDataModule):
         }
         if self.class_names is None:
             self.class_names = categories_of(sorted(set(rows["train"][1])))
-        if unknown := sorted(set(self.focus or []) - set(self.class_names)):
-            raise ValueError(
-                f"focus={self.focus}: {unknown[0]!r} is none of the classes ({some_of(self.class_names)})."
-            )
+        check_classes(self.focus, self.class_names)
         labelled = {split: self._labelled(split, *found) for split, found in rows.items()}
         if "val" not in labelled:
             texts, targets = labelled["train"]

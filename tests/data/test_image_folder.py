@@ -409,3 +409,29 @@ def test_a_folder_called_sample_comes_before_those(draw: Draw, tmp_path: Path, m
     data = small(Path("sample"))
     data.setup("fit")
     assert data.class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("focus", ["dog", ["dog"]])
+def test_the_focus_has_its_share_of_each_batch(draw: Draw, focus: str | list[str]) -> None:
+    data = small(draw(cat=30, dog=5, eel=30), focus=focus, focus_fraction=0.5, batch_size=8)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert len(batches) == 15
+    assert all(int((targets == 1).sum()) == 4 for _, targets in batches)
+    others = [
+        grey for images, targets in batches for grey, target in zip(greys(images), targets, strict=True) if target != 1
+    ]
+    assert sorted(others) == [*range(30), *range(80, 110)]
+
+
+@pytest.mark.parametrize(
+    ("focus", "message"),
+    [
+        (["dgo"], r"focus=\['dgo'\]: 'dgo' is none of the classes \(cat, dog\)"),
+        (["cat", "dog"], "expected at least one class, and at least one other to mix in"),
+        ([], "expected at least one class"),
+    ],
+)
+def test_a_focus_that_can_not_be_is_refused_by_name(draw: Draw, focus: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(draw(cat=3, dog=3), focus=focus).setup("fit")

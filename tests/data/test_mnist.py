@@ -305,3 +305,10 @@ def test_augmentation_changes_training_images_a_little_and_no_others(tmp_path: P
     pairs = zip(plain["train"], augmented["train"], strict=True)
     alike = [torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] for a, b in pairs]
     assert torch.stack(alike).median() > 0.8
+
+
+def test_one_digit_needs_no_list() -> None:
+    data = ready(focus=9, eval_digits=3)
+    assert (data.focus, data.eval_digits) == ([9], [3])
+    with pytest.raises(ValueError, match="12 is not a digit"):
+        MNISTDataModule(digits=12)
