@@ -1,11 +1,15 @@
 """LoRA for PyTorch Lightning: fine-tune any model with a few thousand parameters, and see class by class what that changed."""
 
-from lora_lightning import lora
-from lora_lightning.callbacks import ConfusionReport, FeatureCache, LoRAFinetuning, PredictionWriter
-from lora_lightning.data import ImageFolderDataModule, MNISTDataModule, TextDataModule
-from lora_lightning.lora import LoRAConfig
-from lora_lightning.models import Classifier, RichBoyNet, image_backbone, text_backbone
-from lora_lightning.peft_format import load_adapter, save_adapter
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_lightning import lora
+    from lora_lightning.callbacks import ConfusionReport, FeatureCache, LoRAFinetuning, PredictionWriter
+    from lora_lightning.data import ImageFolderDataModule, MNISTDataModule, TextDataModule
+    from lora_lightning.lora import LoRAConfig
+    from lora_lightning.models import Classifier, RichBoyNet, image_backbone, text_backbone
+    from lora_lightning.peft_format import load_adapter, save_adapter
 
 __version__ = "0.1.0"
 
@@ -26,3 +30,25 @@ __all__ = [
     "save_adapter",
     "text_backbone",
 ]
+
+_PACKAGES = {
+    "callbacks": ("ConfusionReport", "FeatureCache", "LoRAFinetuning", "PredictionWriter"),
+    "data": ("ImageFolderDataModule", "MNISTDataModule", "TextDataModule"),
+    "lora": ("LoRAConfig",),
+    "models": ("Classifier", "RichBoyNet", "image_backbone", "text_backbone"),
+    "peft_format": ("load_adapter", "save_adapter"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: `lora_lightning.lora` needs PyTorch alone, and `--version` not even that."""
+    if name == "lora":
+        return import_module("lora_lightning.lora")
+    for package, names in _PACKAGES.items():
+        if name in names:
+            return getattr(import_module(f"lora_lightning.{package}"), name)
+    raise AttributeError(f"module 'lora_lightning' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

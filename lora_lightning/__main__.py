@@ -2,6 +2,6 @@
 
 import sys
 
-from lora_lightning.cli.main import main
+from lora_lightning.cli.start import main
 
 sys.exit(main())

@@ -205,7 +205,7 @@ def test_ctrl_c_ends_it_with_a_line_and_a_code(workspace: Path) -> None:
     )
     deadline = time.monotonic() + 300
     try:
-        while not list(Path("logs").rglob("adapted/events*")):
+        while not list(Path("logs").rglob("candidates/*/events*")):
             assert time.monotonic() < deadline, "it has not come to its second training in five minutes"
             time.sleep(0.2)
         time.sleep(1)

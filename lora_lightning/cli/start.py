@@ -1,0 +1,47 @@
+"""Starts the command line: answers what needs no PyTorch, and imports the rest only for a command."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+
+from lora_lightning import __version__
+
+COMMANDS = {
+    "fit": "train, or go on with --ckpt_path last",
+    "validate": "evaluate on validation data",
+    "test": "evaluate on test data, with the confusion of base and adapted",
+    "predict": "predict, with --adapter for a folder of adapters, or none",
+    "merge": "fold adapters into a plain checkpoint, and into an ONNX file",
+    "repair": "find the digit of MNIST that a model is poor at, repair it, and say whether it is repaired",
+}
+_USAGE = "usage: lora-lightning <command> [options]     lora-lightning <command> --help     lora-lightning --version"
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        args: The words after `lora-lightning`; by default those of this process.
+
+    Returns:
+        The exit code: 2 for an unknown command, else that of `lora_lightning.cli.main.main`.
+    """
+    words = sys.argv[1:] if args is None else args
+    first = words[0] if words else "--help"
+    if first == "--version":
+        print(f"lora-lightning {__version__}")
+        return 0
+    if first in ("-h", "--help"):
+        print(f"{_USAGE}\n\nFine-tune any Lightning model with LoRA, and see class by class what that changed.\n")
+        for command, what in COMMANDS.items():
+            print(f"  {command:<10}{what}")
+        return 0
+    if not first.startswith("-") and first not in COMMANDS:
+        close = difflib.get_close_matches(first, COMMANDS, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Expected one of {', '.join(COMMANDS)}."
+        print(f"lora-lightning: error: there is no command {first!r}. {hint}", file=sys.stderr)
+        return 2
+    from lora_lightning.cli.main import main as run
+
+    return run(args)
