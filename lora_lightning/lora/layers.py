@@ -176,7 +176,8 @@ def _effective(name: str) -> property:
 
 def dense(weight: Tensor) -> Tensor:
     """Return `weight`, dequantized if it is one of torchao's quantized tensors."""
-    return weight.dequantize() if type(weight).__module__.startswith("torchao.") else weight
+    plain = type(weight) in (Tensor, nn.Parameter) or not type(weight).__module__.startswith("torchao.")
+    return weight if plain else weight.dequantize()
 
 
 def full_precision(tensor: Tensor) -> Any:

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lora_lightning.lora.config import LoRAConfig, Names
 from lora_lightning.lora.freeze import FrozenStatistics, freeze, unfreeze_statistics
-from lora_lightning.lora.layers import LAYERS, LoRALayer, compose, mixins_of
+from lora_lightning.lora.layers import LAYERS, LoRALayer, compose, dense, mixins_of
 
 # What `name`, `bypass` and `modules_to_save` ask for, and what "all" leaves out, from the files beside the core.
 EXTENSIONS: dict[str, Callable[..., Any]] = {}
@@ -142,8 +142,7 @@ def _refusal(each: AdaptedWeight, config: LoRAConfig) -> str | None:
         return "computes its weight from other parameters (as pruning and weight normalization do): make that permanent"
     if is_lazy(weight):
         return "has no weight yet: run a batch through the model"
-    plain = not each.kind.lora_is_packed and type(weight) in (Tensor, nn.Parameter)
-    if (plain and weight.itemsize < 2) or not (each.kind.lora_is_packed or weight.is_floating_point()):
+    if not each.kind.lora_is_packed and (not weight.is_floating_point() or dense(weight).itemsize < 2):
         return f"has a weight of {weight.dtype}: expected float16 or above, or one quantized by torchao or bitsandbytes"
     if weight.dim() < 2:
         return f"is of shape {tuple(weight.shape)}: expected two or more dimensions"
