@@ -1,4 +1,4 @@
-"""What a model answers on one split of the data, and what that says about the classes in focus."""
+"""Keeps what a model answers on one split of the data, and counts its errors on the classes in focus."""
 
 from __future__ import annotations
 

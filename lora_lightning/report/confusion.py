@@ -1,4 +1,4 @@
-"""What a confusion matrix says, class by class."""
+"""Reads a confusion matrix class by class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 SHOWN_CLASSES = 20
-"""Of more classes, tables, figures and scalars show the worst only; the files have all."""
+"""Limits how many classes tables, figures and scalars show: of more, the worst. The files have all."""
 _DENSE_CLASSES = 100
 
 

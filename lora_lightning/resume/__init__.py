@@ -1,4 +1,4 @@
-"""What makes a stopped run go on bitwise: random states, data loaders, checkpoint files."""
+"""Makes a stopped run go on bitwise: random states, data loaders, checkpoint files."""
 
 from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO, NotFiniteError
 from lora_lightning.resume.atomic_checkpoint import AtomicCheckpointIO
