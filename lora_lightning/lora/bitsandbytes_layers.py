@@ -51,7 +51,8 @@ class LoRABitsandbytesLinear(LoRALinear):
             state = getattr(packed, "quant_state", layer.quant_state)
             return cast(Tensor, functional.dequantize_4bit(packed.data, state))
         scales = layer.state.SCB if layer.state.SCB is not None else cast(Any, weight).SCB
-        return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scales))
+        # The scales stay on the device that computed with them last, when the module moves to another.
+        return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device)))
 
     def lora_from_matrix(self, matrix: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
         return matrix

@@ -22,10 +22,12 @@ class FusedLoRALinear(LoRALinear):
         weight = cast(Tensor, parameters["weight"])
         bias = parameters["bias"] if "bias" in parameters else cast("Tensor | None", self.bias)
         a, b = self.lora_factors()
+        if a.dtype != input.dtype:
+            a, b = a.to(input.dtype), b.to(input.dtype)
         if _applies(input, weight, bias, a, b):
             return cast(Tensor, _Fused.apply(input, weight, bias, a, b, self.lora_scaling))
         y = F.linear(input, weight, bias)
-        low = F.linear(input.to(a.dtype), a)
+        low = F.linear(input, a)
         if torch.is_grad_enabled() or not y.dtype == low.dtype == b.dtype:
             return y + (F.linear(low, b) * self.lora_scaling).to(y.dtype)
         return _add_product(y, low, b, self.lora_scaling)
@@ -80,7 +82,7 @@ def _applies(input: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
         and b.requires_grad
         and not weight.requires_grad
         and not (bias is not None and bias.requires_grad)
-        and input.dtype == weight.dtype == a.dtype
+        and input.dtype == weight.dtype
         and type(input) in _PLAIN
         and type(weight) in _PLAIN
         and not torch._C._is_any_autocast_enabled()

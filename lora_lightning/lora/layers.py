@@ -92,10 +92,10 @@ class LoRALayer(nn.Module):
         return cast(Tensor, (base.to(delta.dtype) + delta).to(base.dtype))
 
     def lora_change(self, input: Tensor) -> Tensor:
-        """Return s B A dropout(x)."""
+        """Return s B A dropout(x), computed in the dtype of x."""
         a, b = self.lora_factors()
-        if input.is_floating_point():
-            input = input.to(a.dtype)
+        if input.is_floating_point():  # A and B are small: casting them is cheaper than casting x
+            a, b = a.to(input.dtype), b.to(input.dtype)
             if self.lora_dropout and self.training:
                 input = F.dropout(input, self.lora_dropout)
         change = self.lora_path(input, a, b)

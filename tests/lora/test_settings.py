@@ -105,6 +105,17 @@ def test_a_base_in_bfloat16_under_float32_adapters(config: LoRAConfig, x: Tensor
     assert base_fingerprint(net) == digest
 
 
+def test_training_over_a_bfloat16_base_keeps_no_float32_copy_of_activations() -> None:
+    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).bfloat16()
+    attach(net, LoRAConfig(rank=2))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+        net(torch.randn(64, 16).bfloat16()).float().square().sum().backward()
+    activations = [each for each in kept if each.dim() == 2 and len(each) == 64 and each.shape[1] == 16]
+    assert activations
+    assert {each.dtype for each in activations} == {torch.bfloat16}
+
+
 def test_channels_last(net: nn.Module, x: Tensor) -> None:
     y = net.eval()(x)
     net.to(memory_format=torch.channels_last)
