@@ -1,0 +1,221 @@
+"""Training steps on a GPU: `python -m tests.benchmarks.cuda`, of an MLP, two vision transformers and a language model.
+
+All methods have PyTorch's fused AdamW, and bfloat16 weights but for the MLP. PEFT's adapters are in float32, as ours are, or in the
+dtype of the base (`autocast_adapter_dtype=False`). The floor is the forward pass and the gradients of the inputs through the frozen network, with
+neither adapters nor optimizer. The methods take turns; times are medians by CUDA events, and a ratio is the median of the ratios
+within the same turn. Memory is the peak that a method allocates by itself: weights, optimizer and activations. Utilisation counts
+the multiplications that a method cannot do without (three forward passes' worth for full training, two for adapters) against the
+card's peak for dense bfloat16.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich import get_console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from lora_lightning import RichBoyNet
+from tests.benchmarks.steps import Step, attached
+
+TURNS, RANK, WARM_UP = 10, 8, 3
+PEAK = 989e12  # H100 and H200 SXM, dense bfloat16
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def run(names: list[str] | None = None, compiled: bool = True) -> tuple[Table, Any]:
+    """Measure the networks of these names, or all."""
+    table = Table(
+        title=f"A training step on {torch.cuda.get_device_name()}, PyTorch {torch.__version__}", title_justify="left"
+    )
+    for column in ("network", "method", "ms", "a second", "peak GB", "MFU %", "x floor", "x PEFT", "x in base's"):
+        table.add_column(column, justify="left" if column in ("network", "method") else "right")
+    numbers: dict[str, Any] = {}
+    for name, (make, compiles) in NETWORKS.items():
+        if names and name not in names:
+            continue
+        torch.manual_seed(0)
+        net, inputs, targets, loss, units, what = make()
+        measured = _measure(net.cuda(), inputs.cuda(), targets.cuda(), loss, compiles and compiled)
+        numbers[name] = measured
+        for method, found in measured.items():
+            table.add_row(
+                name,
+                method,
+                f"{found['milliseconds']:.2f}",
+                f"{units / found['milliseconds'] * 1e3:,.0f} {what}",
+                f"{found['peak'] / 1e9:.2f}",
+                f"{100 * found['flops'] / (found['milliseconds'] / 1e3) / PEAK:.0f}",
+                f"{found['x floor']:.2f}",
+                f"{found['x PEFT']:.2f}",
+                f"{found['x in base']:.2f}",
+            )
+        torch.cuda.empty_cache()
+    return table, numbers
+
+
+def _measure(
+    net: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, compiled: bool
+) -> dict[str, dict[str, float]]:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(inputs)
+    forward = counter.get_total_flops()
+    methods: dict[str, tuple[Callable[[], Step], int]] = {
+        "full": (lambda: _training(copy.deepcopy(net), inputs, targets, loss), 3),
+        "PEFT": (lambda: _training(_with_peft(copy.deepcopy(net)), inputs, targets, loss), 2),
+        "PEFT, base's dtype": (lambda: _training(_with_peft(copy.deepcopy(net), False), inputs, targets, loss), 2),
+        "ours": (lambda: _training(_with_ours(copy.deepcopy(net)), inputs, targets, loss), 2),
+        "floor": (lambda: _floor(copy.deepcopy(net), inputs, targets, loss), 2),
+    }
+    if compiled:
+        methods["full, compiled"] = (lambda: _training(torch.compile(copy.deepcopy(net)), inputs, targets, loss), 3)
+        methods["ours, compiled"] = (
+            lambda: _training(torch.compile(_with_ours(copy.deepcopy(net))), inputs, targets, loss),
+            2,
+        )
+        methods["floor, compiled"] = (lambda: _floor(torch.compile(copy.deepcopy(net)), inputs, targets, loss), 2)
+    steps: dict[str, Step] = {}
+    found: dict[str, dict[str, float]] = {}
+    for name, (make, passes) in methods.items():
+        before = torch.cuda.memory_allocated()
+        step = steps[name] = make()
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(WARM_UP):
+            step()
+        torch.cuda.synchronize()
+        found[name] = {"peak": torch.cuda.max_memory_allocated() - before, "flops": passes * forward}
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(TURNS):
+        order = list(steps)
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            taken[name].append(_milliseconds(steps[name]))
+    for name, times in taken.items():
+        floor = taken["floor, compiled" if name.endswith("compiled") else "floor"]
+        found[name]["milliseconds"] = statistics.median(times)
+        for key, other in {"x floor": floor, "x PEFT": taken["PEFT"], "x in base": taken["PEFT, base's dtype"]}.items():
+            found[name][key] = statistics.median(a / b for a, b in zip(times, other, strict=True))
+    return found
+
+
+def _milliseconds(step: Step, repeats: int = 5) -> float:
+    """Return the time of one step, of `repeats` after one that is not counted."""
+    step()
+    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    began.record()
+    for _ in range(repeats):
+        step()
+    ended.record()
+    torch.cuda.synchronize()
+    return float(began.elapsed_time(ended)) / repeats
+
+
+def _training(net: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -> Step:
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    net.train()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(net, inputs, targets).backward()
+        optimizer.step()
+
+    return step
+
+
+def _floor(net: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -> Step:
+    net.requires_grad_(False).train()
+    inputs = inputs.clone().requires_grad_()
+
+    def step() -> None:
+        inputs.grad = None
+        loss(net, inputs, targets).backward()
+
+    return step
+
+
+def _targets(net: nn.Module) -> list[str]:
+    """Return the names of all linear layers; of the transformers but the head."""
+    names = [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
+    return names if isinstance(net, RichBoyNet) else [name for name in names if "head" not in name]
+
+
+def _with_ours(net: nn.Module) -> nn.Module:
+    return attached(net, RANK, _targets(net))
+
+
+def _with_peft(net: nn.Module, in_float32: bool = True) -> nn.Module:
+    import peft
+
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=_targets(net))
+    return peft.get_peft_model(net, config, autocast_adapter_dtype=in_float32)
+
+
+class _Decoder(nn.Module):
+    """A Llama of the transformers library from hidden states to logits, so that its floor has an input to differentiate."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        import transformers
+
+        config = transformers.LlamaConfig(
+            vocab_size=32000,
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=layers,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+        )
+        self.llama = transformers.LlamaModel._from_config(config, dtype=torch.bfloat16)
+        self.lm_head = nn.Linear(2048, 32000, bias=False, dtype=torch.bfloat16)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return logits of shape (B, T, V) from states of shape (B, T, H)."""
+        return self.lm_head(self.llama(inputs_embeds=states, use_cache=False).last_hidden_state)
+
+
+def _classes(net: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(net(inputs).float(), targets)
+
+
+def _tokens(net: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(net(inputs).flatten(0, 1).float(), targets.flatten())
+
+
+def _mlp(batch: int) -> Any:
+    return RichBoyNet(), torch.randn(batch, 1, 28, 28), torch.randint(10, (batch,)), _classes, batch, "images"
+
+
+def _vit(name: str, batch: int) -> Any:
+    import timm
+
+    net = timm.create_model(name).bfloat16()
+    images = torch.randn(batch, 3, 224, 224, dtype=torch.bfloat16)
+    return net, images, torch.randint(1000, (batch,)), _classes, batch, "images"
+
+
+def _llama() -> Any:
+    states = torch.randn(1, 2048, 2048, dtype=torch.bfloat16)
+    return _Decoder(22), states, torch.randint(32000, (1, 2048)), _tokens, 2048, "tokens"
+
+
+# What makes each, and whether it is compiled too.
+NETWORKS: dict[str, tuple[Callable[[], Any], bool]] = {
+    "RichBoyNet, batch 64": (lambda: _mlp(64), True),
+    "ViT-B/16, batch 32": (lambda: _vit("vit_base_patch16_224", 32), True),
+    "ViT-B/16, batch 128": (lambda: _vit("vit_base_patch16_224", 128), False),
+    "ViT-L/16, batch 32": (lambda: _vit("vit_large_patch16_224", 32), False),
+    "ViT-L/16, batch 128": (lambda: _vit("vit_large_patch16_224", 128), False),
+    "Llama 1.1 B, 2,048 tokens": (_llama, True),
+}
+
+
+if __name__ == "__main__":
+    get_console().print(run(sys.argv[1:])[0])
