@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from lightning.pytorch import Trainer
 from torch import nn
 
 from lora_lightning.lora import adapted_weights, adapter_parameters
@@ -33,3 +36,11 @@ def trained_parameters(adapted: nn.Module) -> str:
     trained = sum(parameter.numel() for parameter in adapter_parameters(adapted))
     total = sum(parameter.numel() for parameter in adapted.parameters())
     return f"{trained:,} of {total:,} parameters, {trained / (total - trained):.3%} of the base"
+
+
+def validation_metrics(trainer: Trainer) -> dict[str, float]:
+    """Return what the last validation logged, by its names without `val/` or `val_`; not what it logged of each class."""
+    found = {
+        name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(("val/", "val_"))
+    }
+    return {name[4:]: value for name, value in found.items() if "/" not in name[4:] and math.isfinite(value)}

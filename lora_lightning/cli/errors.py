@@ -5,19 +5,28 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
+_NO_NAME = '"<unicode string>"'
 _UNION = "Does not validate against any of the Union subtypes"
 
 
-def explain(error: BaseException) -> str:
+def explain(error: BaseException, words: Sequence[str] = ()) -> str:
     """Return the message of the error that matters, on one line.
 
     jsonargparse wraps what it finds in one error a level of the configuration, each of which repeats all others and
     the whole configuration: the first one below that says more than "none of these types" is the one to read.
+
+    Args:
+        error: What a command raised.
+        words: The words of the command line, which name the configuration files.
     """
     found: BaseException | None = error
     key = ""
@@ -33,7 +42,36 @@ def explain(error: BaseException) -> str:
     if text.startswith("Expected"):
         text = key + text
     text = re.sub(rf"{_UNION}.*?Errors: - (.*?) - Expected a <class 'NoneType'>.*", r"\1", text)
-    return text + _accepted_options(text)
+    return _with_file(_with_settings(text + _accepted_options(text)), words)
+
+
+def _with_settings(text: str) -> str:
+    """Name the setting that asked for what is not there, and what makes it."""
+    if match := re.search(r"`(\w+)Accelerator` can not run on your system.*: (\[.*\])", text):
+        kind = match[1].lower()
+        return (
+            f"trainer.accelerator={kind}: PyTorch sees no such device here. Leave the option out to use what there is, or say "
+            f"--trainer.accelerator cpu (available: {match[2]})."
+        )
+    if match := re.match(r"(logs/(\w+)) (does not exist|holds no checkpoint)", text):
+        config = Path("configs") / f"{match[2]}.yaml"
+        if config.is_file():
+            text += f" `lora-lightning fit --config {config}` makes it; base_checkpoint and --ckpt_path name another."
+    return text
+
+
+def _with_file(text: str, words: Sequence[str]) -> str:
+    """Name the configuration file that the YAML library could not read."""
+    if _NO_NAME not in text:
+        return text
+    for before, word in pairwise(["", *words]):
+        name = word.partition("=")[2] if word.startswith(("--config=", "-c=")) else word
+        if name is not word or before in ("--config", "-c"):
+            try:
+                yaml.safe_load(Path(name).read_text())
+            except yaml.YAMLError:
+                return text.replace(_NO_NAME, name)
+    return text
 
 
 def _accepted_options(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -13,16 +14,18 @@ from typing import Any
 from jsonargparse import Namespace, auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lora_lightning.callbacks import PredictionWriter
+from lora_lightning.cli.closing import show_closing
 from lora_lightning.cli.cpu import tune_for_cpu
 from lora_lightning.cli.errors import explain, named_class
 from lora_lightning.cli.merge import merge_checkpoint
+from lora_lightning.cli.progress_lines import ProgressLines
 from lora_lightning.resume.atomic_checkpoint import write_atomically
 from lora_lightning.resume.checkpoints import (
     check_file,
@@ -50,6 +53,7 @@ _NOISE = (
     # Lightning 2.6.6 under PyTorch 2.15; nothing that a user could change.
     ".*isinstance\\(treespec, LeafSpec\\).*",
 )
+_ADVERTISEMENT = "litlogger"
 _DESCRIPTION = (
     "Train a classifier, fine-tune it with LoRA, and see class by class what that changed. "
     "Two more commands have a help of their own: 'lora-lightning merge --help' (fold adapters into a plain checkpoint) and "
@@ -93,8 +97,24 @@ class LoRALightningCLI(LightningCLI):
         settings: Namespace = self.config.get(str(self.config.get("subcommand")), self.config)
         return settings
 
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        # What `verbose` prints comes rounded at the end of the run.
+        commands = LightningCLI.subcommands()
+        return commands | {name: commands[name] | {"verbose"} for name in ("validate", "test")}
+
+    def validate(self, *args: Any, **options: Any) -> None:
+        """Run the trainer's `validate` without its table of metrics, which the end of the run shows rounded."""
+        self.trainer.validate(*args, **options | {"verbose": False})
+
+    def test(self, *args: Any, **options: Any) -> None:
+        """Run the trainer's `test` without its table of metrics, which the end of the run shows rounded."""
+        self.trainer.test(*args, **options | {"verbose": False})
+
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"trainer.enable_model_summary": False})  # it counts no FLOPs without an example input
         parser.add_argument("--adapter", type=str | None, help=_ADAPTER_HELP)
         if self.with_options_of_merge:
             parser.add_function_arguments(merge_checkpoint, skip={"trainer", "model", "datamodule"})
@@ -130,7 +150,13 @@ class LoRALightningCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        trainer = super().instantiate_trainer(**kwargs)
+        configured = self.config_init.get(str(self.config.get("subcommand")), self.config_init).trainer
+        listed = configured.callbacks or []
+        each = list(listed) if isinstance(listed, list) else [listed]
+        if configured.enable_progress_bar is not False and not sys.stdout.isatty():
+            each = [*(callback for callback in each if not isinstance(callback, ProgressBar)), ProgressLines()]
+        summary = configured.enable_model_summary or any(isinstance(callback, ModelSummary) for callback in each)
+        trainer = super().instantiate_trainer(**{"callbacks": each, "enable_model_summary": summary} | kwargs)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         if self.subcommand == "fit":
             callbacks[:0] = [StopAfterBatch(), StartedFrom()]
@@ -172,6 +198,10 @@ class LoRALightningCLI(LightningCLI):
             rank_zero_info(f"Checkpoint: {settings.ckpt_path}")
 
 
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return _ADVERTISEMENT not in str(record.msg)
+
+
 def _is_local_file(path: Any) -> bool:
     return path is not None and path not in _KEYWORDS and "://" not in str(path)
 
@@ -202,12 +232,13 @@ def main(args: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # progress bars and tables have characters that not every encoding has
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     try:
         return _run(words, args)
     except (ArgumentError, ValueError, OSError, RuntimeError, MisconfigurationException) as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        print(f"lora-lightning: error: {explain(error)}", file=sys.stderr)
+        print(f"lora-lightning: error: {explain(error, words)}", file=sys.stderr)
         print(f"(--help lists what can be said; {DEBUG_VARIABLE}=1 shows the traceback.)", file=sys.stderr)
         return 2 if isinstance(error, ArgumentError) else 1
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -232,5 +263,6 @@ def _run(words: list[str], args: list[str] | None) -> int:
         options = {key: cli.config_init[key] for key in ("ckpt_path", "output", "onnx")}
         merge_checkpoint(cli.trainer, cli.model, cli.datamodule, **options)
         return 0
-    LoRALightningCLI(args)
+    cli = LoRALightningCLI(args)
+    show_closing(cli.trainer, words[0], words)
     return 0

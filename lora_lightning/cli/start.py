@@ -25,7 +25,7 @@ def main(args: list[str] | None = None) -> int:
         args: The words after `lora-lightning`; by default those of this process.
 
     Returns:
-        The exit code: 2 for an unknown command, else that of `lora_lightning.cli.main.main`.
+        The exit code: 1 if interrupted before the command begins, 2 for an unknown command, else that of `lora_lightning.cli.main.main`.
     """
     words = sys.argv[1:] if args is None else args
     first = words[0] if words else "--help"
@@ -42,6 +42,9 @@ def main(args: list[str] | None = None) -> int:
         hint = f"Did you mean {close[0]!r}?" if close else f"Expected one of {', '.join(COMMANDS)}."
         print(f"lora-lightning: error: there is no command {first!r}. {hint}", file=sys.stderr)
         return 2
-    from lora_lightning.cli.main import main as run
-
+    try:
+        from lora_lightning.cli.main import main as run
+    except KeyboardInterrupt:
+        print("lora-lightning: interrupted before it began.", file=sys.stderr)
+        return 1
     return run(args)

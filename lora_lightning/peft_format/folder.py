@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,11 @@ from lora_lightning.peft_format.mapping import (
     exported,
     unknown_to_peft,
 )
+from lora_lightning.peft_format.model_card import CARD_NAME, model_card
 
 
 def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write the adapters of `module` to `folder`, in PEFT's format, and modules trained in full with them.
+    """Write the adapters of `module` to `folder`, in PEFT's format with a model card, and modules trained in full with them.
 
     Adapters made by PiSSA are written as the difference that they make to the base as it is, of twice their rank. Where an
     adapter sits in a layer that PEFT does not know, or gets wrong, `peft_type` says `LORA_LIGHTNING`, and PEFT refuses it.
@@ -67,12 +69,19 @@ class AdapterFolder:
     """Holds what an adapter folder of `module` has. It is a copy: the module may change before it is written.
 
     What is distributed over processes is gathered: all of them have to make one, and one of them writes it.
+
+    Args:
+        module: A module that `attach` was called with.
+        data: Name of the data that `metrics` were measured on, for the folder's README.md.
+        metrics: Figures for that file, by their names.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, data: str | None = None, metrics: Mapping[str, float] | None = None) -> None:
         module = unwrapped(module)
         attachment_of(module)
-        self._files = describe(module), exported(module), base_metadata(module)
+        description, tensors = describe(module), exported(module)
+        self._files = description, tensors, base_metadata(module)
+        self._card = model_card(description, sum(each.numel() for each in tensors.values()), data, metrics)
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write the folder, as `save_adapter` does."""
@@ -83,6 +92,8 @@ class AdapterFolder:
                     f"{folder / name} exists: it is not overwritten. Choose another folder, or remove the adapter there."
                 )
         write_files(folder, *self._files)
+        if not (folder / CARD_NAME).exists():
+            (folder / CARD_NAME).write_text(self._card, encoding="utf-8")
 
 
 def load_adapter(

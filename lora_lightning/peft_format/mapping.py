@@ -27,6 +27,7 @@ from lora_lightning.lora.named_adapters import exactly
 from lora_lightning.lora.sharding import full
 from lora_lightning.lora.transformers_layers import LoRATransposedLinear
 from lora_lightning.lora.variants import magnitude_shape
+from lora_lightning.peft_format.model_card import base_name
 
 PEFT_TYPE = "LORA"
 OWN_TYPE = "LORA_LIGHTNING"
@@ -72,7 +73,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
     description: dict[str, Any] = {
         "peft_type": PEFT_TYPE,
         "auto_mapping": None,
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base_name(module),
         "task_type": None,
         "inference_mode": True,
         "r": rank,

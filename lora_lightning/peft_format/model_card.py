@@ -1,0 +1,61 @@
+"""The README.md of an adapter folder, in the form that the Hugging Face hub shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from torch import nn
+
+import lora_lightning
+from lora_lightning.lora import some_of
+
+CARD_NAME = "README.md"
+
+
+def base_name(module: nn.Module) -> str | None:
+    """Return the hub name or folder that the base came from, as models of the transformers library keep it."""
+    names = (getattr(each, "name_or_path", None) for each in module.modules())
+    return next((name for name in names if isinstance(name, str) and name), None)
+
+
+def model_card(
+    description: Mapping[str, Any], parameters: int, data: str | None = None, metrics: Mapping[str, float] | None = None
+) -> str:
+    """Return the text of a model card (https://huggingface.co/docs/hub/model-cards).
+
+    Args:
+        description: What `adapter_config.json` holds.
+        parameters: How many numbers the adapters have.
+        data: Name of the data that `metrics` were measured on.
+        metrics: Figures for the card's `model-index`, by their names.
+    """
+    own = description["peft_type"] != "LORA"
+    base = description["base_model_name_or_path"]
+    header: dict[str, Any] = {"library_name": "lora-lightning" if own else "peft", "tags": ["lora", "lightning"]}
+    if base:
+        header["base_model"] = base
+    if metrics:
+        results = {
+            "task": {"type": "other"},
+            "dataset": {"type": "other", "name": data or "unknown"},
+            "metrics": [{"type": name, "value": round(value, 6), "name": name} for name, value in metrics.items()],
+        }
+        header["model-index"] = [{"name": "adapter", "results": [results]}]
+    layers = description["target_modules"]
+    which = f"`{layers}`" if isinstance(layers, str) else some_of(f"`{name}`" for name in layers)
+    if own:
+        load = "from lora_lightning.peft_format import load_adapter\n\nload_adapter(base, folder)"
+    else:
+        load = "import peft\n\nmodel = peft.PeftModel.from_pretrained(base, folder)"
+    lines = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n",
+        f"# LoRA adapter{f' of {base}' if base else ''}\n",
+        f"- Rank {description['r']}, alpha {description['lora_alpha']:g}, {parameters:,} numbers.",
+        f"- Layers: {which or 'see `adapter_config.json`'}.",
+        *(f"- {name}: {value:.4g}" for name, value in (metrics or {}).items()),
+        f"- Written by lora-lightning {lora_lightning.__version__}.\n",
+        f"```python\n{load}\n```\n",
+    ]
+    return "\n".join(lines)

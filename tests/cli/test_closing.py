@@ -1,0 +1,124 @@
+"""What a command says at its end, while it runs into a file, and when it cannot begin."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_lightning.cli import progress_lines
+from tests.conftest import ROOT
+
+Run = Callable[..., tuple[int, str]]
+FIT = ("fit", "--config", "configs/pretrain.yaml", "--data.source", "sample", "--trainer.max_epochs", "1")
+
+
+def closing(text: str) -> dict[str, str]:
+    """The lines of the closing block by their names."""
+    names = ("val", "test", "folder", "files", "curves", "checkpoint", "adapter", "next")
+    lines = [line.partition(" ") for line in text.splitlines() if line.partition(" ")[0] in names]
+    return {name: rest.strip() for name, _, rest in lines}
+
+
+def test_a_run_ends_with_where_things_are_and_a_next_command_that_works(run: Run) -> None:
+    status, text = run(*FIT)
+    assert status == 0, text
+    end = closing(text)
+    assert Path(end["folder"]) == Path("logs/pretrain/version_0")
+    assert Path(end["checkpoint"]).is_file()
+    assert "accuracy" in end["val"]
+    assert "recall" not in end["val"]
+    command, *words = shlex.split(end["next"])
+    assert command == "lora-lightning"
+    status, text = run(*words)
+    assert status == 0, text
+    end = closing(text)
+    assert "accuracy 0." in end["test"]
+    files = [Path(end["folder"]) / name for name in end["files"].split(", ")]
+    assert {file.name for file in files} == {"confusion.json", "confusion.csv"}
+    assert all(file.is_file() for file in files)
+
+
+def test_a_run_of_adapters_names_their_folder(run: Run) -> None:
+    status, text = run(*FIT)
+    assert status == 0, text
+    status, text = run("fit", "--config", "configs/adapt.yaml", *FIT[3:])
+    assert status == 0, text
+    assert (Path(closing(text)["adapter"]) / "adapter_config.json").is_file()
+
+
+def test_nothing_is_advertised_printed_twice_or_zero(run: Run) -> None:
+    status, text = run(*FIT)
+    assert status == 0, text
+    for noise in ("litlogger", "FLOPs", "━"):
+        assert noise not in text
+    status, text = run("test", *FIT[1:5], "--ckpt_path", "logs/pretrain")
+    assert status == 0, text
+    assert "Test metric" not in text
+
+
+def test_a_summary_that_is_asked_for_is_shown(run: Run) -> None:
+    status, text = run(*FIT, "--trainer.enable_model_summary", "true")
+    assert status == 0, text
+    assert "RichBoyNet" in text
+
+
+def test_a_pipe_gets_lines_in_place_of_a_bar(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_lines, "_SECONDS", 0)
+    status, text = run(*FIT)
+    assert status == 0, text
+    assert "train: epoch 0, batch 1 of 29" in text
+    assert "train/loss" in text
+    status, text = run(*FIT, "--trainer.enable_progress_bar", "false")
+    assert status == 0, text
+    assert "train: epoch" not in text
+
+
+def test_a_base_that_is_not_there_is_told_with_the_command_that_makes_it(run: Run) -> None:
+    status, text = run("fit", "--config", "configs/adapt.yaml", "--data.source", "sample")
+    assert status == 1
+    assert "logs/pretrain does not exist" in text
+    assert "lora-lightning fit --config configs/pretrain.yaml" in text
+    assert "base_checkpoint" in text
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="Macs have another accelerator")
+def test_a_gpu_that_is_not_there_is_told_with_the_setting(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("lightning.fabric.accelerators.cuda.num_cuda_devices", lambda: 0)
+    status, text = run(*FIT, "--trainer.accelerator", "cuda")
+    assert status == 1
+    assert "trainer.accelerator=cuda" in text
+    assert "cpu" in text
+
+
+@pytest.mark.parametrize("option", ["--config", "-c", "--config="])
+def test_a_file_that_is_no_yaml_is_named_with_the_line(run: Run, option: str) -> None:
+    Path("good.yaml").write_text("seed_everything: 0\n")
+    Path("broken.yaml").write_text("trainer:\n  max_epochs: 1\n max_steps: 3\n")
+    words = [f"{option}broken.yaml"] if option.endswith("=") else [option, "broken.yaml"]
+    status, text = run("fit", "--config", "good.yaml", *words)
+    assert status == 2
+    assert "broken.yaml, line 3" in text
+    assert "unicode string" not in text
+
+
+def test_ctrl_c_while_it_imports_is_one_line() -> None:
+    code = (
+        "import sys; from lora_lightning.cli.start import main; print(1, flush=True); sys.exit(main(['fit', '--help']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(0.3)  # importing PyTorch takes longer than that
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (1, "lora-lightning: interrupted before it began.\n")
