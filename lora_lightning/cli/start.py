@@ -8,6 +8,7 @@ import sys
 from lora_lightning import __version__
 
 COMMANDS = {
+    "init": "write configurations to begin with, for MNIST, images, texts or a module of your own",
     "fit": "train, or go on with --ckpt_path last",
     "validate": "evaluate on validation data",
     "test": "evaluate on test data, with the confusion of base and adapted",
@@ -42,6 +43,10 @@ def main(args: list[str] | None = None) -> int:
         hint = f"Did you mean {close[0]!r}?" if close else f"Expected one of {', '.join(COMMANDS)}."
         print(f"lora-lightning: error: there is no command {first!r}. {hint}", file=sys.stderr)
         return 2
+    if first == "init":
+        from lora_lightning.cli.init import init
+
+        return init(words[1:])
     try:
         from lora_lightning.cli.main import main as run
     except KeyboardInterrupt:

@@ -52,7 +52,7 @@ _GRID = {
 }
 RATES = {
     "text": {"LoRA": 2e-3, "PEFT": 2e-3, "full fine-tuning": 2e-4, "last layer": 1e-2},
-    "ants_bees": {"LoRA": 2e-3, "full fine-tuning": 3e-4, "last layer": 3e-3},
+    "ants_bees": {"LoRA": 5e-3, "full fine-tuning": 1e-4, "last layer": 1e-3},
 }
 
 

@@ -23,8 +23,8 @@ DEV = (*SAMPLE, "--trainer.fast_dev_run", "true")
 CONFIGS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "configs").rglob("*.yaml")
-    # tests/test_goldfish.py, tests/data/test_text.py and tests/test_ants_bees.py run those, on images and texts
-    if "goldfish" not in path.name and path.name not in ("text.yaml", "ants_bees.yaml")
+    # tests/test_goldfish.py, tests/data/test_text.py, tests/test_ants_bees.py and tests/cli/test_init.py run those
+    if "goldfish" not in path.name and path.name not in ("text.yaml", "ants_bees.yaml", "own.yaml")
 )
 
 

@@ -36,7 +36,7 @@ def test_help_names_all_commands_without_pytorch(words: tuple[str, ...]) -> None
 
 @pytest.mark.parametrize(
     ("word", "hint"),
-    [("fitt", "there is no command 'fitt'. Did you mean 'fit'?"), ("go", "Expected one of fit, validate, test,")],
+    [("fitt", "there is no command 'fitt'. Did you mean 'fit'?"), ("go", "Expected one of init, fit, validate, test,")],
 )
 def test_an_unknown_command_is_answered_at_once(word: str, hint: str) -> None:
     code, text, imported = answer(word)
@@ -47,7 +47,7 @@ def test_an_unknown_command_is_answered_at_once(word: str, hint: str) -> None:
 def test_every_command_is_known_to_what_runs_it() -> None:
     from lora_lightning.cli.main import LoRALightningCLI
 
-    assert set(COMMANDS) == {*LoRALightningCLI.subcommands(), "merge", "repair"}
+    assert set(COMMANDS) == {*LoRALightningCLI.subcommands(), "init", "merge", "repair"}
 
 
 def test_the_lora_functions_need_pytorch_alone() -> None:

@@ -1,0 +1,47 @@
+"""Writes configurations to begin with, without importing PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parents[1]
+# In a wheel they lie in the package, in a clone of the repository beside it.
+_SHIPPED = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
+TOPICS = {
+    "mnist": ("pretrain a network on MNIST, adapt it to a digit", ("configs/pretrain.yaml", "configs/adapt.yaml")),
+    "images": ("adapt a network of torchvision to a folder of images", ("configs/goldfish_lora.yaml",)),
+    "text": ("adapt a model of the transformers library to labelled texts", ("configs/text.yaml",)),
+    "own": ("adapt a LightningModule of your own", ("configs/own.yaml", "own_module.py")),
+}
+
+
+def init(words: list[str]) -> int:
+    """Copy the files of a topic to the working directory, and print the commands that they are for.
+
+    Args:
+        words: The topic.
+
+    Returns:
+        The exit code: 0, or 2 if there is no such topic or one of the files is there already, which is then not touched.
+    """
+    if len(words) != 1 or words[0] not in TOPICS:
+        print("usage: lora-lightning init <topic>\n")
+        for topic, (what, _) in TOPICS.items():
+            print(f"  {topic:<10}{what}")
+        return 0 if words in ([], ["--help"], ["-h"]) else 2
+    _, names = TOPICS[words[0]]
+    if there := [name for name in names if Path(name).exists()]:
+        print(f"lora-lightning: error: {', '.join(there)} is there already and stays as it is.", file=sys.stderr)
+        return 2
+    commands: list[str] = []
+    for name in names:
+        source = _SHIPPED / ("examples" if name.endswith(".py") else ".") / name
+        Path(name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, name)
+        lines = source.read_text(encoding="utf-8").splitlines()
+        commands += [line[1:].strip() for line in lines if line.startswith("#   ")]
+    print(f"Written: {', '.join(names)}. Next:")
+    print("\n".join(f"  {command}" for command in commands))
+    return 0

@@ -1,0 +1,74 @@
+"""`lora-lightning init`: configurations to begin with."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_lightning.cli.init import TOPICS
+from lora_lightning.cli.start import main
+from tests.cli.test_start import answer
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_every_topic_writes_its_files_once_and_names_the_commands(
+    topic: str, empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", topic]) == 0
+    _, names = TOPICS[topic]
+    assert all(Path(name).is_file() for name in names)
+    printed = capsys.readouterr().out
+    for name in names:
+        if name.endswith(".yaml"):
+            assert f"fit  --config {name}" in printed.replace("fit     ", "fit  ").replace("fit --", "fit  --")
+    Path(names[0]).write_text("mine")
+    assert main(["init", topic]) == 2
+    assert names[0] in capsys.readouterr().err
+    assert Path(names[0]).read_text() == "mine"
+
+
+def test_the_topics_are_listed_without_pytorch() -> None:
+    for words, expected in (((), 0), (("--help",), 0), (("audio",), 2)):
+        code, text, imported = answer("init", *words)
+        assert (code, imported) == (expected, "[]")
+        assert all(f"\n  {topic}" in text for topic in TOPICS)
+
+
+def test_the_commands_for_a_module_of_one_s_own_run_as_they_are_printed(
+    empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", "own"]) == 0
+    commands = [line.strip() for line in capsys.readouterr().out.splitlines() if "lora_lightning" in line]
+    assert len(commands) == 2
+    for command in commands:
+        python, *words = shlex.split(command)
+        assert python == "python"
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "errors" in done.stdout
+    assert list(Path("logs/own").rglob("confusion.json"))
+
+
+def test_the_pair_for_mnist_runs(
+    empty: Path, run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (empty / "work").mkdir()
+    monkeypatch.chdir(empty / "work")
+    assert main(["init", "mnist"]) == 0
+    assert Path("configs/pretrain.yaml").read_text() == (ROOT / "configs/pretrain.yaml").read_text()
+    for name in ("pretrain", "adapt"):
+        words = ("--config", f"configs/{name}.yaml", "--data.source", "sample", "--trainer.max_steps", "29")
+        status, text = run("fit", *words)
+        assert status == 0, text
