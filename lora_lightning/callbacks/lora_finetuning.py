@@ -19,7 +19,7 @@ from lora_lightning.callbacks.frozen_base import FrozenBase
 from lora_lightning.callbacks.handover import Handover
 from lora_lightning.callbacks.late_layers import AfterLayers, convert_layers
 from lora_lightning.callbacks.relative_names import relative_names
-from lora_lightning.callbacks.summary import trained_parameters, validation_metrics, what_trains
+from lora_lightning.callbacks.summary import stage_metrics, trained_parameters, what_trains
 from lora_lightning.callbacks.training_checks import Finite, Untouched, check_optimizers, refuse_strategy
 from lora_lightning.lora import (
     LoRAConfig,
@@ -224,7 +224,7 @@ class LoRAFinetuning(Callback):
             self.adapter_folder = place if "://" in place else Path(place)
             data = type(trainer.datamodule).__name__ if trainer.datamodule else None  # type: ignore[attr-defined] # likewise
             # It gathers what is distributed, on all devices.
-            content = AdapterFolder(self._the_adapted, data, validation_metrics(trainer))
+            content = AdapterFolder(self._the_adapted, data, stage_metrics(trainer, "val"))
             if trainer.is_global_zero:
                 write_to(place, content.write)
         self._handover.put(trainer, self.adapted, self.adapter_folder)

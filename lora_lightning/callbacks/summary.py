@@ -38,9 +38,13 @@ def trained_parameters(adapted: nn.Module) -> str:
     return f"{trained:,} of {total:,} parameters, {trained / (total - trained):.3%} of the base"
 
 
-def validation_metrics(trainer: Trainer) -> dict[str, float]:
-    """Return what the last validation logged, by its names without `val/` or `val_`; not what it logged of each class."""
+def stage_metrics(trainer: Trainer, stage: str) -> dict[str, float]:
+    """Return what the last `"val"` or `"test"` logged, by its names without `val/` or `val_`; not what it logged of each class."""
     found = {
-        name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(("val/", "val_"))
+        name[len(stage) + 1 :]: float(value) for name, value in trainer.callback_metrics.items() if _is_of(stage, name)
     }
-    return {name[4:]: value for name, value in found.items() if "/" not in name[4:] and math.isfinite(value)}
+    return {name: value for name, value in found.items() if "/" not in name and math.isfinite(value)}
+
+
+def _is_of(stage: str, name: str) -> bool:
+    return name.startswith((f"{stage}/", f"{stage}_"))

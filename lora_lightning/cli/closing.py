@@ -9,10 +9,11 @@ from lightning.pytorch import Trainer
 from rich.markup import escape
 
 from lora_lightning.callbacks import LoRAFinetuning
+from lora_lightning.callbacks.summary import stage_metrics
 from lora_lightning.report.terminal import show
 
 _FILES = ("confusion*.json", "confusion*.csv", "predictions*.csv", "events.out.tfevents.*")
-_METRICS = {"fit": "val/", "validate": "val/", "test": "test/"}
+_STAGES = {"fit": "val", "validate": "val", "test": "test"}
 
 
 def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
@@ -25,8 +26,10 @@ def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
     """
     if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         return
-    lines = dict(_metrics(trainer, command))
-    folder = trainer.log_dir
+    folder = getattr(trainer.logger, "log_dir", None)  # that of the trainer would wait for all devices
+    lines: dict[str, str] = {}
+    if stage := _STAGES.get(command):
+        lines[stage] = ", ".join(f"{name} {value:.4g}" for name, value in stage_metrics(trainer, stage).items())
     if folder is not None and Path(folder).is_dir():
         lines["folder"] = folder
         found = [path.name for pattern in _FILES for path in sorted(Path(folder).glob(pattern))]
@@ -46,20 +49,11 @@ def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
             show(f"{name:<11}{escape(text)}", soft_wrap=True, highlight=False)
 
 
-def _metrics(trainer: Trainer, command: str) -> dict[str, str]:
-    """Return what the run logged for this stage, with four digits, as one line. What a class has of its own is in the report."""
-    prefix = _METRICS.get(command, "-")
-    found = {
-        name.removeprefix(prefix): each for name, each in trainer.callback_metrics.items() if name.startswith(prefix)
-    }
-    short = [f"{name} {float(value):.4g}" for name, value in found.items() if "/" not in name]
-    return {prefix.removesuffix("/"): ", ".join(short)}
-
-
 def _test_of(words: list[str], checkpoint: str) -> list[str]:
     """Return the command that tests what `fit` with these words trained."""
-    kept = ["lora-lightning", "test"]
-    rest = iter(words[1:])
+    kept = ["lora-lightning"]
+    first = words.index("fit") if "fit" in words else len(words)
+    rest = iter([*words[:first], "test", *words[first + 1 :]])
     for word in rest:
         if word == "--ckpt_path":
             next(rest, None)

@@ -68,9 +68,11 @@ def _with_file(text: str, words: Sequence[str]) -> str:
         name = word.partition("=")[2] if word.startswith(("--config=", "-c=")) else word
         if name is not word or before in ("--config", "-c"):
             try:
-                yaml.safe_load(Path(name).read_text())
+                yaml.safe_load(Path(name).read_text(encoding="utf-8"))
             except yaml.YAMLError:
                 return text.replace(_NO_NAME, name)
+            except (OSError, ValueError):
+                continue  # it is no file, but YAML itself
     return text
 
 

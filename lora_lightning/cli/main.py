@@ -264,5 +264,5 @@ def _run(words: list[str], args: list[str] | None) -> int:
         merge_checkpoint(cli.trainer, cli.model, cli.datamodule, **options)
         return 0
     cli = LoRALightningCLI(args)
-    show_closing(cli.trainer, words[0], words)
+    show_closing(cli.trainer, str(cli.subcommand), words)
     return 0
