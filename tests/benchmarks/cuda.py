@@ -31,7 +31,7 @@ PEAK = 989e12  # H100 and H200 SXM, dense bfloat16
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def run(names: list[str] | None = None, compiled: bool = True) -> tuple[Table, Any]:
+def run(names: list[str] | None = None) -> tuple[Table, Any]:
     """Measure the networks of these names, or all."""
     table = Table(
         title=f"A training step on {torch.cuda.get_device_name()}, PyTorch {torch.__version__}", title_justify="left"
@@ -44,7 +44,7 @@ def run(names: list[str] | None = None, compiled: bool = True) -> tuple[Table, A
             continue
         torch.manual_seed(0)
         net, inputs, targets, loss, units, what = make()
-        measured = _measure(net.cuda(), inputs.cuda(), targets.cuda(), loss, compiles and compiled)
+        measured = _measure(net.cuda(), inputs.cuda(), targets.cuda(), loss, compiles)
         numbers[name] = measured
         for method, found in measured.items():
             table.add_row(
