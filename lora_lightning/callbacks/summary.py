@@ -7,7 +7,8 @@ import math
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lora_lightning.lora import adapted_weights, adapter_parameters
+from lora_lightning.lora import AdaptedWeight, adapted_weights, adapter_parameters
+from lora_lightning.lora.experts import ExpertsParameter
 from lora_lightning.lora.merging import shared_memory
 
 
@@ -15,10 +16,9 @@ def what_trains(adapted: nn.Module) -> str:
     """Return one line for each adapter, a line for each adapted weight that another layer shares, and the sum."""
     lines = ["LoRA adapters on:"]
     for each in adapted_weights(adapted):
-        a, b = each.factors
         size = sum(value.numel() for key, value in each.adapter._parameters.items() if key.startswith("lora_"))
         lines.append(
-            f"  {each.name or type(adapted).__name__}: {a[0].numel()} -> {len(b)}, rank {each.rank}, scale "
+            f"  {each.name or type(adapted).__name__}: {_sizes(each)}, rank {each.rank}, scale "
             f"{each.adapter.lora_scaling:g}, {size:,} parameters"
         )
     memory = shared_memory(adapted)
@@ -29,6 +29,13 @@ def what_trains(adapted: nn.Module) -> str:
             )
     lines.append(f"Trained: {trained_parameters(adapted)}.")
     return "\n".join(lines)
+
+
+def _sizes(each: AdaptedWeight) -> str:
+    a, b = each.factors
+    if isinstance(each.adapter, ExpertsParameter):
+        return f"{a.shape[1]} experts of {a.shape[2]} -> {len(b)}"
+    return f"{a[0].numel()} -> {len(b)}"
 
 
 def trained_parameters(adapted: nn.Module) -> str:

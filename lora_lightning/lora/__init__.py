@@ -1,7 +1,7 @@
 """Low-rank adaptation in pure PyTorch.
 
 The core is `config.py`, `layers.py`, `freeze.py` and `model.py`. Every other file adds something to it: layers
-(`transformers_layers.py`, `weight_access.py`), variants (`variants.py`), a faster forward pass (`fused.py`), what `attach` can
+(`transformers_layers.py`, `weight_access.py`, `experts.py`), variants (`variants.py`), a faster forward pass (`fused.py`), what `attach` can
 be asked for (`bypass.py`, `modules_to_save.py`, `named_adapters.py`), and functions over adapted modules.
 """
 
@@ -10,6 +10,7 @@ from lora_lightning.lora import (  # noqa: F401
     bypass,
     convolution,
     embedding,
+    experts,
     fused,
     modules_to_save,
     transformers_layers,

@@ -26,7 +26,7 @@ class LoRAConfig:
             list of names, where `"linear1"` also matches `"backbone.linear1"`; or a regular expression for the full dotted name.
             One of several weights has a name too: `"lstm.weight_hh_l0"`.
         exclude_modules: Layers to leave out, written like `target_modules`.
-        target_parameters: Parameters to adapt by name in modules of any kind, written like `target_modules`.
+        target_parameters: Parameters of any module, written like `target_modules`; of three dimensions, one adapter for each expert.
         modules_to_save: Modules to train in full beside the adapters, such as a new head, written like `target_modules`.
         rank_pattern: Ranks that differ, by regular expressions for a dotted name or the end of it after a dot. The first match counts.
         alpha_pattern: Alphas that differ, written like `rank_pattern`.

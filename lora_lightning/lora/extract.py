@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.experts import ExpertsParameter
 from lora_lightning.lora.low_rank import low_rank_factors
 from lora_lightning.lora.model import adapted_weights, attach
 
@@ -48,7 +49,10 @@ def extract_adapter(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> di
     for each in adapted:
         adapter, weight, (a, b) = each.adapter, each.weight, each.factors
         change = after[each.key].to(a) - weight.detach().to(a.dtype)
-        best_a, best_b = low_rank_factors(adapter.lora_matrix(change), len(a))
+        if isinstance(adapter, ExpertsParameter):
+            best_a, best_b = adapter.lora_best_factors(change, len(a))
+        else:
+            best_a, best_b = low_rank_factors(adapter.lora_matrix(change), len(a))
         with torch.no_grad():
             a.copy_(best_a.view(a.shape))
             b.copy_(best_b.view(b.shape) / adapter.lora_scaling)

@@ -37,7 +37,7 @@ class LoRALayer(nn.Module):
     lora_is_packed = False  # whether the weight is stored as numbers of which only the layer makes W
     lora_dense: Any = staticmethod(lambda weight: dense(weight))  # gives W itself
     lora_shape: Any = classmethod(lambda cls, layer, w: cls.lora_matrix(torch.empty(w.shape, device="meta")).shape)
-    lora_find: Any = staticmethod(lambda layer, wanted: ["weight"])  # names the weights that can be adapted
+    lora_find: Any = classmethod(lambda cls, layer, wanted: {"weight": cls})  # the weights that can be adapted: how
     lora_refusal: Any = staticmethod(lambda layer, weight, config: None)  # says why this weight can't be adapted
     lora_scaling: float
     lora_dropout: float

@@ -91,8 +91,8 @@ def candidates(module: nn.Module, config: LoRAConfig) -> dict[str, AdaptedWeight
         kind, wanted = kind_of(layer), [key for key in parameters if by_name(f"{name}.{key}".lstrip("."))]
         if wanted and not kind.lora_is_inside:
             kind = LAYERS[nn.Module]
-        for key in kind.lora_find(layer, wanted) if wanted or kind is not LAYERS[nn.Module] else ():
-            each = AdaptedWeight(name, layer, key, kind)
+        for key, own in (kind.lora_find(layer, wanted) if wanted or kind is not LAYERS[nn.Module] else {}).items():
+            each = AdaptedWeight(name, layer, key, own)
             each.rank, found[each.name] = config.rank_of(*each.names), each
     return found
 

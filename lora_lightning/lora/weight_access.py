@@ -1,7 +1,7 @@
 """Adapts weights that a module computes with itself, without calling a layer: reading one gives the effective weight.
 
-`nn.MultiheadAttention` and `nn.LSTM` do so, subclasses of layers with a `forward` of their own, and any module whose
-parameters `target_parameters` names. The adapter is a module `lora_<parameter>` inside the reading one.
+`nn.MultiheadAttention` and `nn.LSTM` do so, and subclasses of layers with a `forward` of their own. The adapter is a module
+`lora_<parameter>` inside the reading one. `experts.py` adapts any other parameter by name in the same way.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class AdaptedParameter(LoRALayer):
     """Holds the mixins that the class of the reading module gets besides the properties."""
 
     @classmethod
-    def lora_find(cls, layer: nn.Module, wanted: list[str]) -> list[str]:
+    def lora_find(cls, layer: nn.Module, wanted: list[str]) -> dict[str, type[LoRALayer]]:
         if isinstance(layer, torch.jit.ScriptModule):  # compiled for good: its class can't be swapped
-            return []
+            return {}
         keys = [key for key, value in layer._parameters.items() if value is not None]
-        return [key for key in keys if key in wanted or key.startswith(cls.lora_weights)]
+        return {key: cls for key in keys if key in wanted or key.startswith(cls.lora_weights)}
 
     @classmethod
     def lora_place(cls, layer: nn.Module, parameter: str, variants: tuple[type, ...]) -> LoRALayer:
@@ -94,7 +94,6 @@ class CellWeight(AdaptedParameter):
 
 
 _KINDS: dict[Any, type[LoRALayer]] = {
-    nn.Module: AdaptedParameter,
     "own forward": OwnWeight,
     nn.MultiheadAttention: AttentionWeight,
     nn.RNNBase: RecurrentWeight,

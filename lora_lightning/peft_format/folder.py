@@ -25,6 +25,7 @@ from lora_lightning.lora.config import Names
 from lora_lightning.lora.model import EXTENSIONS, candidates, unwrapped
 from lora_lightning.lora.named_adapters import add_selected, bare
 from lora_lightning.peft_format.base_check import base_metadata, base_of, check_base
+from lora_lightning.peft_format.experts import experts_from_peft
 from lora_lightning.peft_format.files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -155,6 +156,8 @@ def _what_is_adapted(
     """Return the configuration in our terms, and the weights that it adapts; renames the tensors to our keys."""
     tensors = content.adapters
     with bare(module):
+        if description["peft_type"] != OWN_TYPE and (wanted := description.get("target_parameters")):
+            description = description | {"target_parameters": experts_from_peft(tensors, wanted, module)}
         modules = dict(module.named_modules())
         names: dict[str, None] = {}
         for key in list(tensors):
@@ -167,12 +170,12 @@ def _what_is_adapted(
                 names[f"{layer_name}.{last.removeprefix('lora_')}".lstrip(".")] = None
             else:
                 names[holder] = None
-        wanted = list(description.get("modules_to_save") or [])
+        saved_names = list(description.get("modules_to_save") or [])
         saved = {parent for key in content.saved for parent in parents_of(key)}
-        trained = [name for name in modules if name in saved and name.endswith(tuple(wanted))]
-        if wanted and not trained:
+        trained = [name for name in modules if name in saved and name.endswith(tuple(saved_names))]
+        if saved_names and not trained:
             raise ValueError(
-                f"The adapter in {folder} comes with modules_to_save={wanted}, none of which is in this {type(module).__name__}."
+                f"The adapter in {folder} comes with modules_to_save={saved_names}, none of which is in this {type(module).__name__}."
             )
         config = configuration(description, folder / CONFIG_NAME, module, list(names), trained)
         known = candidates(module, config)

@@ -27,6 +27,7 @@ from lora_lightning.lora.named_adapters import exactly
 from lora_lightning.lora.sharding import full
 from lora_lightning.lora.transformers_layers import LoRATransposedLinear
 from lora_lightning.lora.variants import magnitude_shape
+from lora_lightning.peft_format.experts import experts_to_peft, is_experts
 from lora_lightning.peft_format.model_card import base_name
 
 PEFT_TYPE = "LORA"
@@ -37,7 +38,6 @@ PREFIX = "base_model.model."
 # What another kind of adapter, or one with more parts than A and B, says in its configuration.
 _UNSUPPORTED = {
     "lora_bias": "a bias in the adapter",
-    "target_parameters": "parameters adapted by name",
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
@@ -79,7 +79,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": config.dropout,
-        "target_modules": _target_modules(module, [each.name for each in found]),
+        "target_modules": _target_modules(module, [each.name for each in found if not is_experts(each)]),
+        "target_parameters": [each.name for each in found if is_experts(each)] or None,
         "bias": "none",
         "fan_in_fan_out": any(isinstance(each.layer, LoRATransposedLinear) for each in found),
         "init_lora_weights": True,
@@ -118,7 +119,9 @@ def unknown_to_peft(module: nn.Module) -> list[str]:
     return [
         each.name
         for each in adapted_weights(module)
-        if not _known_to_peft(each) or each.name in read or each.name.rpartition(".")[2] in experts
+        if not _known_to_peft(each)
+        or each.name in read
+        or (each.name.rpartition(".")[2] in experts and not is_experts(each))
     ]
 
 
@@ -149,6 +152,8 @@ def _read_by_others(module: nn.Module) -> set[str]:
 
 def _known_to_peft(each: AdaptedWeight) -> bool:
     layer = each.layer
+    if is_experts(each):
+        return bool(each.layer_name)  # PEFT wraps the module that holds them, which can't be the whole one
     if each.kind.lora_is_inside or not each.parameter:
         return False
     return not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or conv_is_plain(layer)
@@ -176,7 +181,11 @@ def conv_is_plain(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
 def exported(module: nn.Module) -> dict[str, Tensor]:
     """Return the adapters' tensors by the format's keys; those of PiSSA as a difference, of twice the rank."""
     tensors: dict[str, Tensor] = {}
+    to_peft = not unknown_to_peft(module)
     for each in adapted_weights(module):
+        if to_peft and is_experts(each):
+            tensors |= experts_to_peft(each, PREFIX)
+            continue
         adapter = each.adapter
         parts = dict(zip(adapter.lora_names, adapter.lora_factors(), strict=True))
         if "lora_magnitude_vector" in adapter._parameters:
@@ -218,11 +227,7 @@ def check_method(description: dict[str, Any], where: object) -> None:
     kind = description.get("peft_type")
     if kind not in (PEFT_TYPE, OWN_TYPE):
         raise ValueError(f"{where} is of peft_type {kind!r}; expected 'LORA', the only kind that can be loaded here.")
-    unsupported = [
-        f"{key} ({what})"
-        for key, what in _UNSUPPORTED.items()
-        if description.get(key) and not (kind == OWN_TYPE and key == "target_parameters")
-    ]
+    unsupported = [f"{key} ({what})" for key, what in _UNSUPPORTED.items() if description.get(key)]
     if description.get("bias", "none") != "none":
         unsupported.append(f"bias={description['bias']!r}")
     if isinstance(init := description.get("init_lora_weights"), str) and init not in _ONLY_DRAWS_A:

@@ -45,9 +45,9 @@ _GRID = {
         "last layer": (1e-2, 3e-2),
     },
     "ants_bees": {
-        "LoRA": (1e-3, 2e-3, 5e-3),
-        "full fine-tuning": (1e-4, 3e-4, 1e-3),
-        "last layer": (1e-3, 3e-3, 1e-2),
+        "LoRA": (5e-4, 1e-3, 2e-3, 5e-3),
+        "full fine-tuning": (3e-5, 1e-4, 3e-4),
+        "last layer": (3e-4, 1e-3, 3e-3),
     },
 }
 RATES = {

@@ -186,7 +186,7 @@ class TestRefusals:
         ("entry", "message"),
         [
             ({"use_qalora": True}, "use_qalora .QALoRA."),
-            ({"target_parameters": ["head.weight"]}, "target_parameters .parameters adapted by name."),
+            ({"layer_replication": [[0, 2]]}, "layer_replication .replicated layers."),
             ({"bias": "all"}, "bias='all'"),
             ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' .may have changed the base."),
         ],
