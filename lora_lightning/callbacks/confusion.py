@@ -10,9 +10,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lora_lightning.callbacks.evaluation import data_parallel_group, decoder, warn_of_repeated_samples
 from lora_lightning.callbacks.recorded_calls import Call, RecordedCalls
+from lora_lightning.callbacks.run_files import RecordedMetrics, log_folder, write_results
 from lora_lightning.lora import adapter_parameters, disabled, is_adapted, some_of
-from lora_lightning.report import SHOWN_CLASSES, Confusion, Report, confusion_figures, report_table, show, write_report
+from lora_lightning.report import SHOWN_CLASSES, Confusion, Report, confusion_figures, report_table, show
+from lora_lightning.report.changes import Changes, Inputs, pairs_of_devices
 from lora_lightning.report.counts import Counts, sum_over_devices
 from lora_lightning.report.found import align, counted, described, find_targets
 from lora_lightning.report.loggers import log_figure
@@ -60,7 +63,9 @@ class ConfusionReport(Callback):
         self.reports: list[Report] = []
         self._counts: dict[tuple[int, bool], Counts] = {}
         """Holds the counts by number of the loader, and whether it is the base that is counted."""
+        self._changes: dict[int, Changes] = {}
         self._recorded: RecordedCalls | None = None
+        self._metrics = RecordedMetrics()
         self._warned: set[str] = set()
 
     @property
@@ -70,11 +75,11 @@ class ConfusionReport(Callback):
 
     @override
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._counts = {}
+        self._counts, self._changes = {}, {}
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._counts = {}
+        self._counts, self._changes = {}, {}
 
     @override
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -107,15 +112,36 @@ class ConfusionReport(Callback):
         self._stop_recording()
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._metrics = RecordedMetrics()
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        self._metrics.after_batch(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._metrics.after_epoch(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._metrics.after_epoch(trainer)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._metrics.write(trainer, pl_module)
+
+    @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish(trainer, "test", trainer.test_dataloaders)
+        self._finish(trainer, pl_module, "test", trainer.test_dataloaders)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
         if trainer.state.fn == "validate":
-            self._finish(trainer, "val", trainer.val_dataloaders)
+            self._finish(trainer, pl_module, "val", trainer.val_dataloaders)
             return
         for report in self._gathered(trainer, "val", trainer.val_dataloaders):
             recalls = zip(report.model.class_names, report.model.recall, strict=True)
@@ -163,6 +189,9 @@ class ConfusionReport(Callback):
             base = align(call.module(*call.args, **call.kwargs), find_targets(batch, self.target_key))
         assert base is not None
         self._update(trainer, loader, True, base[0][valid], targets[valid], samples)
+        inputs = Inputs(batch, valid.nonzero()[:, 0], decoder(trainer)) if len(targets) == samples else None
+        changes = self._changes.setdefault(loader, Changes())
+        changes.update(logits[valid], base[0][valid], targets[valid], inputs)
 
     def _find(
         self, pl_module: LightningModule, calls: list[Call], batch: Any
@@ -201,29 +230,29 @@ class ConfusionReport(Callback):
         key = loader, is_base
         if key not in self._counts:
             outputs = logits.shape[1] if logits.dim() > 1 else 1
-            self._counts[key] = Counts(outputs, logits.device, _data_parallel_group(trainer))
+            self._counts[key] = Counts(outputs, logits.device, data_parallel_group(trainer))
         self._counts[key].update(logits, targets)
         self._counts[key].samples += samples
 
-    def _finish(self, trainer: Trainer, stage: str, loaders: Any) -> None:
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str, loaders: Any) -> None:
         self.reports = self._gathered(trainer, stage, loaders)
-        log_dir = trainer.log_dir if trainer.loggers else None  # every device is asked for it
+        folder = log_folder(trainer)
         if not trainer.is_global_zero:
             return
-        fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+        if folder is not None and self.reports:
+            write_results(trainer, pl_module, self.reports, folder)
         for report in self.reports:
-            if log_dir is not None and not fast_dev_run:
-                write_report(report, log_dir)
             if self.verbose:
                 show(report_table(report, report.suffix.strip("/") or None))
             for logger in trainer.loggers:
-                logger.log_metrics(_per_class_metrics(report), trainer.global_step)
+                logger.log_metrics(report.metrics(), trainer.global_step)
                 for name, figure in confusion_figures(report).items():
                     log_figure(logger, f"{stage}/confusion/{name}{report.suffix}", figure, trainer.global_step)
 
     def _gathered(self, trainer: Trainer, stage: str, loaders: Any) -> list[Report]:
         """Return the reports of all devices together. Every device has to call it, also one that had no samples."""
-        found = sum_over_devices(self._counts, trainer.strategy.root_device, _data_parallel_group(trainer))
+        found = sum_over_devices(self._counts, trainer.strategy.root_device, data_parallel_group(trainer))
+        pairs = pairs_of_devices(self._changes, data_parallel_group(trainer))
         numbers = sorted({loader for loader, _ in found})
         each_loader = loaders if isinstance(loaders, list | tuple) else [loaders]
         reports = []
@@ -233,8 +262,9 @@ class ConfusionReport(Callback):
             model = self._named(trainer, matrix, dataset)
             base, _ = found.get((number, True), (None, 0))
             before = None if base is None else Confusion(base, model.class_names)
-            reports.append(Report(stage, model, before, loader=number if len(numbers) > 1 else None))
-            _warn_of_repeated_samples(trainer, samples, dataset)
+            loader = number if len(numbers) > 1 else None
+            reports.append(Report(stage, model, before, loader, pairs.get(number)))
+            warn_of_repeated_samples(trainer, samples, dataset)
         return reports
 
     def _named(self, trainer: Trainer, matrix: Tensor, dataset: Any) -> Confusion:
@@ -262,33 +292,3 @@ def _holds_all_adapters(call: Call, calls: list[Call], pl_module: LightningModul
     inside = {id(parameter) for parameter in call.module.parameters()}
     first = next(each for each in calls if each.module is call.module) is call
     return first and all(id(parameter) in inside for parameter in adapter_parameters(pl_module))
-
-
-def _data_parallel_group(trainer: Trainer) -> Any:
-    """Return the processes that have different samples: with tensor parallelism several have the same."""
-    mesh = getattr(trainer.strategy, "_device_mesh", None)
-    return None if mesh is None else mesh["data_parallel"].get_group()
-
-
-def _per_class_metrics(report: Report) -> dict[str, float]:
-    """Return `test/recall/9`, `test/precision/9` and, for the base, `test/base_recall/9`, ..., of the classes shown."""
-    found = {}
-    for prefix, confusion in {"": report.model, "base_": report.base}.items():
-        for ratio in ("recall", "precision") if confusion else ():
-            for index in report.model.shown():
-                name, value = report.model.class_names[index], getattr(confusion, ratio)[index]
-                if not isnan(value):
-                    found[f"{report.stage}/{prefix}{ratio}/{name}{report.suffix}"] = value
-    return found
-
-
-def _warn_of_repeated_samples(trainer: Trainer, samples: int, dataset: Any) -> None:
-    """Warn if samples were repeated, as Lightning's default sampler does to give each device as many."""
-    if trainer.world_size == 1 or trainer.limit_test_batches != 1.0 or trainer.limit_val_batches != 1.0:
-        return
-    size = len(dataset) if hasattr(dataset, "__len__") else 0
-    if size and samples != size:
-        rank_zero_warn(
-            f"The confusion matrix counts {samples:,} samples of a data set of {size:,}: the sampler repeats or leaves "
-            "out some. Use lightning.pytorch.overrides.distributed.UnrepeatedDistributedSampler for exact counts."
-        )

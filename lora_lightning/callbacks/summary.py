@@ -45,6 +45,12 @@ def trained_parameters(adapted: nn.Module) -> str:
     return f"{trained:,} of {total:,} parameters, {trained / (total - trained):.3%} of the base"
 
 
+def trained_and_total(module: nn.Module) -> tuple[int, int]:
+    """Return how many parameters of a module train, and how many it has."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
+    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+
 def stage_metrics(trainer: Trainer, stage: str) -> dict[str, float]:
     """Return what the last `"val"` or `"test"` logged, by its names without `val/` or `val_`; not what it logged of each class."""
     found = {

@@ -12,7 +12,7 @@ from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.callbacks.summary import stage_metrics
 from lora_lightning.report.terminal import show
 
-_FILES = ("confusion*.json", "confusion*.csv", "predictions*.csv", "events.out.tfevents.*")
+_FILES = ("*.csv", "confusion*.json", "*.png")
 _STAGES = {"fit": "val", "validate": "val", "test": "test"}
 
 
@@ -32,11 +32,11 @@ def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
         lines[stage] = ", ".join(f"{name} {value:.4g}" for name, value in stage_metrics(trainer, stage).items())
     if folder is not None and Path(folder).is_dir():
         lines["folder"] = folder
-        found = [path.name for pattern in _FILES for path in sorted(Path(folder).glob(pattern))]
-        lines["files"] = ", ".join(name for name in found if not name.startswith("events"))
-        lines["curves"] = (
-            f"tensorboard --logdir {shlex.quote(folder)}" if found and found[-1].startswith("events") else ""
-        )
+        pages = sorted(Path(folder).glob("report*.html"), key=lambda path: path.stat().st_mtime_ns)
+        lines["report"] = str(pages[-1]) if pages else ""
+        lines["files"] = ", ".join(path.name for pattern in _FILES for path in sorted(Path(folder).glob(pattern)))
+        if any(True for _ in Path(folder).glob("events.out.tfevents.*")):
+            lines["curves"] = f"tensorboard --logdir {shlex.quote(folder)}"
     if command == "fit":
         lines["checkpoint"] = str(getattr(trainer.checkpoint_callback, "best_model_path", ""))
         for callback in trainer.callbacks:  # type: ignore[attr-defined] # likewise

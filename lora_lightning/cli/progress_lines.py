@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import isfinite
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -73,10 +74,11 @@ class ProgressLines(ProgressBar):
         if time.monotonic() - self._last < _SECONDS:
             return
         self._last = time.monotonic()
+        of = f" of {batches}" if isfinite(batches) else ""
         metrics = self.get_metrics(trainer, pl_module)
         shown = "".join(f", {name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float))
         show(
-            f"{stage}: epoch {trainer.current_epoch}, batch {batch + 1} of {batches}{shown}",
+            f"{stage}: epoch {trainer.current_epoch}, batch {batch + 1}{of}{shown}",
             soft_wrap=True,
             markup=False,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import comb
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lora_lightning.report import Confusion
+from lora_lightning.report.changes import mcnemar_p
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,9 @@ class Answers:
 
 
 def mcnemar(before: Answers, after: Answers) -> float:
-    """Return the two-sided p-value of McNemar's exact test: whether two models err on equally many samples.
-
-    Under the null hypothesis, a sample that one model alone gets right is as likely to be of either (McNemar 1947,
-    https://doi.org/10.1007/BF02295996; the exact form is a sign test).
-    """
+    """Return the two-sided p-value of McNemar's exact test: whether two models err on equally many samples."""
     was, now = (each.predictions == each.targets for each in (before, after))
-    broke, mended = int((was & ~now).sum()), int((~was & now).sum())
-    changed = broke + mended
-    tail = sum(comb(changed, count) for count in range(min(broke, mended) + 1))
-    return min(1.0, float(2 * tail / 2**changed))
+    return mcnemar_p(int((~was & now).sum()), int((was & ~now).sum()))
 
 
 class AnswersOf(Callback):

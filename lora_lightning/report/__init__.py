@@ -3,6 +3,7 @@
 from lora_lightning.report.confusion import SHOWN_CLASSES, Confusion, Report
 from lora_lightning.report.figure import confusion_figures
 from lora_lightning.report.files import free_name, free_path, write_report, write_to
+from lora_lightning.report.page import write_page
 from lora_lightning.report.table import report_table
 from lora_lightning.report.terminal import show
 
@@ -15,6 +16,7 @@ __all__ = [
     "free_path",
     "report_table",
     "show",
+    "write_page",
     "write_report",
     "write_to",
 ]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_lightning.report.changes import Pairs
+
 SHOWN_CLASSES = 20
 """Limits how many classes tables, figures and scalars show: of more, the worst. The files have all."""
 _DENSE_CLASSES = 100
@@ -68,6 +70,17 @@ class Confusion:
         """Return the share of all samples that were recognized; NaN without samples."""
         return _ratio(sum(self.correct), self.total)
 
+    @cached_property
+    def false_positives(self) -> list[int]:
+        """Return samples of other classes that were taken for each class."""
+        return [int(count) - correct for count, correct in zip(self.matrix.sum(0), self.correct, strict=True)]
+
+    @cached_property
+    def f1(self) -> list[float]:
+        """Return the harmonic mean of recall and precision of each class; NaN for a class without samples that no sample is taken for."""
+        counts = zip(self.correct, self.errors, self.false_positives, strict=True)
+        return [_ratio(2 * correct, 2 * correct + errors + others) for correct, errors, others in counts]
+
     def weakest(self) -> int:
         """Return the class with the lowest recall, among those that have samples; the first of them in a tie."""
         known = [index for index, support in enumerate(self.support) if support]
@@ -99,6 +112,8 @@ class Confusion:
                     "errors": self.errors[index],
                     "recall": _or_none(self.recall[index]),
                     "precision": _or_none(self.precision[index]),
+                    "f1": _or_none(self.f1[index]),
+                    "false_positives": self.false_positives[index],
                 }
                 for index, name in enumerate(self.class_names)
             ],
@@ -116,17 +131,30 @@ class Report:
         model: The model as it is.
         base: The same model with its adapters disabled; `None` for a model without adapters.
         loader: Number of the data loader, if there are several.
+        pairs: The samples that one of both models alone gets right; `None` without a base.
     """
 
     stage: str
     model: Confusion
     base: Confusion | None = None
     loader: int | None = None
+    pairs: Pairs | None = None
 
     @property
     def suffix(self) -> str:
         """Return what tells names of this loader from those of others, as Lightning writes it; empty for a single one."""
         return "" if self.loader is None else f"/dataloader_idx_{self.loader}"
+
+    def metrics(self) -> dict[str, float]:
+        """Return `test/recall/9`, `test/precision/9` and, for the base, `test/base_recall/9`, ..., of the classes shown."""
+        found = {}
+        for prefix, confusion in {"": self.model, "base_": self.base}.items():
+            for ratio in ("recall", "precision") if confusion else ():
+                for index in self.model.shown():
+                    name, value = self.model.class_names[index], getattr(confusion, ratio)[index]
+                    if not isnan(value):
+                        found[f"{self.stage}/{prefix}{ratio}/{name}{self.suffix}"] = value
+        return found
 
 
 def _ratio(part: int, whole: int) -> float:

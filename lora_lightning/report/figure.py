@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import, and most runs nev
     from matplotlib.figure import Figure
 
 _LONGEST_LABEL = 24
+OTHERS = "others"
+"""Names the row of the classes that are not shown one by one."""
 
 
 def confusion_figures(report: Report) -> dict[str, Figure]:
@@ -22,20 +24,55 @@ def confusion_figures(report: Report) -> dict[str, Figure]:
     than 20 classes, the 20 of lowest recall have a row and a column each, and all others have one together.
     """
     shown = report.model.shown()
-    names = tuple(report.model.class_names[index] for index in shown)
-    if len(names) < len(report.model.class_names):
-        names += ("others",)
-    model = _shown_alone(report.model.matrix, shown)
+    names = _names(report, shown)
+    model = shown_alone(report.model.matrix, shown)
     panels = {"model": model}
     if report.base is not None:
-        base = _shown_alone(report.base.matrix, shown)
+        base = shown_alone(report.base.matrix, shown)
         panels = {"base": base, "adapted": model, "difference": model - base}
-    beside_diagonal = ~torch.eye(len(names), dtype=torch.bool)
-    most_errors = max(int((matrix * beside_diagonal).abs().max()) for matrix in panels.values())
+    most_errors = _most(*panels.values())
     return {title: _figure(title, matrix, names, most_errors) for title, matrix in panels.items()}
 
 
-def _shown_alone(matrix: torch.Tensor, shown: list[int]) -> torch.Tensor:
+def report_images(report: Report) -> dict[str, Figure]:
+    """Return the figures that a run's folder gets: `confusion`, `confusion_normalized`, and with a base `difference`.
+
+    The first two have the base, if there is one, and the model side by side. The normalized one shows percents of each row.
+    """
+    shown = report.model.shown()
+    names = _names(report, shown)
+    matrices = {} if report.base is None else {"base": shown_alone(report.base.matrix, shown)}
+    matrices["adapted" if matrices else "model"] = model = shown_alone(report.model.matrix, shown)
+    percents = {key: 100 * each / each.sum(1, keepdim=True).clamp_min(1) for key, each in matrices.items()}
+    found = {"confusion": _side_by_side(matrices, names), "confusion_normalized": _side_by_side(percents, names)}
+    if report.base is not None:
+        found["difference"] = _figure("difference", model - matrices["base"], names, _most(model - matrices["base"]))
+    return found
+
+
+def _names(report: Report, shown: list[int]) -> tuple[str, ...]:
+    names = tuple(report.model.class_names[index] for index in shown)
+    return names if len(names) == len(report.model.class_names) else (*names, OTHERS)
+
+
+def _most(*matrices: torch.Tensor) -> float:
+    """Return the largest number beside the diagonals."""
+    beside_diagonal = ~torch.eye(len(matrices[0]), dtype=torch.bool)
+    return max(float((matrix * beside_diagonal).abs().max()) for matrix in matrices)
+
+
+def _side_by_side(matrices: dict[str, torch.Tensor], names: tuple[str, ...]) -> Figure:
+    from matplotlib.figure import Figure
+
+    side, most = (6 if len(names) <= 12 else 9), _most(*matrices.values())
+    figure = Figure(figsize=(side * len(matrices), side), layout="constrained")
+    axes = figure.subplots(1, len(matrices), squeeze=False).flat
+    for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
+        _draw(axis, title, matrix, names, most, diverging=False)
+    return figure
+
+
+def shown_alone(matrix: torch.Tensor, shown: list[int]) -> torch.Tensor:
     """Return the counts of these classes, with all others together in a last row and column if there are others."""
     size = len(shown) + (len(shown) < len(matrix))
     place = torch.full((len(matrix),), size - 1)
@@ -44,7 +81,7 @@ def _shown_alone(matrix: torch.Tensor, shown: list[int]) -> torch.Tensor:
     return torch.zeros(size, size, dtype=matrix.dtype).index_add_(1, place, rows)
 
 
-def _figure(title: str, matrix: torch.Tensor, names: tuple[str, ...], most_errors: int) -> Figure:
+def _figure(title: str, matrix: torch.Tensor, names: tuple[str, ...], most_errors: float) -> Figure:
     from matplotlib.figure import Figure
 
     side = 6 if len(names) <= 12 else 9
@@ -54,7 +91,7 @@ def _figure(title: str, matrix: torch.Tensor, names: tuple[str, ...], most_error
 
 
 def _draw(
-    axis: Axes, title: str, matrix: torch.Tensor, names: tuple[str, ...], most_errors: int, *, diverging: bool
+    axis: Axes, title: str, matrix: torch.Tensor, names: tuple[str, ...], most_errors: float, *, diverging: bool
 ) -> None:
     size, scale = len(names), max(most_errors, 1)
     shade = matrix.double()
@@ -68,15 +105,17 @@ def _draw(
     heading = "difference (adapted - base)" if diverging else title
     axis.set(title=heading, xlabel="predicted", ylabel="target")
     labels = [name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…" for name in names]
+    labels = [label.replace("$", r"\$") for label in labels]  # which matplotlib would take for mathematics
     slanted: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
     axis.set_xticks(range(size), labels, **(slanted if max(map(len, labels)) > 2 else {}))
     axis.set_yticks(range(size), labels)
     for row in range(size):
         for column in range(size):
-            count = int(matrix[row, column])
-            if count:
+            value = float(matrix[row, column])
+            count = round(value)
+            if value:
                 dark = abs(float(shade[row, column])) > 0.6 * scale
-                label = f"{count:+d}" if diverging else str(count)
+                label = f"{count:+d}" if diverging else str(count) if count or value == count else "<1"
                 weight = "bold" if row == column else "normal"
                 axis.text(
                     column,

@@ -1,4 +1,4 @@
-"""The report on disk: `confusion.json` with everything, `confusion.csv` with one row a class; and names that are free."""
+"""The report on disk, and names that are free."""
 
 from __future__ import annotations
 
@@ -6,28 +6,49 @@ import csv
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import fsspec
 
+from lora_lightning.report.changes import Pairs
 from lora_lightning.report.confusion import Report
+from lora_lightning.report.figure import report_images
+from lora_lightning.report.samples import samples_figure, write_samples
+
+_QUANTITIES = ("errors", "recall", "precision", "f1", "false_positives")
 
 
-def write_report(report: Report, folder: str | Path) -> tuple[str, str]:
-    """Write both files to `folder`, for a validation with `_val` in their names; never over existing ones.
+def write_report(report: Report, folder: str | Path) -> dict[str, str]:
+    """Write a report to `folder`, with `_val` in the names for a validation; never over existing files.
 
     Args:
-        report: What they hold.
+        report: What the files hold.
         folder: Made if missing; an address like `s3://…` is one, too.
 
     Returns:
-        Their paths.
+        The paths of the files, by their plain names: `confusion.json` with all numbers, `confusion.csv` with a row a class, the images
+        `confusion.png`, `confusion_normalized.png` and, with a base, `difference.png`; where samples changed, `samples.json` and
+        `mistakes.png`.
     """
-    name = "confusion" if report.stage == "test" else f"confusion_{report.stage}"
-    name += report.suffix.replace("/", "_")
-    paths = free_name(folder, f"{name}.json"), free_name(folder, f"{name}.csv")
-    write_to(paths[0], lambda path: _write_json(report, path))
-    write_to(paths[1], lambda path: _write_csv(report, path))
+    ending = "" if report.stage == "test" else f"_{report.stage}"
+    ending += report.suffix.replace("/", "_")
+    version = Path(free_name(folder, f"confusion{ending}.json")).stem.removeprefix("confusion")
+    writers: dict[str, Callable[[Path], object]] = {
+        "confusion.json": lambda path: _write_json(report, path),
+        "confusion.csv": lambda path: _write_csv(report, path),
+    }
+    samples = [] if report.pairs is None else report.pairs.samples
+    if samples:
+        writers["samples.json"] = lambda path: write_samples(samples, path)
+    images = report_images(report)
+    if samples and (drawn := samples_figure(samples, report.model.class_names)) is not None:
+        images["mistakes"] = drawn
+    for name, figure in images.items():
+        writers[f"{name}.png"] = partial(figure.savefig, dpi=100)
+    paths = {name: free_name(folder, f"{Path(name).stem}{version}{Path(name).suffix}") for name in writers}
+    for name, write in writers.items():
+        write_to(paths[name], write)
     return paths
 
 
@@ -40,19 +61,24 @@ def _write_json(report: Report, path: Path) -> None:
         "matrix_columns": "predicted",
         "base": None if report.base is None else report.base.as_dict(),
         "model": report.model.as_dict(),
+        "changed": None if report.pairs is None else _pairs(report.pairs),
     }
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
+def _pairs(pairs: Pairs) -> dict[str, float | None]:
+    return {"fixed": pairs.fixed, "broke": pairs.broke, "mcnemar_p": pairs.p}
+
+
 def _write_csv(report: Report, path: Path) -> None:
     columns = {"": report.model} if report.base is None else {"_before": report.base, "_after": report.model}
-    header = ["class", "support", *(f"{q}{when}" for q in ("errors", "recall", "precision") for when in columns)]
+    header = ["class", "support", *(f"{q}{when}" for q in _QUANTITIES for when in columns)]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         per_class = [confusion.as_dict()["classes"] for confusion in columns.values()]
         for index, name in enumerate(report.model.class_names):
-            values = [entries[index][q] for q in ("errors", "recall", "precision") for entries in per_class]
+            values = [entries[index][q] for q in _QUANTITIES for entries in per_class]
             writer.writerow([name, report.model.support[index], *("" if v is None else v for v in values)])
 
 

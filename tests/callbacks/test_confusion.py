@@ -244,7 +244,7 @@ def test_a_step_that_returns_nothing_is_counted_by_what_it_called(
     expected = matrix(task.net.layer(IMAGES).argmax(1), CLASSES, 3)
     trainer = make_trainer(LoRAFinetuning(rank=2), report := ConfusionReport(verbose=False))
     trainer.test(task, verbose=False)
-    stir(task.net)
+    stir(task.net, 1.0)
     adapted = matrix(task.net.layer(IMAGES).argmax(1), CLASSES, 3)
     trainer.test(task, verbose=False)
     assert report.report.model.matrix.tolist() == adapted != expected
@@ -325,7 +325,8 @@ def test_each_loader_has_a_report(make_trainer: MakeTrainer, tmp_path: Path) -> 
     trainer.test(task, loaders, verbose=False)
     assert [each.model.total for each in report.reports] == [8, 16]
     assert report.report is report.reports[0]
-    assert {path.name for path in tmp_path.rglob("*.json")} == {f"confusion_dataloader_idx_{i}.json" for i in (0, 1)}
+    names = {f"confusion_dataloader_idx_{i}.json" for i in (0, 1)}
+    assert {path.name for path in tmp_path.rglob("*.json")} == {*names, "run.json"}
 
 
 def test_classes_have_the_names_of_the_data_set(make_trainer: MakeTrainer) -> None:

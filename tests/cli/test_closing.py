@@ -21,7 +21,7 @@ FIT = ("fit", "--config", "configs/pretrain.yaml", "--data.source", "sample", "-
 
 def closing(text: str) -> dict[str, str]:
     """The lines of the closing block by their names."""
-    names = ("val", "test", "folder", "files", "curves", "checkpoint", "adapter", "next")
+    names = ("val", "test", "folder", "report", "files", "curves", "checkpoint", "adapter", "next")
     lines = [line.partition(" ") for line in text.splitlines() if line.partition(" ")[0] in names]
     return {name: rest.strip() for name, _, rest in lines}
 
@@ -41,7 +41,12 @@ def test_a_run_ends_with_where_things_are_and_a_next_command_that_works(run: Run
     end = closing(text)
     assert "accuracy 0." in end["test"]
     files = [Path(end["folder"]) / name for name in end["files"].split(", ")]
-    assert {file.name for file in files} == {"confusion.json", "confusion.csv"}
+    assert {file.name for file in files} == {
+        "confusion.json",
+        "confusion.csv",
+        "confusion.png",
+        "confusion_normalized.png",
+    }
     assert all(file.is_file() for file in files)
 
 
@@ -56,7 +61,7 @@ def test_a_run_of_adapters_names_their_folder(run: Run) -> None:
 def test_nothing_is_advertised_printed_twice_or_zero(run: Run) -> None:
     status, text = run(*FIT)
     assert status == 0, text
-    for noise in ("litlogger", "FLOPs", "━"):
+    for noise in ("Tip:", "litlogger", "FLOPs", "━"):
         assert noise not in text
     status, text = run("test", *FIT[1:5], "--ckpt_path", "logs/pretrain")
     assert status == 0, text

@@ -84,12 +84,14 @@ def test_the_figure_of_a_plain_model_is_one_matrix() -> None:
 
 
 def test_files_hold_every_number(tmp_path: Path) -> None:
-    json_path, csv_path = map(Path, write_report(Report("test", AFTER, BEFORE), tmp_path / "run"))
+    paths = write_report(Report("test", AFTER, BEFORE), tmp_path / "run")
+    json_path, csv_path = Path(paths["confusion.json"]), Path(paths["confusion.csv"])
     content = json.loads(json_path.read_text())
     assert json_path.name == "confusion.json"
     assert content["base"]["matrix"] == BEFORE.matrix.tolist()
     assert content["model"]["classes"][1] == {
-        "name": "dog", "support": 10, "errors": 1, "recall": 0.9, "precision": 0.9,
+        "name": "dog", "support": 10, "errors": 1, "recall": 0.9, "precision": 0.9, "f1": 0.9,
+        "false_positives": 1,
     }  # fmt: skip
     assert content["model"]["classes"][2]["recall"] is None
     with csv_path.open() as file:
@@ -97,14 +99,17 @@ def test_files_hold_every_number(tmp_path: Path) -> None:
     assert rows[0] == {
         "class": "cat", "support": "10", "errors_before": "2", "errors_after": "1", "recall_before": "0.8",
         "recall_after": "0.9", "precision_before": str(8 / 12), "precision_after": "0.9",
+        "f1_before": str(16 / 22), "f1_after": "0.9", "false_positives_before": "4", "false_positives_after": "1",
     }  # fmt: skip
     assert rows[2]["recall_after"] == ""
 
 
 def test_a_second_report_does_not_overwrite_the_first(tmp_path: Path) -> None:
-    first, _ = map(Path, write_report(Report("test", AFTER), tmp_path))
+    first = Path(write_report(Report("test", AFTER), tmp_path)["confusion.json"])
     before = first.read_text()
-    second, _ = map(Path, write_report(Report("test", BEFORE), tmp_path))
+    files = write_report(Report("test", BEFORE), tmp_path)
+    second = Path(files["confusion.json"])
+    assert {Path(each).stem.rpartition("-")[2] for each in files.values()} == {"v1"}
     assert (first.name, second.name) == ("confusion.json", "confusion-v1.json")
     assert first.read_text() == before
     assert free_path(tmp_path / "confusion.json").name == "confusion-v2.json"
@@ -142,7 +147,8 @@ class TestAThousandClasses:
             figure.savefig(tmp_path / f"{name}.png")
 
     def test_the_files_have_all(self, report: Report, tmp_path: Path) -> None:
-        json_path, csv_path = map(Path, write_report(report, tmp_path))
+        paths = write_report(report, tmp_path)
+        json_path, csv_path = Path(paths["confusion.json"]), Path(paths["confusion.csv"])
         with csv_path.open() as file:
             assert [row["class"] for row in csv.DictReader(file)] == list(report.model.class_names)
         content = json.loads(json_path.read_text())["model"]

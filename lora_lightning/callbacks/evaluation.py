@@ -1,0 +1,37 @@
+"""Says what an evaluation goes over: which devices have different samples, whether some are repeated, and how to read texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+
+def decoder(trainer: Trainer) -> Callable[[Tensor], list[str]] | None:
+    """Return what makes texts of token ids: the tokenizer of the data module or of a part of the model, if there is one."""
+    holders = [getattr(trainer, "datamodule", None), *trainer.lightning_module.modules()]
+    found = [tokenizer for each in holders if each is not None and (tokenizer := vars(each).get("tokenizer"))]
+    decoders = [each.batch_decode for each in found if hasattr(each, "batch_decode")]
+    return partial(decoders[0], skip_special_tokens=True) if decoders else None
+
+
+def data_parallel_group(trainer: Trainer) -> Any:
+    """Return the processes that have different samples: with tensor parallelism several have the same."""
+    mesh = getattr(trainer.strategy, "_device_mesh", None)
+    return None if mesh is None else mesh["data_parallel"].get_group()
+
+
+def warn_of_repeated_samples(trainer: Trainer, samples: int, dataset: Any) -> None:
+    """Warn if samples were repeated, as Lightning's default sampler does to give each device as many."""
+    if trainer.world_size == 1 or trainer.limit_test_batches != 1.0 or trainer.limit_val_batches != 1.0:
+        return
+    size = len(dataset) if hasattr(dataset, "__len__") else 0
+    if size and samples != size:
+        rank_zero_warn(
+            f"The confusion matrix counts {samples:,} samples of a data set of {size:,}: the sampler repeats or leaves "
+            "out some. Use lightning.pytorch.overrides.distributed.UnrepeatedDistributedSampler for exact counts."
+        )

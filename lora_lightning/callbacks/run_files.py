@@ -1,0 +1,98 @@
+"""Writes what a run leaves in its folder beside checkpoints: reports, curves, facts about the run, and the page of all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+import lora_lightning
+from lora_lightning.callbacks.summary import trained_and_total
+from lora_lightning.lora import is_adapted
+from lora_lightning.report import Report, free_name, write_page, write_report, write_to
+from lora_lightning.report.history import History, curves_figure
+from lora_lightning.report.layers import layer_changes
+
+
+class RecordedMetrics:
+    """Records what a training logs, as often as the loggers get it, and the learning rate."""
+
+    def __init__(self) -> None:
+        self.history = History()
+
+    def after_batch(self, trainer: Trainer) -> None:
+        """Record the metrics of this step, if it is one whose metrics are logged."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+        if every and trainer.global_step % every == 0:
+            metrics = dict(trainer.logged_metrics)
+            for optimizer in trainer.optimizers[:1]:
+                metrics["lr"] = optimizer.param_groups[0]["lr"]
+            self._record(trainer, metrics)
+
+    def after_epoch(self, trainer: Trainer) -> None:
+        """Record the metrics of a training or validation epoch."""
+        self._record(trainer, dict(trainer.callback_metrics))
+
+    def _record(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        if trainer.is_global_zero:
+            self.history.record(trainer.global_step, {name: float(value) for name, value in metrics.items()})
+
+    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write `metrics.csv`, `curves.png` and the page of the run to the log folder."""
+        folder = log_folder(trainer)
+        if folder is None or not trainer.is_global_zero or not self.history.rows:
+            return
+        write_to(free_name(folder, "metrics.csv"), self.history.write)
+        if (figure := curves_figure(self.history)) is not None:
+            figure.set_facecolor("white")
+            write_to(free_name(folder, "curves.png"), partial(figure.savefig, dpi=100))
+        write_facts(trainer, pl_module, folder)
+
+
+def log_folder(trainer: Trainer) -> str | None:
+    """Return where the run's files belong, if it writes any. Every device has to ask."""
+    folder = trainer.log_dir if trainer.loggers else None
+    return None if trainer.fast_dev_run else folder  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+
+
+def write_results(trainer: Trainer, pl_module: LightningModule, reports: list[Report], folder: str) -> None:
+    """Write the files of each report, facts about the run, and its page."""
+    for report in reports:
+        write_report(report, folder)
+    write_facts(trainer, pl_module, folder)
+
+
+def write_facts(trainer: Trainer, pl_module: LightningModule, folder: str) -> None:
+    """Write `run.json`, if it is not there, and the page of the run."""
+    packages: tuple[Any, ...] = (lora_lightning, torch, lightning)
+    trained, total = trained_and_total(pl_module)
+    checkpoint = trainer.ckpt_path if trainer.state.fn != "fit" else None
+    facts = {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seed": os.environ.get("PL_GLOBAL_SEED"),
+        "versions": {"python": platform.python_version()} | {each.__name__: each.__version__ for each in packages},
+        "device": type(trainer.accelerator).__name__.removesuffix("Accelerator"),
+        "devices": trainer.world_size,
+        "trained": trained,
+        "total": total,
+        "layers": layer_changes(pl_module) if is_adapted(pl_module) else [],
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+    }
+    if (path := free_name(folder, "run.json")).endswith("run.json"):
+        write_to(path, lambda file: file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8"))
+    if "://" in folder:
+        return
+    try:
+        write_page([Path(folder)], Path(free_name(folder, "report.html")))
+    except Exception as error:  # noqa: BLE001 - a page must not cost a run
+        rank_zero_warn(f"The page report.html could not be written to {folder}: {type(error).__name__}: {error}")

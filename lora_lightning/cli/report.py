@@ -1,0 +1,61 @@
+"""Makes the page of a run again, or one page that compares several."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.markup import escape
+
+from lora_lightning.report import free_name, show, write_page
+from lora_lightning.report.page import REPORTS
+
+
+def report(words: list[str]) -> int:
+    """Write the page of the runs that the words name, and print where it is.
+
+    Args:
+        words: Log folders, and `--output` with the file to write.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        FileNotFoundError: If a folder is missing or holds no run.
+        FileExistsError: If the file to write is there.
+    """
+    parser = argparse.ArgumentParser(
+        "lora-lightning report", description="Make the page of a run again, or one page that compares several runs."
+    )
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="LOGDIR", help="a run's folder, or one that holds runs"
+    )
+    parser.add_argument("--output", type=Path, help="the file to write; by default report.html in the first folder")
+    options = parser.parse_args(words)
+    runs = [newest_run(folder) for folder in options.folders]
+    path = options.output or Path(free_name(runs[0], "report.html"))
+    if path.exists():
+        raise FileExistsError(f"{path} exists: it is not overwritten. Choose another name with --output.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_page(runs, path)
+    show(f"report     {escape(str(path))}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def newest_run(folder: Path) -> Path:
+    """Return the folder itself if it holds a report, else the folder of the newest one below, or else of the newest metrics.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist; expected a log folder, as fit and test write it.")
+    for pattern in (REPORTS, "metrics.csv"):
+        if next(folder.glob(pattern), None) is not None:
+            return folder
+        found = sorted(folder.rglob(pattern), key=lambda path: (path.stat().st_mtime_ns, path))
+        if found:
+            return found[-1].parent
+    raise FileNotFoundError(
+        f"{folder} holds no run: expected confusion.json, which ConfusionReport writes in test, or metrics.csv of a fit."
+    )

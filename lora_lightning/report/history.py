@@ -1,0 +1,96 @@
+"""Keeps what a training logs, step by step: `metrics.csv` and the curves."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # matplotlib takes half a second to import
+    from matplotlib.figure import Figure
+
+_STEP = "step"
+_GREY = "#888888"
+
+
+class History:
+    """Holds the metrics of a training by step.
+
+    Args:
+        rows: Metrics by their names, by the number of the step.
+    """
+
+    def __init__(self, rows: Mapping[int, Mapping[str, float]] | None = None) -> None:
+        self.rows: dict[int, dict[str, float]] = {step: dict(row) for step, row in (rows or {}).items()}
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add metrics to those of a step."""
+        self.rows.setdefault(step, {}).update(metrics)
+
+    def write(self, path: Path) -> None:
+        """Write one row a step and one column a metric."""
+        names = list(dict.fromkeys(name for row in self.rows.values() for name in row))
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [_STEP, *names])
+            writer.writeheader()
+            writer.writerows({_STEP: step, **row} for step, row in sorted(self.rows.items()))
+
+    @classmethod
+    def read(cls, path: Path) -> History:
+        """Return what `write` wrote."""
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return cls(
+            {int(row[_STEP]): {key: float(each) for key, each in row.items() if key != _STEP and each} for row in rows}
+        )
+
+    def curves(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
+        """Return the curves to draw: by what is measured, such as `loss`, the points of each metric that has two or more.
+
+        `train/loss`, `train_loss` and `val/loss` are one measure. The metrics of single classes, as `val/recall/9`, are left out.
+        """
+        found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+        names = dict.fromkeys(name for row in self.rows.values() for name in row)
+        for name in names:
+            points = [
+                (step, row[name]) for step, row in sorted(self.rows.items()) if isfinite(row.get(name, float("nan")))
+            ]
+            if len(points) > 1 and name.count("/") < 2 and name != "epoch":
+                found.setdefault(_measure(name), {})[name] = points
+        return found
+
+
+def _measure(name: str) -> str:
+    for stage in ("train", "val"):
+        name = name.removeprefix(f"{stage}/").removeprefix(f"{stage}_")
+    return name.removesuffix("_step").removesuffix("_epoch")
+
+
+def curves_figure(history: History) -> Figure | None:
+    """Return one panel for each measure, in colours that are read on white and on black; `None` if there is nothing to draw."""
+    from matplotlib.figure import Figure
+
+    curves = history.curves()
+    if not curves:
+        return None
+    columns = min(len(curves), 3)
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.8 * rows), layout="constrained", facecolor="none")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis, (measure, lines) in zip(axes, curves.items(), strict=False):
+        for name, points in lines.items():
+            marker = "" if len(points) > 30 else "."
+            axis.plot([step for step, _ in points], [value for _, value in points], marker=marker, label=name)
+        axis.set_title(measure, color=_GREY)
+        axis.set_xlabel(_STEP, color=_GREY)
+        axis.set_facecolor("none")
+        axis.tick_params(colors=_GREY)
+        for spine in axis.spines.values():
+            spine.set_color(_GREY)
+        if len(lines) > 1:
+            axis.legend(fontsize=8, framealpha=0, labelcolor=_GREY)
+    for axis in list(figure.axes)[len(curves) :]:
+        axis.set_visible(False)
+    return figure

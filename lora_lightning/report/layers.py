@@ -1,0 +1,61 @@
+"""Measures what adapters change, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora import AdaptedWeight, adapted_weights
+from lora_lightning.lora.experts import ExpertsParameter
+
+
+@torch.no_grad()
+def layer_changes(module: nn.Module) -> list[dict[str, Any]]:
+    """Return the size of each adapter's change of weight, ΔW = s B A, without forming it.
+
+    Returns:
+        For each adapted weight its `name`, `rank` and `parameters`, the Frobenius norm of ΔW, that of W (`base_norm`, `None` for a
+        bypass), and the effective rank of ΔW: the exponential of the entropy of its singular values, of which each is taken as a
+        share of their sum (Roy and Vetterli 2007, https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf), the
+        mean over experts. Empty if adapters are distributed over devices.
+    """
+    found = adapted_weights(module)
+    if any(hasattr(factor, "device_mesh") for each in found for factor in each.factors):
+        return []
+    return [_change(each) for each in found]
+
+
+def _change(each: AdaptedWeight) -> dict[str, Any]:
+    adapter, weight = each.adapter, each.weight
+    values = [_singular_values(a, b) * adapter.lora_scaling for a, b in _matrices(each)]
+    own = [value for key, value in adapter._parameters.items() if key.startswith("lora_")]
+    return {
+        "name": each.name,
+        "rank": each.rank,
+        "parameters": sum(value.numel() for value in own),
+        "norm": float(torch.cat(values).norm()),
+        "base_norm": None if weight is None else float(adapter.lora_dense(weight).float().norm()),
+        "effective_rank": sum(map(_effective_rank, values)) / len(values),
+    }
+
+
+def _matrices(each: AdaptedWeight) -> list[tuple[Tensor, Tensor]]:
+    a, b = (factor.double().cpu() for factor in each.adapter.lora_factors())
+    if isinstance(each.adapter, ExpertsParameter):
+        return [(a[:, expert], b[:, :, expert]) for expert in range(a.shape[1])]
+    return [(a.flatten(1), b.flatten(1))]
+
+
+def _singular_values(a: Tensor, b: Tensor) -> Tensor:
+    """Return those of B A, from the triangular factors of both."""
+    values: Tensor = torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T)
+    return values
+
+
+def _effective_rank(values: Tensor) -> float:
+    if not values.sum():
+        return 0.0
+    shares = values / values.sum()
+    return float(torch.special.entr(shares).sum().exp())

@@ -1,0 +1,222 @@
+"""Makes `report.html`, the page of one run or of several: one file, without anything from outside."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_lightning.report.changes import ChangedSample, Pairs
+from lora_lightning.report.confusion import Confusion, Report
+from lora_lightning.report.figure import OTHERS, shown_alone
+from lora_lightning.report.history import History, curves_figure
+from lora_lightning.report.samples import read_samples
+
+REPORTS = "confusion*.json"
+"""Matches the names of the reports in a run's folder."""
+
+
+def write_page(folders: list[Path], path: Path) -> None:
+    """Write the page of the runs in these folders.
+
+    Args:
+        folders: Log folders, as runs leave them: with `confusion*.json`, `samples*.json`, `run.json`, `metrics.csv` and `config.yaml`,
+            as far as they are there.
+        path: The file to write.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lora_lightning.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"count": _count, "percent": _percent}
+    runs = [Run(folder) for folder in folders]
+    path.write_text(environment.get_template("report.html.j2").render(runs=runs), encoding="utf-8")
+
+
+class Run:
+    """Reads what a run left in its folder.
+
+    Args:
+        folder: The log folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        facts = folder / "run.json"
+        self.facts: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
+        found = sorted(folder.glob(REPORTS), key=lambda path: (path.stat().st_mtime, path.name), reverse=True)
+        self.sections = [Section(path) for path in found]
+
+    @property
+    def name(self) -> str:
+        """Return the end of the folder's path: `adapt/version_0`."""
+        return "/".join(self.folder.resolve().parts[-2:])
+
+    @cached_property
+    def config(self) -> str:
+        """Return the run's configuration as it is on disk; empty without one."""
+        path = self.folder / "config.yaml"
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+    @cached_property
+    def curves(self) -> str:
+        """Return the curves of the run, or of the training whose checkpoint it took, as the address of an image."""
+        places = [self.folder / "metrics.csv"]
+        if checkpoint := self.facts.get("checkpoint"):
+            places += [parent / "metrics.csv" for parent in list(Path(checkpoint).parents)[:2]]
+        history = next((path for path in places if path.is_file()), None)
+        figure = None if history is None else curves_figure(History.read(history))
+        if figure is None:
+            return ""
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=110)
+        return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+    @property
+    def trained(self) -> str:
+        """Return in words how many parameters were trained; empty if that is not known."""
+        trained, total = self.facts.get("trained"), self.facts.get("total")
+        if not trained or not total or trained == total:
+            return f"{total:,} parameters" if total else ""
+        return f"{trained:,} of {total:,} parameters trained, {trained / (total - trained):.2%} of the base"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Holds a cell of a matrix: its number as text, and how much colour it has, from -1 to 1."""
+
+    text: str
+    shade: float
+
+
+class Section:
+    """Reads the report of one pass over data.
+
+    Args:
+        path: The file `confusion*.json`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = tuple(content["class_names"])
+        base, changed = content.get("base"), content.get("changed")
+        samples = path.with_name(path.name.replace("confusion", "samples", 1))
+        kept = read_samples(samples) if samples.is_file() else []
+        pairs = Pairs(changed["fixed"], changed["broke"], kept, changed["mcnemar_p"] is not None) if changed else None
+        model = Confusion(_matrix(content["model"], len(names)), names)
+        before = None if base is None else Confusion(_matrix(base, len(names)), names)
+        self.report = Report(content["stage"], model, before, pairs=pairs)
+        self.title = path.stem.removeprefix("confusion").strip("_-").replace("_", " ") or "test"
+        self._shown = self.report.model.shown()
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the rows and columns."""
+        names = self.report.model.class_names
+        return [names[index] for index in self._shown] + ([OTHERS] if len(self._shown) < len(names) else [])
+
+    @cached_property
+    def matrices(self) -> dict[str, list[list[Cell]]]:
+        """Return the matrices of the base, of the model, and of their difference, cell by cell."""
+        found = {"model": shown_alone(self.report.model.matrix, self._shown)}
+        if self.report.base is not None:
+            found = {"base": shown_alone(self.report.base.matrix, self._shown), "adapted": found["model"]}
+            found["difference"] = found["adapted"] - found["base"]
+        beside = ~torch.eye(len(self.names), dtype=torch.bool)
+        most = max(1, *(int((each * beside).abs().max()) for each in found.values()))
+        return {key: _cells(each, most, signed=key == "difference") for key, each in found.items()}
+
+    @property
+    def samples(self) -> list[ChangedSample]:
+        """Return the samples that changed and were kept."""
+        return [] if self.report.pairs is None else self.report.pairs.samples
+
+    def name_of(self, index: int) -> str:
+        """Return the name of a class."""
+        return self.report.model.class_names[index]
+
+    def shown_name_of(self, index: int) -> str:
+        """Return the name of the row that a class is in."""
+        return self.name_of(index) if index in self._shown else OTHERS
+
+    @property
+    def story(self) -> list[str]:
+        """Return in up to three sentences what was found."""
+        model, base, pairs = self.report.model, self.report.base, self.report.pairs
+        worst = model.weakest() if model.total else 0
+        if base is None:
+            return [
+                f"The model makes {sum(model.errors):,} errors on {model.total:,} samples: {model.accuracy:.2%} are right.",
+                f"It is poorest at {self.name_of(worst)!r}: {model.errors[worst]:,} of {model.support[worst]:,} are wrong.",
+            ]
+        changes = [before - after for before, after in zip(base.errors, model.errors, strict=True)]
+        most = max(range(len(changes)), key=lambda index: abs(changes[index]))
+        errors = f"{sum(base.errors):,} wrong and the adapted model {sum(model.errors):,}"
+        found = [
+            f"Of {model.total:,} samples the base gets {errors}: accuracy {base.accuracy:.2%} → {model.accuracy:.2%}.",
+            f"What changed most is {self.name_of(most)!r}: {base.errors[most]:,} errors before, {model.errors[most]:,} after.",
+        ]
+        if pairs is not None:
+            p = "" if pairs.p is None else f" (McNemar's exact test of base against adapted: p = {pairs.p:.2g})"
+            what = "Samples" if pairs.are_independent else "Parts of samples"
+            found.append(f"{what} that were fixed: {pairs.fixed:,}; that broke: {pairs.broke:,}{p}.")
+        return found
+
+    @property
+    def classes(self) -> list[dict[str, Any]]:
+        """Return a row for each class that is shown: recall before and after, errors, F1 and false positives."""
+        model, base = self.report.model, self.report.base
+        return [
+            {
+                "name": self.name_of(index),
+                "support": model.support[index],
+                "recall": model.recall[index],
+                "before": None if base is None else base.recall[index],
+                "errors": model.errors[index],
+                "errors_before": None if base is None else base.errors[index],
+                "f1": model.f1[index],
+                "false_positives": model.false_positives[index],
+            }
+            for index in self._shown
+        ]
+
+
+def _matrix(content: dict[str, Any], size: int) -> torch.Tensor:
+    if content["matrix"] is not None:
+        return torch.tensor(content["matrix"])
+    matrix = torch.zeros(size, size, dtype=torch.int64)
+    for target, predicted, count in content["counts"]:
+        matrix[target, predicted] = count
+    return matrix
+
+
+def _cells(matrix: torch.Tensor, most: int, *, signed: bool) -> list[list[Cell]]:
+    rows = []
+    for row, counts in enumerate(matrix.tolist()):
+        cells = []
+        for column, count in enumerate(counts):
+            # On the diagonal more is better, beside it less is.
+            shade = count / most * (-1 if row == column else 1) if signed or row != column else 0.0
+            cells.append(Cell(f"{count:+,}" if signed and count else f"{count:,}" if count else "", _bounded(shade)))
+        rows.append(cells)
+    return rows
+
+
+def _bounded(shade: float) -> float:
+    return max(-1.0, min(1.0, shade))
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None or isnan(value) else f"{value:.1%}"

@@ -1,0 +1,140 @@
+"""Samples that a model and its base answer differently: counts, McNemar's test, and what is shown of them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from lora_lightning.report.changes import KEPT, Changes, Inputs, Pairs, mcnemar_p, pairs_of_devices, small_image
+
+TARGETS = torch.tensor([0, 1, 1, 0, 1])
+BASE = torch.tensor([[3.0, 0], [3, 0], [0, 3], [0, 3], [3, 0]])  # right, wrong, right, wrong, wrong
+MODEL = torch.tensor([[3.0, 0], [0, 2], [3, 0], [3, 0], [3, 0]])  # right, fixed, broke, fixed, wrong
+
+
+def changes(batch: Any = None, decode: Any = None) -> Pairs:
+    found = Changes()
+    found.update(MODEL, BASE, TARGETS, Inputs(batch, torch.arange(5), decode))
+    return pairs_of_devices({0: found})[0]
+
+
+def test_fixed_and_broken_samples_are_counted_and_described() -> None:
+    pairs = changes(torch.rand(5, 1, 4, 4))
+    assert (pairs.fixed, pairs.broke) == (2, 1)
+    fixed, second, broke = pairs.samples
+    assert (fixed.target, fixed.base, fixed.model, fixed.is_fixed) == (1, 0, 1, True)
+    assert (second.target, broke.is_fixed) == (0, False)
+    assert fixed.confidence == pytest.approx(1 / (1 + math.exp(-2)))
+    assert fixed.base_confidence == pytest.approx(1 / (1 + math.exp(-3)))
+    assert all(each.image.startswith("data:image/png;base64,") for each in pairs.samples)
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_the_p_value_is_that_of_the_exact_test(fixed: int, broke: int) -> None:
+    n = fixed + broke
+    expected = min(1.0, 2 * sum(math.comb(n, k) for k in range(min(fixed, broke) + 1)) / 2**n)
+    assert mcnemar_p(fixed, broke) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar_p(fixed, broke) == mcnemar_p(broke, fixed)
+
+
+def test_many_samples_take_no_time() -> None:
+    assert mcnemar_p(1_000_000, 1_000_500) == pytest.approx(0.7238, abs=1e-3)
+    assert mcnemar_p(100_000, 0) == 0
+
+
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+def test_one_output_stands_for_two_classes(kind: str) -> None:
+    found = Changes()
+    model, base = torch.tensor([0.9, 0.2, 0.4]), torch.tensor([0.1, 0.3, 0.7])
+    if kind == "logits":
+        model, base = model.logit(), base.logit()
+    found.update(model, base, torch.tensor([1, 0, 1]), Inputs(None, torch.arange(3)))
+    pairs = pairs_of_devices({0: found})[0]
+    assert (pairs.fixed, pairs.broke) == (1, 1)
+    assert [(each.target, each.base, each.model) for each in pairs.samples] == [(1, 0, 1), (1, 1, 0)]
+    assert [each.confidence for each in pairs.samples] == pytest.approx([0.9, 0.6])
+
+
+def test_parts_of_samples_are_counted_and_get_no_p_value() -> None:
+    found = Changes()
+    found.update(MODEL, BASE, TARGETS)
+    pairs = pairs_of_devices({0: found})[0]
+    assert (pairs.fixed, pairs.broke, pairs.samples, pairs.p) == (2, 1, [], None)
+
+
+def test_a_hundred_of_each_kind_are_kept() -> None:
+    found = Changes()
+    right, wrong, targets = (
+        torch.tensor([[0.0, 1]] * 80),
+        torch.tensor([[1.0, 0]] * 80),
+        torch.ones(80, dtype=torch.int64),
+    )
+    for _ in range(3):
+        found.update(right, wrong, targets, Inputs(None, torch.arange(80)))
+        found.update(wrong[:5], right[:5], targets[:5], Inputs(None, torch.arange(5)))
+    pairs = pairs_of_devices({0: found})[0]
+    assert (pairs.fixed, pairs.broke, len(pairs.samples)) == (240, 15, KEPT + 15)
+
+
+@pytest.mark.parametrize(
+    ("batch", "texts"),
+    [
+        ((["a", "b", "c", "d", "e"], TARGETS), ["b", "d", "c"]),
+        ({"text": ["a", "b", "c", "d", "e"], "label": TARGETS}, ["b", "d", "c"]),
+        (({"input_ids": torch.arange(10).view(5, 2)}, TARGETS), ["2 3", "6 7", "4 5"]),
+        ({"input_ids": torch.arange(10).view(5, 2), "labels": TARGETS}, ["2 3", "6 7", "4 5"]),
+        (torch.rand(5, 7), ["", "", ""]),
+        ({"features": torch.rand(5, 7)}, ["", "", ""]),
+        (None, ["", "", ""]),
+    ],
+)
+def test_texts_are_found_in_batches_of_any_form(batch: Any, texts: list[str]) -> None:
+    def decode(ids: Tensor) -> list[str]:
+        return [" ".join(map(str, row)) for row in ids.tolist()]
+
+    assert [each.text for each in changes(batch, decode).samples] == texts
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (1, 28, 28), (3, 300, 200), (13, 64, 64), (2, 20, 20)])
+def test_images_of_any_size_and_number_of_channels_become_small(shape: tuple[int, ...]) -> None:
+    content = small_image(torch.randn(shape))
+    image = Image.open(io.BytesIO(base64.b64decode(content.partition(",")[2])))
+    assert max(image.size) <= 96
+    assert image.size[0] / image.size[1] == pytest.approx(shape[-1] / shape[-2], rel=0.05)
+    assert len(content) < 12_000
+
+
+SCRIPT = """
+import sys, torch
+from torch import distributed
+from lora_lightning.report.changes import Changes, Inputs, pairs_of_devices
+rank = int(sys.argv[1])
+distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+found = {}
+if rank == 0:  # the other device has no samples
+    found = {0: Changes()}
+    found[0].update(torch.tensor([[0.0, 1]]), torch.tensor([[1.0, 0]]), torch.tensor([1]), Inputs(["one"], torch.arange(1)))
+pairs = pairs_of_devices(found)[0]
+print(pairs.fixed, pairs.broke, [each.text for each in pairs.samples])
+distributed.destroy_process_group()
+"""
+
+
+def test_a_device_without_samples_finds_what_the_others_found(tmp_path: Any) -> None:
+    words = [sys.executable, "-c", SCRIPT]
+    both = [
+        subprocess.Popen([*words, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    assert [each.communicate(timeout=120)[0].strip() for each in both] == ["1 0 ['one']"] * 2
