@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lora_lightning.callbacks.averaged_base import average_with_adapters, restore_averaged_base
+from lora_lightning.callbacks.best_adapter import best_of, trained_as_in
 from lora_lightning.callbacks.frozen_base import FrozenBase
 from lora_lightning.callbacks.handover import Handover
 from lora_lightning.callbacks.late_layers import AfterLayers, convert_layers
@@ -50,7 +51,8 @@ class LoRAFinetuning(Callback):
     It works with any `LightningModule` whose layers exist after `__init__`, `setup` or `configure_model`, and whose
     `configure_optimizers` takes the parameters that require gradients, or all of them. Checkpoints hold the adapters and not the
     base, and `ckpt_path` takes them. At the end of `fit` the adapters are written to `<log folder>/adapter` in PEFT's format, or
-    without a logger to `<checkpoints>/adapter`. Random states travel in checkpoints, as with `RandomState`.
+    without a logger to `<checkpoints>/adapter`: those of the best checkpoint if `ModelCheckpoint` monitors a metric, else the last.
+    Random states travel in checkpoints, as with `RandomState`.
 
     Args:
         base_checkpoint: Lightning checkpoint of the model that is adapted: a file, or a log folder, whose newest
@@ -218,15 +220,20 @@ class LoRAFinetuning(Callback):
         """Write the adapter folder, and check that the base is what it was."""
         assert self.adapted is not None
         assert self._frozen is not None
+        of_best = ""
         folder = None if trainer.fast_dev_run else _run_folder(trainer)  # type: ignore[attr-defined] # set from elsewhere
         if folder is not None:
             place = trainer.strategy.broadcast(free_name(folder, "adapter"))
             self.adapter_folder = place if "://" in place else Path(place)
             data = type(trainer.datamodule).__name__ if trainer.datamodule else None  # type: ignore[attr-defined] # likewise
-            # It gathers what is distributed, on all devices.
-            content = AdapterFolder(self._the_adapted, data, stage_metrics(trainer, "val"))
+            best = best_of(trainer) if trainer.is_global_zero else None
+            metrics = stage_metrics(trainer, "val") if best is None else best.metrics
+            with trained_as_in(best, trainer, pl_module):
+                # It gathers what is distributed, on all devices.
+                content = AdapterFolder(self._the_adapted, data, metrics)
             if trainer.is_global_zero:
                 write_to(place, content.write)
+            of_best = f", {best.in_words()}" if best else ""
         self._handover.put(trainer, self.adapted, self.adapter_folder)
         trainer.strategy.barrier("adapter folder")  # it is there once fit returns, on every device
         frozen, buffers = self._frozen.changed()
@@ -236,7 +243,7 @@ class LoRAFinetuning(Callback):
                 f"that was given them by another path. Adapter: {self.adapter_folder}."
             )
         but = f", but for buffers that the model's own code changes: {some_of(map(repr, buffers))}" if buffers else ""
-        where = f"Adapter: {self.adapter_folder}" if folder else "This run writes no adapter."
+        where = f"Adapter: {self.adapter_folder}{of_best}" if folder else "This run writes no adapter."
         rank_zero_info(f"The base is bitwise unchanged{but} (SHA-256 {self.base_fingerprint[:12]}). {where}")
 
     @property
