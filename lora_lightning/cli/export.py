@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from torch import Tensor
 _TOLERANCE = 1e-4
 
 
-def export(model: LightningModule, example: Tensor, path: Path) -> None:
+def export(model: LightningModule, example: Tensor, path: Path, datamodule: LightningDataModule | None = None) -> None:
     """Write the model's forward as ONNX, for batches of any size, and run the file once to compare.
+
+    The input is called `input`, the output `logits`. The file's metadata have what `datamodule` says of its data: `class_names`, as a
+    JSON list, and `preprocessing` in words.
 
     Raises:
         ValueError: If what it needs is not installed, or the outputs differ.
@@ -28,10 +32,17 @@ def export(model: LightningModule, example: Tensor, path: Path) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter's own modules
         program = torch.onnx.export(
-            model, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), verbose=False
+            model,
+            (example,),
+            input_names=["input"],
+            output_names=["logits"],
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            verbose=False,
         )
         expected = model(example[:1])
     assert program is not None
+    program.model.metadata_props.update(_metadata(datamodule))
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         program.save(unfinished)
@@ -43,6 +54,15 @@ def export(model: LightningModule, example: Tensor, path: Path) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _metadata(datamodule: LightningDataModule | None) -> dict[str, str]:
+    found = {}
+    if names := getattr(datamodule, "class_names", None):
+        found["class_names"] = json.dumps([str(name) for name in names])
+    if words := getattr(datamodule, "preprocessing_in_words", None):
+        found["preprocessing"] = words()
+    return found
 
 
 def example_input(model: LightningModule, datamodule: LightningDataModule | None) -> Tensor:

@@ -167,6 +167,11 @@ class MNISTDataModule(ResumableDataModule):
             images = self.trainer.precision_plugin.convert_input(images)
         return images, targets
 
+    @staticmethod
+    def preprocessing_in_words() -> str:
+        """Return how the model expects images."""
+        return f"Grey values of 28 x 28 pixels from 0 to 1, less {MEAN}, divided by {STD}; float32 of shape (B, 1, 28, 28)."
+
     def description(self) -> str:
         """Return which digits these are and, if the sample stands in for the full database, why."""
         if self.source == "sample":

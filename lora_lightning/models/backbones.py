@@ -14,7 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import get_model_weights, list_models
 from torchvision.transforms._presets import ImageClassification
 
-from lora_lightning.models.weights import check_name, copy_of_download, load_strictly, read_weights, through_torchvision
+from lora_lightning.models.weights import (
+    check_name,
+    copy_of_download,
+    load_strictly,
+    none_of_words,
+    read_weights,
+    through_torchvision,
+)
 
 _IMAGENET_CLASSES = 1000
 _AUXILIARY = ("AuxLogits", "aux1", "aux2")
@@ -46,6 +53,7 @@ def image_backbone(name: str, weights: str | None = None, num_classes: int | Non
     """
     if num_classes is not None and num_classes < 2:
         raise ValueError(f"num_classes={num_classes}: a classifier has at least 2.")
+    weights = none_of_words(weights)
     library, _, rest = name.partition("/")
     if library == "timm":
         network = _from_timm(rest, weights, num_classes)

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
+from lora_lightning.lora import is_adapted
 from lora_lightning.models.one_cycle import OneCycle
+from lora_lightning.resume.checkpoints import ADAPTER_KEY, holds_adapters_alone
 
 
 class Classifier(LightningModule):
@@ -107,6 +109,12 @@ class Classifier(LightningModule):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of adapters for a model without any, and say how it is used."""
+        if (description := checkpoint.get(ADAPTER_KEY)) is not None and not is_adapted(self):
+            raise ValueError(holds_adapters_alone(description))
+
     def _total_steps(self) -> int:
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
@@ -140,7 +148,9 @@ class Classifier(LightningModule):
         """Log the means over all samples of all devices, however many each had."""
         loss, accuracy = self._loss.compute(), self._accuracy.compute()
         if not accuracy.isnan():  # as it is without any sample
-            self.log_dict({f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}, prog_bar=True)
+            means = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
+            # They are those of all devices already: the largest of equal numbers is exact, their mean is not.
+            self.log_dict(means, prog_bar=True, sync_dist=True, reduce_fx="max")
 
     def _logs_this_step(self) -> bool:
         """Return whether a logger writes this step, or a callback may ask for its numbers at the end of the epoch.

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.models.backbones import library
+from lora_lightning.models.weights import none_of_words
 
 
 def text_backbone(
@@ -31,6 +32,7 @@ def text_backbone(
     """
     if num_classes is not None and num_classes < 2:
         raise ValueError(f"num_classes={num_classes}: a classifier has at least 2.")
+    weights = none_of_words(weights)
     if weights not in (None, "pretrained"):
         raise ValueError(f"weights={weights!r}: expected 'pretrained', or null for random ones.")
     if pooling not in (None, "mean") or (pooling and num_classes is None):

@@ -128,3 +128,8 @@ def _build(builder: Callable[..., nn.Module], entry: Any, file: Path) -> nn.Modu
 
 def _file_name(entry: Any) -> str:
     return Path(urlparse(entry.url).path).name
+
+
+def none_of_words(weights: str | None) -> str | None:
+    """Return `None` for the word that the command line makes of `null` in a nested option (jsonargparse 4.53)."""
+    return None if weights == "None" else weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +35,11 @@ def write_files(
     metadata = {"format": "pt", _CONFIG_DIGEST: hashlib.sha256(text.encode()).hexdigest(), **metadata}
     unfinished = folder / f".{WEIGHTS_NAME}.unfinished"
     save_file(tensors, unfinished, metadata={**metadata, _DIGEST: _digest(tensors, metadata)})
+    described = folder / f".{CONFIG_NAME}.unfinished"
+    described.write_text(text)
+    shutil.copymode(described, unfinished)  # safetensors gives files to their owner alone
     unfinished.replace(folder / WEIGHTS_NAME)
-    unfinished = folder / f".{CONFIG_NAME}.unfinished"
-    unfinished.write_text(text)
-    unfinished.replace(folder / CONFIG_NAME)
+    described.replace(folder / CONFIG_NAME)
 
 
 def read_description(path: Path) -> dict[str, Any]:

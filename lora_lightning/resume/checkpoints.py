@@ -7,7 +7,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
 from typing import Any
@@ -15,6 +15,8 @@ from zipfile import BadZipFile
 
 import torch
 from lightning.pytorch import LightningModule
+
+from lora_lightning.lora import some_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 STARTED_FROM = "started_from.txt"
@@ -181,3 +183,17 @@ def misfits(found: dict[str, Any], expected: dict[str, Any]) -> str:
     wrong = [key for key in {**wanted, **shapes} if shapes.get(key) != wanted.get(key)]
     listed = [f"{key} is {shapes.get(key, 'missing')}, expected {wanted.get(key, 'none')}" for key in wrong[:5]]
     return "; ".join(listed + ([f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []))
+
+
+def holds_adapters_alone(description: Mapping[str, Any]) -> str:
+    """Return the message for a plain model that was given a checkpoint of adapters: what it holds, and what to call.
+
+    Args:
+        description: What the checkpoint has under `ADAPTER_KEY`.
+    """
+    base = description.get("base_path") or "the base"
+    return (
+        f"This checkpoint holds the adapters of {some_of(description['adapters'])}, and not the network. Build the model, load {base} "
+        "into it, and give the checkpoint as ckpt_path to a trainer with the LoRAFinetuning of its training; or call "
+        "lora_lightning.load_adapter(model.backbone, '<log folder>/adapter'); or `lora-lightning merge` makes a plain checkpoint of both."
+    )
