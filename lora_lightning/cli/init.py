@@ -11,7 +11,7 @@ _PACKAGE = Path(__file__).parents[1]
 _SHIPPED = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
 TOPICS = {
     "mnist": ("pretrain a network on MNIST, adapt it to a digit", ("configs/pretrain.yaml", "configs/adapt.yaml")),
-    "images": ("adapt a network of torchvision to a folder of images", ("configs/goldfish_lora.yaml",)),
+    "images": ("adapt a network of torchvision to a folder of images", ("configs/images.yaml",)),
     "text": ("adapt a model of the transformers library to labelled texts", ("configs/text.yaml",)),
     "own": ("adapt a LightningModule of your own", ("configs/own.yaml", "own_module.py")),
 }

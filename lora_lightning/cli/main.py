@@ -1,4 +1,4 @@
-"""Runs the commands: `fit`, `validate`, `test` and `predict` by `LightningCLI`, and `merge` and `repair`."""
+"""Runs the commands: `fit`, `validate`, `test` and `predict` by `LightningCLI`, and `merge`, `report` and `repair`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import Namespace, auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -24,8 +24,11 @@ from lora_lightning.callbacks import PredictionWriter
 from lora_lightning.cli.closing import show_closing
 from lora_lightning.cli.cpu import tune_for_cpu
 from lora_lightning.cli.errors import explain, named_class
+from lora_lightning.cli.head import size_head
+from lora_lightning.cli.lora_options import add_lora_options, apply_lora_options, is_lora_finetuning
 from lora_lightning.cli.merge import merge_checkpoint
 from lora_lightning.cli.progress_lines import ProgressLines
+from lora_lightning.cli.saved_config import SaveSharedConfig
 from lora_lightning.resume.atomic_checkpoint import write_atomically
 from lora_lightning.resume.checkpoints import (
     check_file,
@@ -53,11 +56,11 @@ _NOISE = (
     # Lightning 2.6.6 under PyTorch 2.15; nothing that a user could change.
     ".*isinstance\\(treespec, LeafSpec\\).*",
 )
-_ADVERTISEMENT = "litlogger"
+_ADVERTISEMENT = "Tip: For seamless"
 _DESCRIPTION = (
     "Train a classifier, fine-tune it with LoRA, and see class by class what that changed. "
-    "Two more commands have a help of their own: 'lora-lightning merge --help' (fold adapters into a plain checkpoint) and "
-    "'lora-lightning repair --help' (the whole story on MNIST)."
+    "More commands have a help of their own: 'lora-lightning merge --help' (fold adapters into a plain checkpoint), "
+    "'lora-lightning report --help' (one page for several runs) and 'lora-lightning repair --help' (the whole story on MNIST)."
 )
 
 
@@ -81,6 +84,7 @@ class LoRALightningCLI(LightningCLI):
         super().__init__(
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            save_config_callback=SaveSharedConfig,
             parser_kwargs={
                 "description": _DESCRIPTION if run else "Fold trained adapters into their base: a plain checkpoint.",
                 "prog": "lora-lightning" if run else "lora-lightning merge",
@@ -113,6 +117,11 @@ class LoRALightningCLI(LightningCLI):
         self.trainer.test(*args, **options | {"verbose": False})
 
     @override
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        add_lora_options(parser)
+        super().add_core_arguments_to_parser(parser)
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"trainer.enable_model_summary": False})  # it counts no FLOPs without an example input
         parser.add_argument("--adapter", type=str | None, help=_ADAPTER_HELP)
@@ -121,13 +130,15 @@ class LoRALightningCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Let `enable_progress_bar: false` and `--adapter` act on the callbacks that a configuration lists."""
+        """Let `enable_progress_bar: false`, `--lora` and `--adapter` act on the configured callbacks, and size the head."""
         trainer = self.settings.trainer
         off = tuple(kind for option, kind in _SWITCHED_BY.items() if trainer.get(option) is False)
         if off and isinstance(trainer.callbacks, list):
             trainer.callbacks = [
                 each for each in trainer.callbacks if not issubclass(named_class(each.class_path), off)
             ]
+        apply_lora_options(self.settings)
+        size_head(self.settings)
         if self.settings.adapter is not None:
             self._use_adapter(self.settings.adapter)
 
@@ -135,8 +146,8 @@ class LoRALightningCLI(LightningCLI):
         settings = self.settings
         listed = settings.trainer.callbacks or []
         callbacks = list(listed) if isinstance(listed, list) else [listed]
-        ours = [each for each in callbacks if _is_lora_finetuning(each)]
-        others = [each for each in callbacks if not _is_lora_finetuning(each)]
+        ours = [each for each in callbacks if is_lora_finetuning(each)]
+        others = [each for each in callbacks if not is_lora_finetuning(each)]
         arguments: Any = ours[0].init_args if ours else Namespace()  # type: ignore[no-untyped-call]
         base, settings.ckpt_path = settings.ckpt_path or arguments.get("base_checkpoint"), None
         if adapter == NO_ADAPTER:
@@ -154,7 +165,8 @@ class LoRALightningCLI(LightningCLI):
         listed = configured.callbacks or []
         each = list(listed) if isinstance(listed, list) else [listed]
         if configured.enable_progress_bar is not False and not sys.stdout.isatty():
-            each = [*(callback for callback in each if not isinstance(callback, ProgressBar)), ProgressLines()]
+            others = [callback for callback in each if type(callback) not in (RichProgressBar, TQDMProgressBar)]
+            each = others if any(isinstance(other, ProgressBar) for other in others) else [*others, ProgressLines()]
         summary = configured.enable_model_summary or any(isinstance(callback, ModelSummary) for callback in each)
         trainer = super().instantiate_trainer(**{"callbacks": each, "enable_model_summary": summary} | kwargs)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] # Trainer sets it from elsewhere
@@ -182,7 +194,7 @@ class LoRALightningCLI(LightningCLI):
         command, settings = self.config.get("subcommand"), self.settings
         path, callbacks = settings.get("ckpt_path"), settings.trainer.callbacks
         each = callbacks if isinstance(callbacks, list) else [callbacks]
-        if command == "predict" and path is None and settings.adapter is None and any(map(_is_lora_finetuning, each)):
+        if command == "predict" and path is None and settings.adapter is None and any(map(is_lora_finetuning, each)):
             path = "last"  # untrained adapters are not what was asked for
         if path == "last":
             folder = _log_folder(settings.trainer.logger)
@@ -204,10 +216,6 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 
 def _is_local_file(path: Any) -> bool:
     return path is not None and path not in _KEYWORDS and "://" not in str(path)
-
-
-def _is_lora_finetuning(callback: Any) -> bool:
-    return str(getattr(callback, "class_path", "")).endswith(".LoRAFinetuning")
 
 
 def _log_folder(logger: Any) -> Path:
@@ -258,6 +266,10 @@ def _run(words: list[str], args: list[str] | None) -> int:
             repair, args=words[1:], as_positional=False, prog="lora-lightning repair", exit_on_error=False
         )
         return int(outcome)
+    if words[:1] == ["report"]:
+        from lora_lightning.cli.report import report
+
+        return report(words[1:])
     if words[:1] == ["merge"]:
         cli = LoRALightningCLI(words[1:], run=False)
         options = {key: cli.config_init[key] for key in ("ckpt_path", "output", "onnx")}

@@ -61,7 +61,7 @@ def merge_checkpoint(
         model.load_state_dict(files.load_checkpoint(ckpt_path)["state_dict"])
     merge(callback.adapted)
     if onnx is not None:
-        export(model, example_input(model, datamodule), onnx)
+        export(model, example_input(model, datamodule), onnx, datamodule)
         rank_zero_info(f"ONNX: {onnx}, of the model's forward; it agrees with PyTorch.")
     trainer.save_checkpoint(output, weights_only=True)
     rank_zero_info(f"Merged: {output}")

@@ -105,7 +105,7 @@ class ImageFolderDataModule(ResumableDataModule):
             )
         check_share(focus_fraction)
         self.focus, self.focus_fraction = as_list(focus), focus_fraction
-        self.root = SAMPLE if str(root) == "sample" and not Path(root).exists() else Path(root)
+        self.root = _folder(root)
         self.preprocessing = _preset(preprocessing) if isinstance(preprocessing, str) else preprocessing
         self.augmentation = augmentation
         self.predict = predict
@@ -117,6 +117,27 @@ class ImageFolderDataModule(ResumableDataModule):
         self.class_names = None if classes is None else categories_of(classes)
         self.predict_files: list[Path] = []
         self._datasets: dict[str, ImageDataset] = {}
+
+    @staticmethod
+    def classes_in(root: str | os.PathLike[str]) -> tuple[str, ...]:
+        """Return the names of the class folders of the training split, sorted.
+
+        Raises:
+            ValueError: If there are fewer than two.
+            FileNotFoundError: If there is no such folder.
+        """
+        folder = split_folders(_folder(root))["train"]
+        names = [each.name for each in class_folders(folder)]
+        if len(names) < 2:
+            raise ValueError(
+                f"{folder} has the class folder {names[0]!r} alone; a classifier tells two or more apart. Name all "
+                "of its classes with classes, for example VGG19_Weights.IMAGENET1K_V1."
+            )
+        return tuple(names)
+
+    def preprocessing_in_words(self) -> str:
+        """Return how the model expects images: the transform that made them."""
+        return " ".join(str(self._preprocessing()).split())
 
     @override
     def setup(self, stage: str) -> None:
@@ -160,13 +181,7 @@ class ImageFolderDataModule(ResumableDataModule):
     def _set_up_parts(self) -> None:
         folders = split_folders(self.root)
         if self.class_names is None:
-            names = [folder.name for folder in class_folders(folders["train"])]
-            if len(names) < 2:
-                raise ValueError(
-                    f"{folders['train']} has the class folder {names[0]!r} alone; a classifier tells two or more apart. Name all "
-                    "of its classes with classes, for example VGG19_Weights.IMAGENET1K_V1."
-                )
-            self.class_names = tuple(names)
+            self.class_names = self.classes_in(self.root)
         check_classes(self.focus, self.class_names)
         labelled = {split: labelled_images(folder, self.class_names) for split, folder in folders.items()}
         of_all = len(labelled["train"][0])
@@ -224,6 +239,10 @@ class ImageFolderDataModule(ResumableDataModule):
     def _loading(self) -> dict[str, Any]:
         """Return the arguments of a loader: images in memory need no workers, which would each keep their own."""
         return {**full_batches(), "num_workers": 0 if self.in_memory else self.num_workers}
+
+
+def _folder(root: str | os.PathLike[str]) -> Path:
+    return SAMPLE if str(root) == "sample" and not Path(root).exists() else Path(root)
 
 
 def _preset(name: str) -> nn.Module:

@@ -45,14 +45,14 @@ _GRID = {
         "last layer": (1e-2, 3e-2),
     },
     "ants_bees": {
-        "LoRA": (5e-4, 1e-3, 2e-3, 5e-3),
+        "LoRA": (1e-4, 5e-4, 1e-3, 2e-3, 5e-3),
         "full fine-tuning": (3e-5, 1e-4, 3e-4),
         "last layer": (3e-4, 1e-3, 3e-3),
     },
 }
 RATES = {
     "text": {"LoRA": 2e-3, "PEFT": 2e-3, "full fine-tuning": 2e-4, "last layer": 1e-2},
-    "ants_bees": {"LoRA": 5e-3, "full fine-tuning": 1e-4, "last layer": 1e-3},
+    "ants_bees": {"LoRA": 1e-4, "full fine-tuning": 3e-5, "last layer": 3e-4},
 }
 
 

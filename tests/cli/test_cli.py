@@ -24,7 +24,7 @@ CONFIGS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "configs").rglob("*.yaml")
     # tests/test_goldfish.py, tests/data/test_text.py, tests/test_ants_bees.py and tests/cli/test_init.py run those
-    if "goldfish" not in path.name and path.name not in ("text.yaml", "ants_bees.yaml", "own.yaml")
+    if "goldfish" not in path.name and path.name not in ("text.yaml", "images.yaml", "ants_bees.yaml", "own.yaml")
 )
 
 

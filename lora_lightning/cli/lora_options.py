@@ -1,0 +1,65 @@
+"""Gives the settings of `LoRAFinetuning` options of their own, `--lora.rank 4`, wherever a configuration lists the callback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from docstring_parser import parse
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lora_lightning.callbacks import LoRAFinetuning
+from lora_lightning.lora import LoRAConfig
+from lora_lightning.resume.checkpoints import newest_adapter, newest_checkpoint
+
+_OWN = {"base_checkpoint": str | None, "adapter": str | None, "lr_ratio": float | None, "verify": bool | None}
+
+
+def add_lora_options(parser: LightningArgumentParser) -> None:
+    """Add an option for each argument of `LoRAFinetuning`. One that is not given leaves the configuration as it is."""
+    group = parser.add_argument_group("LoRA: settings of the LoRAFinetuning callback, which is added if there is none")
+    described = {
+        each.arg_name: each.description for each in [*parse(LoRAConfig.__doc__ or "").params, *_own_parameters()]
+    }
+    types = get_type_hints(LoRAConfig)
+    for name in LoRAConfig.__dataclass_fields__:
+        group.add_argument(f"--lora.{name}", type=types[name] | None, default=None, help=_help(described[name]))
+    for name, kind in _OWN.items():
+        group.add_argument(f"--lora.{name}", type=kind, default=None, help=_help(described[name]))
+
+
+def _own_parameters() -> list[Any]:
+    return parse(LoRAFinetuning.__doc__ or "").params
+
+
+def _help(description: str | None) -> str:
+    return " ".join((description or "").split())
+
+
+def apply_lora_options(settings: Namespace) -> None:
+    """Give the options to the callback in the configuration, and say there which files its paths mean now.
+
+    The configuration that a run keeps in its folder then means the same files later.
+    """
+    options: Any = settings.pop("lora", Namespace())  # type: ignore[no-untyped-call]
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    listed = settings.trainer.callbacks or []
+    callbacks = list(listed) if isinstance(listed, list) else [listed]
+    ours = [each for each in callbacks if is_lora_finetuning(each)]
+    if given and not ours:
+        ours = [Namespace(class_path="lora_lightning.LoRAFinetuning", init_args=Namespace())]  # type: ignore[no-untyped-call]
+        settings.trainer.callbacks = [*callbacks, *ours]
+    for each in ours:
+        arguments = each.get("init_args") or Namespace()  # type: ignore[no-untyped-call]
+        each.init_args = arguments
+        for name, value in given.items():
+            arguments[name] = value
+        for name, newest in (("base_checkpoint", newest_checkpoint), ("adapter", newest_adapter)):
+            if (path := arguments.get(name)) is not None and Path(path).is_dir():
+                arguments[name] = str(newest(path))
+
+
+def is_lora_finetuning(callback: Any) -> bool:
+    """Return whether this is the configuration of the callback."""
+    return str(getattr(callback, "class_path", "")).endswith(".LoRAFinetuning")

@@ -1,0 +1,210 @@
+"""Settings as options, configurations that work later, and images of one's own in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lora_lightning import Classifier, LoRAConfig, LoRAFinetuning, RichBoyNet
+from lora_lightning.cli.main import main
+
+Run = Callable[..., tuple[int, str]]
+SMALL = ("--data.source", "sample", "--trainer.max_steps", "10", "--trainer.max_epochs", "1")
+
+
+@pytest.fixture
+def pretrained(run: Run) -> Run:
+    code, text = run("fit", "--config", "configs/pretrain.yaml", *SMALL)
+    assert code == 0, text
+    return run
+
+
+def adapters_in(config: Path) -> dict[str, Any]:
+    """The arguments of LoRAFinetuning in a saved configuration."""
+    callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
+    (found,) = [each["init_args"] for each in callbacks if each["class_path"].endswith("LoRAFinetuning")]
+    return dict(found)
+
+
+def test_settings_of_adapters_are_options(pretrained: Run) -> None:
+    words = ("--lora.rank", "3", "--lora.target_modules", "[linear1]", "--lora.base_checkpoint", "logs/pretrain")
+    code, text = pretrained("fit", "--config", "configs/adapt.yaml", *SMALL, *words, "--data.focus", "9")
+    assert code == 0, text
+    assert "linear1: 784 -> 1000, rank 3" in text
+    assert "linear2:" not in text
+    found = adapters_in(Path("logs/adapt/version_0/config.yaml"))
+    assert (found["rank"], found["target_modules"]) == (3, ["linear1"])
+    assert "lora" not in yaml.safe_load(Path("logs/adapt/version_0/config.yaml").read_text())
+
+
+def test_the_options_bring_the_callback_where_none_is_configured(pretrained: Run) -> None:
+    code, text = pretrained("fit", "--config", "configs/pretrain.yaml", *SMALL, "--lora.rank", "2")
+    assert code == 0, text
+    assert adapters_in(Path("logs/pretrain/version_1/config.yaml"))["rank"] == 2
+
+
+def test_every_setting_has_an_option_and_they_come_first_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    names = [*LoRAConfig.__dataclass_fields__, "base_checkpoint", "adapter", "lr_ratio", "verify"]
+    places = [text.rindex(f"--lora.{name} ") for name in names]
+    assert places == sorted(places)
+    assert max(places) < text.rindex("--trainer.accelerator")
+    assert "Rank r. A layer whose min(in, out) is smaller gets that rank" in " ".join(text.split())
+
+
+def test_a_value_that_is_none_of_the_kind_is_refused_with_the_option(run: Run) -> None:
+    code, text = run("fit", "--config", "configs/pretrain.yaml", *SMALL, "--lora.rank", "many")
+    assert code == 2
+    assert "lora.rank" in text
+    assert "many" in text
+
+
+def test_a_run_s_own_configuration_works_later_with_every_command(pretrained: Run) -> None:
+    """Also when there is a newer base by then, and when it is the configuration of a prediction."""
+    code, text = pretrained("fit", "--config", "configs/adapt.yaml", *SMALL)
+    assert code == 0, text
+    base = adapters_in(Path("logs/adapt/version_0/config.yaml"))["base_checkpoint"]
+    assert Path(base).is_file()
+    code, text = pretrained("fit", "--config", "configs/pretrain.yaml", *SMALL, "--seed_everything", "1")
+    assert code == 0, text
+    (checkpoint,) = map(str, Path("logs/adapt/version_0").rglob("*.ckpt"))
+    code, text = pretrained("predict", "--config", "logs/adapt/version_0/config.yaml", "--ckpt_path", checkpoint)
+    assert code == 0, text
+    for version in (0, 1):
+        config = f"logs/adapt/version_{version}/config.yaml"
+        for command in ("validate", "test", "predict"):
+            code, text = pretrained(command, "--config", config, "--ckpt_path", checkpoint)
+            assert code == 0, text
+        output = f"merged-{version}.ckpt"
+        code, text = pretrained("merge", "--config", config, "--ckpt_path", checkpoint, "--output", output)
+        assert code == 0, text
+        code, text = pretrained("fit", "--config", config, "--ckpt_path", checkpoint, "--trainer.max_steps", "12")
+        assert code == 0, text
+        assert f"Base: {base}" in text
+
+
+def photographs(folder: Path, *names: str) -> None:
+    for level, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for number in range(6):
+            pixels = np.full((40, 50, 3), 60 + 100 * level + number, np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.jpg")
+
+
+def test_images_of_one_s_own_need_their_folder_alone(run: Run) -> None:
+    photographs(Path("photos"), "cats", "dogs")
+    # Random weights, since there is no network; null on the command line is the word None where jsonargparse nests it.
+    small = ("--model.backbone.weights", "null", "--data.num_workers", "0", "--trainer.log_every_n_steps", "1")
+    words = ("--config", "configs/images.yaml", "--data.root", "photos", *small)
+    code, text = run("fit", *words, "--trainer.max_epochs", "1")
+    assert code == 0, text
+    assert "an output for each of 2 classes" in text
+    code, text = run("test", *words, "--ckpt_path", "logs/images")
+    assert code == 0, text
+    assert "│ cats " in text
+    assert "│ dogs " in text
+    code, text = run("predict", *words, "--ckpt_path", "logs/images", "--data.predict", "photos/cats/*.jpg")
+    assert code == 0, text
+    (predictions,) = Path("logs/images").rglob("predictions.csv")
+    assert len(predictions.read_text().splitlines()) == 7
+
+
+def test_a_head_that_is_configured_stays(run: Run) -> None:
+    photographs(Path("photos"), "cats", "dogs")
+    words = ("--config", "configs/images.yaml", "--data.root", "photos", "--model.backbone.weights", "null")
+    code, text = run("fit", *words, "--model.num_classes", "3", "--model.backbone.num_classes", "3")
+    assert code == 1
+    assert "photos has images of 2 classes (cats, dogs, ...), the model has num_classes=3" in text
+
+
+@pytest.mark.filterwarnings("ignore:You are using a CUDA device")
+def test_adapters_given_to_lightning_s_own_loading_are_told_with_what_to_call(pretrained: Run) -> None:
+    code, text = pretrained("fit", "--config", "configs/adapt.yaml", *SMALL)
+    assert code == 0, text
+    (checkpoint,) = Path("logs/adapt").rglob("*.ckpt")
+    with pytest.raises(
+        ValueError, match=r"holds the adapters of backbone.linear1, .*linear3, and not the network"
+    ) as error:
+        Classifier.load_from_checkpoint(checkpoint, backbone=RichBoyNet())
+    assert all(each in str(error.value) for each in ("logs/pretrain", "load_adapter", "lora-lightning merge"))
+
+
+def test_files_have_the_modes_that_the_umask_says(pretrained: Run) -> None:
+    code, text = pretrained("fit", "--config", "configs/adapt.yaml", *SMALL)
+    assert code == 0, text
+    Path("plain").write_text("")
+    mode = Path("plain").stat().st_mode
+    files = [path for path in Path("logs").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert {path.name: oct(path.stat().st_mode) for path in files if path.stat().st_mode != mode} == {}
+
+
+SCRIPT = """
+import torch, warnings
+warnings.filterwarnings("error", message=".*sync_dist.*")
+from lightning.pytorch import Trainer
+from lora_lightning import Classifier, MNISTDataModule, RichBoyNet
+trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, limit_train_batches=2, logger=False, enable_checkpointing=False,
+                  enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=3)
+model = Classifier(RichBoyNet())
+trainer.fit(model, MNISTDataModule(source="sample", val_fraction=0.1))
+print(f"accuracy {trainer.callback_metrics['val/accuracy']:.4f}", flush=True)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_our_classifier_logs_on_two_devices_without_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    values = {line for line in done.stdout.splitlines() if line.startswith("accuracy")}
+    assert len(values) == 1
+
+
+def test_the_adapter_folder_holds_the_best_checkpoint_where_a_metric_is_monitored(tmp_path: Path) -> None:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from lora_lightning import MNISTDataModule, load_adapter
+    from lora_lightning.lora import adapter_state_dict
+
+    files = ModelCheckpoint(tmp_path / "checkpoints", monitor="val/loss", mode="max")
+    callback = LoRAFinetuning(rank=1)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        limit_train_batches=4,
+        limit_val_batches=2,
+        logger=False,
+        callbacks=[files, callback],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    torch.manual_seed(0)
+    model = Classifier(RichBoyNet())
+    base = RichBoyNet()
+    base.load_state_dict(model.backbone.state_dict())
+    trainer.fit(model, MNISTDataModule(source="sample", val_fraction=0.1, batch_size=100))
+    load_adapter(base, callback.adapter_folder)
+    best = torch.load(files.best_model_path, weights_only=True)["state_dict"]
+    # The loss falls, and the largest is the first: the best by this metric is not the last.
+    assert "epoch=0" in files.best_model_path
+    for key, value in adapter_state_dict(base).items():
+        assert torch.equal(value, best[f"backbone.{key}"])
+    for key, value in adapter_state_dict(model).items():
+        assert not torch.equal(value, best[key]), "the model stays as it was trained"
