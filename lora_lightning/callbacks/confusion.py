@@ -11,14 +11,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from lora_lightning.callbacks.evaluation import data_parallel_group, decoder, warn_of_repeated_samples
+from lora_lightning.callbacks.logged_results import log_report, log_settings, show_classes_as_one_chart
 from lora_lightning.callbacks.recorded_calls import Call, RecordedCalls
 from lora_lightning.callbacks.run_files import RecordedMetrics, log_folder, write_results
 from lora_lightning.lora import adapter_parameters, disabled, is_adapted, some_of
-from lora_lightning.report import SHOWN_CLASSES, Confusion, Report, confusion_figures, report_table, show
+from lora_lightning.report import SHOWN_CLASSES, Confusion, Report, report_table, show
 from lora_lightning.report.changes import Changes, Inputs, pairs_of_devices
+from lora_lightning.report.confusion import loggable
 from lora_lightning.report.counts import Counts, sum_over_devices
 from lora_lightning.report.found import align, counted, described, find_targets
-from lora_lightning.report.loggers import log_figure
 
 _MOST_CLASSES = 4096
 
@@ -26,9 +27,9 @@ _MOST_CLASSES = 4096
 class ConfusionReport(Callback):
     """Counts, class by class, what a model takes for what; with adapters attached, its base beside it.
 
-    In `test` and `validate` one pass over the data gives a table in the terminal, confusion figures and per-class
-    recall and precision in the loggers, and `confusion.json` and `confusion.csv` in the run's log folder. During `fit`,
-    each validation logs the recall of every class as `val/recall/<class>`, or of more than 20 their mean as
+    In `test` and `validate` one pass over the data gives a table in the terminal, figures in the loggers, and in the run's log folder
+    `confusion.json`, `confusion.csv`, images of them, the samples that changed, and the page `report.html`. Loggers other than
+    TensorBoard's get recall and precision of each class as numbers. During `fit`, each validation logs the recall of every class as `val/recall/<class>`, or of more than 20 their mean as
     `val/mean_recall`. Of more than 20 classes the table, the figures and the scalars have the 20 of lowest recall. Counts
     are exact, on any number of devices. Each of several loaders has a report of its own.
 
@@ -74,6 +75,10 @@ class ConfusionReport(Callback):
         return self.reports[0] if self.reports else None
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        log_settings(trainer, pl_module)
+
+    @override
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._counts, self._changes = {}, {}
 
@@ -114,6 +119,7 @@ class ConfusionReport(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._metrics = RecordedMetrics()
+        show_classes_as_one_chart(trainer)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -121,12 +127,12 @@ class ConfusionReport(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._metrics.after_epoch(trainer)
+        self._metrics.after_epoch(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._metrics.after_epoch(trainer)
+            self._metrics.after_validation(trainer)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,7 +151,7 @@ class ConfusionReport(Callback):
             return
         for report in self._gathered(trainer, "val", trainer.val_dataloaders):
             recalls = zip(report.model.class_names, report.model.recall, strict=True)
-            known = {f"recall/{name}": recall for name, recall in recalls if not isnan(recall)}
+            known = {f"recall/{loggable(name)}": recall for name, recall in recalls if not isnan(recall)}
             if len(known) > SHOWN_CLASSES:
                 known = {"mean_recall": sum(known.values()) / len(known)}
             pl_module.log_dict({f"val/{name}{report.suffix}": value for name, value in known.items()}, sync_dist=True)
@@ -244,10 +250,7 @@ class ConfusionReport(Callback):
         for report in self.reports:
             if self.verbose:
                 show(report_table(report, report.suffix.strip("/") or None))
-            for logger in trainer.loggers:
-                logger.log_metrics(report.metrics(), trainer.global_step)
-                for name, figure in confusion_figures(report).items():
-                    log_figure(logger, f"{stage}/confusion/{name}{report.suffix}", figure, trainer.global_step)
+            log_report(trainer, pl_module, report)
 
     def _gathered(self, trainer: Trainer, stage: str, loaders: Any) -> list[Report]:
         """Return the reports of all devices together. Every device has to call it, also one that had no samples."""

@@ -14,6 +14,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 import lora_lightning
@@ -34,14 +35,27 @@ class RecordedMetrics:
         """Record the metrics of this step, if it is one whose metrics are logged."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         if every and trainer.global_step % every == 0:
-            metrics = dict(trainer.logged_metrics)
+            metrics: dict[str, Any] = dict(trainer.logged_metrics)
             for optimizer in trainer.optimizers[:1]:
-                metrics["lr"] = optimizer.param_groups[0]["lr"]
+                rate = float(optimizer.param_groups[0]["lr"])
+                self._log(trainer, metrics, "lr", rate)
             self._record(trainer, metrics)
 
-    def after_epoch(self, trainer: Trainer) -> None:
-        """Record the metrics of a training or validation epoch."""
+    def after_validation(self, trainer: Trainer) -> None:
+        """Record the metrics of a validation."""
         self._record(trainer, dict(trainer.callback_metrics))
+
+    def after_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the metrics of a training epoch, and log the norm of the adapters' ΔW, of all layers together."""
+        metrics: dict[str, Any] = dict(trainer.callback_metrics)
+        if trainer.is_global_zero and (layers := layer_changes(pl_module, with_base=False)):
+            self._log(trainer, metrics, "delta_norm", sum(each["norm"] ** 2 for each in layers) ** 0.5)
+        self._record(trainer, metrics)
+
+    def _log(self, trainer: Trainer, metrics: dict[str, Any], name: str, value: float) -> None:
+        metrics[name] = value
+        for logger in trainer.loggers:
+            logger.log_metrics({name: value}, trainer.global_step)
 
     def _record(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         if trainer.is_global_zero:
@@ -52,7 +66,13 @@ class RecordedMetrics:
         folder = log_folder(trainer)
         if folder is None or not trainer.is_global_zero or not self.history.rows:
             return
-        write_to(free_name(folder, "metrics.csv"), self.history.write)
+        own = [
+            logger for logger in trainer.loggers if isinstance(logger, CSVLogger)
+        ]  # which writes a file of this name
+        for logger in own:
+            logger.save()
+        if not own:
+            write_to(free_name(folder, "metrics.csv"), self.history.write)
         if (figure := curves_figure(self.history)) is not None:
             figure.set_facecolor("white")
             write_to(free_name(folder, "curves.png"), partial(figure.savefig, dpi=100))

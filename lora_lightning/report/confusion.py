@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from math import isnan
@@ -151,10 +152,15 @@ class Report:
         for prefix, confusion in {"": self.model, "base_": self.base}.items():
             for ratio in ("recall", "precision") if confusion else ():
                 for index in self.model.shown():
-                    name, value = self.model.class_names[index], getattr(confusion, ratio)[index]
+                    name, value = loggable(self.model.class_names[index]), getattr(confusion, ratio)[index]
                     if not isnan(value):
                         found[f"{self.stage}/{prefix}{ratio}/{name}{self.suffix}"] = value
         return found
+
+
+def loggable(name: str) -> str:
+    """Return the name of a class with underscores in place of what some loggers refuse in names."""
+    return re.sub(r"[^\w\-. ]", "_", name)
 
 
 def _ratio(part: int, whole: int) -> float:

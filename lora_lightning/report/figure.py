@@ -34,6 +34,32 @@ def confusion_figures(report: Report) -> dict[str, Figure]:
     return {title: _figure(title, matrix, names, most_errors) for title, matrix in panels.items()}
 
 
+def classes_figure(report: Report) -> Figure:
+    """Return the recall of each class that is shown, of the model and of its base, as bars."""
+    from matplotlib.figure import Figure
+
+    shown = report.model.shown()
+    names = [_label(report.model.class_names[index]) for index in shown]
+    figure = Figure(figsize=(7, 1 + 0.35 * len(shown)), layout="constrained")
+    axis = figure.subplots()
+    both = {"model": report.model} if report.base is None else {"base": report.base, "adapted": report.model}
+    height = 0.8 / len(both)
+    for number, (title, confusion) in enumerate(both.items()):
+        places = [row + (number - (len(both) - 1) / 2) * height for row in range(len(shown))]
+        axis.barh(places, [100 * confusion.recall[index] for index in shown], height, label=title)
+    axis.set_yticks(range(len(shown)), names)
+    axis.invert_yaxis()
+    axis.set(xlabel="recall, %", xlim=(0, 100))
+    axis.legend(loc="lower left")
+    return figure
+
+
+def _label(name: str) -> str:
+    """Return a name of bearable length, without the sign that matplotlib would take for mathematics."""
+    short = name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…"
+    return short.replace("$", r"\$")
+
+
 def report_images(report: Report) -> dict[str, Figure]:
     """Return the figures that a run's folder gets: `confusion`, `confusion_normalized`, and with a base `difference`.
 
@@ -104,8 +130,7 @@ def _draw(
         axis.imshow(shade.numpy(), cmap="Reds", vmin=0, vmax=scale)
     heading = "difference (adapted - base)" if diverging else title
     axis.set(title=heading, xlabel="predicted", ylabel="target")
-    labels = [name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…" for name in names]
-    labels = [label.replace("$", r"\$") for label in labels]  # which matplotlib would take for mathematics
+    labels = [_label(name) for name in names]
     slanted: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
     axis.set_xticks(range(size), labels, **(slanted if max(map(len, labels)) > 2 else {}))
     axis.set_yticks(range(size), labels)

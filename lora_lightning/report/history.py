@@ -39,12 +39,14 @@ class History:
 
     @classmethod
     def read(cls, path: Path) -> History:
-        """Return what `write` wrote."""
+        """Return what `write` wrote, or Lightning's `CSVLogger`, which has several rows for a step."""
+        history = cls()
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        return cls(
-            {int(row[_STEP]): {key: float(each) for key, each in row.items() if key != _STEP and each} for row in rows}
-        )
+            for row in csv.DictReader(file):
+                history.record(
+                    int(row[_STEP]), {key: float(each) for key, each in row.items() if key != _STEP and each}
+                )
+        return history
 
     def curves(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
         """Return the curves to draw: by what is measured, such as `loss`, the points of each metric that has two or more.

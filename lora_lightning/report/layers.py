@@ -12,22 +12,26 @@ from lora_lightning.lora.experts import ExpertsParameter
 
 
 @torch.no_grad()
-def layer_changes(module: nn.Module) -> list[dict[str, Any]]:
+def layer_changes(module: nn.Module, with_base: bool = True) -> list[dict[str, Any]]:
     """Return the size of each adapter's change of weight, ΔW = s B A, without forming it.
+
+    Args:
+        module: Any module.
+        with_base: Whether to measure W too, which takes a look at all of the base.
 
     Returns:
         For each adapted weight its `name`, `rank` and `parameters`, the Frobenius norm of ΔW, that of W (`base_norm`, `None` for a
-        bypass), and the effective rank of ΔW: the exponential of the entropy of its singular values, of which each is taken as a
+        bypass or without `with_base`), and the effective rank of ΔW: the exponential of the entropy of its singular values, of which each is taken as a
         share of their sum (Roy and Vetterli 2007, https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf), the
         mean over experts. Empty if adapters are distributed over devices.
     """
     found = adapted_weights(module)
     if any(hasattr(factor, "device_mesh") for each in found for factor in each.factors):
         return []
-    return [_change(each) for each in found]
+    return [_change(each, with_base) for each in found]
 
 
-def _change(each: AdaptedWeight) -> dict[str, Any]:
+def _change(each: AdaptedWeight, with_base: bool) -> dict[str, Any]:
     adapter, weight = each.adapter, each.weight
     values = [_singular_values(a, b) * adapter.lora_scaling for a, b in _matrices(each)]
     own = [value for key, value in adapter._parameters.items() if key.startswith("lora_")]
@@ -36,7 +40,7 @@ def _change(each: AdaptedWeight) -> dict[str, Any]:
         "rank": each.rank,
         "parameters": sum(value.numel() for value in own),
         "norm": float(torch.cat(values).norm()),
-        "base_norm": None if weight is None else float(adapter.lora_dense(weight).float().norm()),
+        "base_norm": None if weight is None or not with_base else float(adapter.lora_dense(weight).float().norm()),
         "effective_rank": sum(map(_effective_rank, values)) / len(values),
     }
 

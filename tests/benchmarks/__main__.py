@@ -1,7 +1,7 @@
 """Runs the benchmarks, prints their tables and writes them as JSON.
 
 LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol] [memory] [prefix]
-[architectures] [layers] [language_model]
+[architectures] [layers] [language_model] [report_cost]
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from pathlib import Path
 import torch
 from rich import get_console
 
-from tests.benchmarks import architectures, language_model, layers, lora_step, networks, seed_protocol, vgg19
+from tests.benchmarks import (
+    architectures,
+    language_model,
+    layers,
+    lora_step,
+    networks,
+    report_cost,
+    seed_protocol,
+    vgg19,
+)
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = {
@@ -28,6 +37,7 @@ BENCHMARKS = {
     "architectures": architectures.run,
     "layers": layers.run,
     "language_model": language_model.run,
+    "report_cost": report_cost.run,
 }
 
 

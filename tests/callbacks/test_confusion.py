@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -69,7 +71,7 @@ def test_one_test_pass_gives_base_and_adapted_side_by_side(
     assert "1,000" in printed
 
 
-def test_tensorboard_gets_figures_and_per_class_scalars(make_trainer: MakeTrainer) -> None:
+def test_tensorboard_gets_figures_curves_and_settings_and_no_card_for_each_class(make_trainer: MakeTrainer) -> None:
     model, report = Classifier(RichBoyNet(16, 8)), ConfusionReport(verbose=False)
     trainer = make_trainer(LoRAFinetuning(rank=1), report, max_epochs=1, limit_train_batches=2)
     trainer.fit(model, datamodule=sample())
@@ -77,12 +79,27 @@ def test_tensorboard_gets_figures_and_per_class_scalars(make_trainer: MakeTraine
     trainer.logger.experiment.flush()
     events = EventAccumulator(trainer.log_dir).Reload()
     tags = events.Tags()
-    assert set(tags["images"]) == {f"test/confusion/{name}" for name in ("base", "adapted", "difference")}
-    assert {f"test/recall/{digit}" for digit in range(10)} <= set(tags["scalars"])
-    assert {f"test/base_recall/{digit}" for digit in range(10)} <= set(tags["scalars"])
+    figures = ("base", "adapted", "difference", "classes", "changed_samples")
+    assert set(tags["images"]) == {f"test/confusion/{name}" for name in figures}
     assert {f"val/recall/{digit}" for digit in range(10)} <= set(tags["scalars"])
-    (scalar,) = events.Scalars("test/recall/3")
-    assert scalar.value == pytest.approx(report.report.model.recall[3])
+    assert not [tag for tag in tags["scalars"] if tag.startswith("test/") and tag.count("/") > 1]
+    assert {"lr", "delta_norm", "train/loss", "hp/errors", "hp/base_errors"} <= set(tags["scalars"])
+    assert [event.value for event in events.Scalars("lr")] == pytest.approx([1e-3] * 2)
+    assert events.Scalars("hp/errors")[0].value == sum(report.report.model.errors)
+    assert "custom_scalars__config__" in tags["tensors"]
+    hparams = yaml.safe_load((Path(trainer.log_dir) / "hparams.yaml").read_text())
+    assert (hparams["rank"], hparams["target_modules"]) == (1, "all")
+
+
+def test_other_loggers_get_numbers_by_class_whatever_the_names(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    report = ConfusionReport(["<b>$x_{</b>", "a/b", *map(str, range(8))], verbose=False)
+    trainer = make_trainer(report, logger=CSVLogger(tmp_path))
+    trainer.test(Classifier(RichBoyNet(16, 8)), datamodule=sample(), verbose=False)
+    trainer.logger.save()
+    with (Path(trainer.log_dir) / "metrics.csv").open() as file:
+        logged = {name: value for row in csv.DictReader(file) for name, value in row.items() if value}
+    assert float(logged["test/recall/a_b"]) == pytest.approx(report.report.model.recall[1])
+    assert "test/recall/_b__x___/b_".replace("/b_", "_b_") in logged
 
 
 def test_validate_reports_too(make_trainer: MakeTrainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,14 +151,17 @@ def test_any_number_of_classes_by_name(make_trainer: MakeTrainer, capsys: pytest
     assert "eel" in capsys.readouterr().out
 
 
-def test_of_many_classes_the_worst_are_logged_and_in_fit_their_mean(make_trainer: MakeTrainer) -> None:
+def test_of_many_classes_the_worst_are_logged_and_in_fit_their_mean(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     model = Classifier(nn.Linear(4, 30), num_classes=30)
     samples = TensorDataset(torch.randn(90, 4), torch.arange(90) % 30)
-    trainer = make_trainer(report := ConfusionReport(verbose=False), max_epochs=1)
+    logger = CSVLogger(tmp_path)
+    trainer = make_trainer(report := ConfusionReport(verbose=False), max_epochs=1, logger=logger)
     trainer.fit(model, DataLoader(samples, batch_size=45), DataLoader(samples, batch_size=45))
     trainer.test(model, DataLoader(samples, batch_size=45), verbose=False)
-    trainer.logger.experiment.flush()
-    tags = EventAccumulator(trainer.log_dir).Reload().Tags()["scalars"]
+    logger.save()
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        tags = csv.DictReader(file).fieldnames
+    assert (Path(logger.log_dir) / "curves.png").is_file()
     assert [tag for tag in tags if tag.startswith("val/") and "recall" in tag] == ["val/mean_recall"]
     recall = report.report.model.recall
     shown = {int(tag.rpartition("/")[2]) for tag in tags if tag.startswith("test/recall/")}

@@ -1,0 +1,77 @@
+"""Gives results to the loggers, each by what its interface takes."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lora_lightning.callbacks.lora_finetuning import LoRAFinetuning
+from lora_lightning.lora import attachment_of, backbone_of, is_adapted
+from lora_lightning.report import Report, classes_figure, confusion_figures
+from lora_lightning.report.loggers import log_figure
+from lora_lightning.report.samples import samples_figure
+
+if TYPE_CHECKING:  # matplotlib takes half a second to import
+    from matplotlib.figure import Figure
+
+_SETTINGS = ("rank", "alpha", "dropout", "target_modules", "init", "use_rslora", "use_dora")
+
+
+def log_report(trainer: Trainer, pl_module: LightningModule, report: Report) -> None:
+    """Log a report: figures for all loggers that take them; for TensorBoard the settings beside the errors, for others numbers by class.
+
+    In TensorBoard the numbers of single classes are one figure, since as scalars each would be a card with one dot.
+    """
+    for logger in trainer.loggers:
+        figures = dict[str, "Figure | None"](confusion_figures(report))
+        if isinstance(logger, TensorBoardLogger):
+            figures["classes"] = classes_figure(report)
+            logger.log_hyperparams(settings(trainer, pl_module), _outcome(report))
+        else:
+            logger.log_metrics(report.metrics(), trainer.global_step)
+        if report.pairs is not None:
+            figures["changed_samples"] = samples_figure(report.pairs.samples, report.model.class_names)
+        for name, figure in figures.items():
+            if figure is not None:
+                log_figure(logger, f"{report.stage}/confusion/{name}{report.suffix}", figure, trainer.global_step)
+
+
+def show_classes_as_one_chart(trainer: Trainer) -> None:
+    """Let TensorBoard draw the recall of all classes, validation by validation, in one chart of its tab of custom scalars."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            experiment: Any = logger.experiment
+            experiment.add_custom_scalars({"validation": {"recall by class": ["Multiline", ["val/recall/.*"]]}})
+
+
+def log_settings(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Log the settings of a run as its hyper-parameters."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(settings(trainer, pl_module), {})  # without a metric of -1
+        else:
+            logger.log_hyperparams(settings(trainer, pl_module))
+
+
+def settings(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """Return what a run was asked for: settings of the adapters, the classes in focus, and the seed."""
+    found: dict[str, Any] = {"seed": os.environ.get("PL_GLOBAL_SEED")}
+    callbacks = trainer.callbacks  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+    configs = [each.config for each in callbacks if isinstance(each, LoRAFinetuning)]
+    if is_adapted(pl_module):
+        configs = [attachment_of(backbone_of(pl_module)).config]  # of an adapter folder, perhaps
+    for config in configs:
+        found |= {name: getattr(config, name) for name in _SETTINGS}
+    focus = getattr(getattr(trainer, "datamodule", None), "focus", None)
+    return {
+        name: str(value) if isinstance(value, list) else value for name, value in (found | {"focus": focus}).items()
+    }
+
+
+def _outcome(report: Report) -> dict[str, float]:
+    errors = {"": report.model, "base_": report.base}
+    found: dict[str, float] = {f"hp/{key}errors": sum(each.errors) for key, each in errors.items() if each}
+    return found | ({"hp/accuracy": report.model.accuracy} if report.model.total else {})
