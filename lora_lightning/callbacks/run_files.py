@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 import lora_lightning
 from lora_lightning.callbacks.summary import trained_and_total
 from lora_lightning.lora import is_adapted
-from lora_lightning.report import Report, free_name, write_page, write_report, write_to
+from lora_lightning.report import Report, free_name, page_of, write_page, write_report, write_to
 from lora_lightning.report.history import History, curves_figure
 from lora_lightning.report.layers import layer_changes
 
@@ -113,6 +113,6 @@ def write_facts(trainer: Trainer, pl_module: LightningModule, folder: str) -> No
     if "://" in folder:
         return
     try:
-        write_page([Path(folder)], Path(free_name(folder, "report.html")))
+        write_page([Path(folder)], page_of(Path(folder)))
     except Exception as error:  # noqa: BLE001 - a page must not cost a run
         rank_zero_warn(f"The page report.html could not be written to {folder}: {type(error).__name__}: {error}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from lora_lightning.report import free_name, show, write_page
+from lora_lightning.report import page_of, show, write_page
 from lora_lightning.report.page import REPORTS
 
 
@@ -33,8 +33,8 @@ def report(words: list[str]) -> int:
     parser.add_argument("--output", type=Path, help="the file to write; by default report.html in the first folder")
     options = parser.parse_args(words)
     runs = [newest_run(folder) for folder in options.folders]
-    path = options.output or Path(free_name(runs[0], "report.html"))
-    if path.exists():
+    path = options.output or page_of(runs[0])
+    if options.output is not None and path.exists():
         raise FileExistsError(f"{path} exists: it is not overwritten. Choose another name with --output.")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_page(runs, path)

@@ -3,7 +3,7 @@
 from lora_lightning.report.confusion import SHOWN_CLASSES, Confusion, Report
 from lora_lightning.report.figure import classes_figure, confusion_figures
 from lora_lightning.report.files import free_name, free_path, write_report, write_to
-from lora_lightning.report.page import write_page
+from lora_lightning.report.page import page_of, write_page
 from lora_lightning.report.table import report_table
 from lora_lightning.report.terminal import show
 
@@ -15,6 +15,7 @@ __all__ = [
     "confusion_figures",
     "free_name",
     "free_path",
+    "page_of",
     "report_table",
     "show",
     "write_page",

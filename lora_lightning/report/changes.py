@@ -58,6 +58,10 @@ class Pairs:
         """Return McNemar's p-value; `None` for parts of samples, such as pixels, which are not independent."""
         return mcnemar_p(self.fixed, self.broke) if self.are_independent else None
 
+    def room(self, fixed: bool) -> int:
+        """Return how many more samples of a kind will be kept."""
+        return KEPT - sum(each.is_fixed is fixed for each in self.samples)
+
     def __add__(self, other: Pairs) -> Pairs:
         samples = [*self.samples, *other.samples]
         kept = [[each for each in samples if each.is_fixed is kind][:KEPT] for kind in (True, False)]
@@ -83,11 +87,15 @@ class Changes:
         """
         if logits.dim() > 1:
             self.are_probabilities = False
-            self._at_zero += _compare(_of_classes(logits), _of_classes(base), targets, inputs)
+            self._at_zero = _compare(self._at_zero, _of_classes(logits), _of_classes(base), targets, inputs)
             return
         self.are_probabilities &= bool(((logits >= 0) & (logits <= 1) & (base >= 0) & (base <= 1)).all())
-        self._at_zero += _compare(_of_logit(logits.sigmoid()), _of_logit(base.sigmoid()), targets, inputs)
-        self._at_half += _compare(_of_logit(logits), _of_logit(base), targets, inputs)
+        logit, probability = (
+            (_of_logit(logits.sigmoid()), _of_logit(base.sigmoid())),
+            (_of_logit(logits), _of_logit(base)),
+        )
+        self._at_zero = _compare(self._at_zero, *logit, targets, inputs)
+        self._at_half = _compare(self._at_half, *probability, targets, inputs)
 
     def pairs(self, are_probabilities: bool) -> Pairs:
         """Return what was found, if one output a sample is a probability or not."""
@@ -175,13 +183,14 @@ def _of_logit(probability: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _compare(
-    model: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor], targets: Tensor, inputs: Inputs | None
+    before: Pairs, model: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor], targets: Tensor, inputs: Inputs | None
 ) -> Pairs:
+    """Add the samples of a batch to those before. Only what is kept is made an image or a text."""
     (now, confidence), (was, base_confidence) = model, base
     fixed, broke = (now == targets) & (was != targets), (now != targets) & (was == targets)
     if inputs is None:
-        return Pairs(int(fixed.sum()), int(broke.sum()), are_independent=False)
-    kept = [kind.nonzero()[:KEPT, 0].tolist() for kind in (fixed, broke)]
+        return before + Pairs(int(fixed.sum()), int(broke.sum()), are_independent=False)
+    kept = [each.nonzero()[: before.room(kind), 0].tolist() for each, kind in ((fixed, True), (broke, False))]
     samples = [
         ChangedSample(
             int(targets[each]),
@@ -193,7 +202,7 @@ def _compare(
         )
         for each in kept[0] + kept[1]
     ]
-    return Pairs(int(fixed.sum()), int(broke.sum()), samples)
+    return before + Pairs(int(fixed.sum()), int(broke.sum()), samples)
 
 
 def _inputs(batch: Any) -> Tensor | list[str] | None:

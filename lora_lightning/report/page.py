@@ -16,9 +16,11 @@ import torch
 from lora_lightning.report.changes import ChangedSample, Pairs
 from lora_lightning.report.confusion import Confusion, Report
 from lora_lightning.report.figure import OTHERS, shown_alone
+from lora_lightning.report.files import free_path
 from lora_lightning.report.history import History, curves_figure
 from lora_lightning.report.samples import read_samples
 
+_MARK = '<meta name="generator" content="lora_lightning">'
 REPORTS = "confusion*.json"
 """Matches the names of the reports in a run's folder."""
 
@@ -39,6 +41,13 @@ def write_page(folders: list[Path], path: Path) -> None:
     environment.filters |= {"count": _count, "percent": _percent}
     runs = [Run(folder) for folder in folders]
     path.write_text(environment.get_template("report.html.j2").render(runs=runs), encoding="utf-8")
+
+
+def page_of(folder: Path) -> Path:
+    """Return where the page of a run's folder belongs: over an earlier one, which holds nothing else, but over no other file."""
+    path = folder / "report.html"
+    is_ours = path.is_file() and _MARK in path.read_text(encoding="utf-8", errors="replace")[:1000]
+    return path if is_ours else free_path(path)
 
 
 class Run:

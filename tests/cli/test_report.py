@@ -52,8 +52,12 @@ def test_a_page_is_made_again_and_of_several_runs_and_overwrites_nothing(tested:
     before = Path("logs/adapt/version_1/report.html").read_text()
     code, text = tested("report", "logs/adapt")
     assert code == 0, text
+    assert "logs/adapt/version_1/report.html" in text
     assert Path("logs/adapt/version_1/report.html").read_text() == before
-    assert "logs/adapt/version_1/report-v1.html" in text
+    Path("logs/adapt/version_1/report.html").write_text("a page of my own")
+    code, text = tested("report", "logs/adapt")
+    assert code == 0, text
+    assert Path("logs/adapt/version_1/report.html").read_text() == "a page of my own"
     assert Path("logs/adapt/version_1/report-v1.html").read_text() == before
     code, text = tested("report", "logs/adapt", "logs/pretrain", "--output", "compare.html")
     assert code == 0, text

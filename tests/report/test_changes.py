@@ -74,6 +74,14 @@ def test_parts_of_samples_are_counted_and_get_no_p_value() -> None:
 
 
 def test_a_hundred_of_each_kind_are_kept() -> None:
+    made = 0
+
+    class Counted(Inputs):
+        def of(self, number: int) -> dict[str, str]:
+            nonlocal made
+            made += 1
+            return super().of(number)
+
     found = Changes()
     right, wrong, targets = (
         torch.tensor([[0.0, 1]] * 80),
@@ -81,10 +89,11 @@ def test_a_hundred_of_each_kind_are_kept() -> None:
         torch.ones(80, dtype=torch.int64),
     )
     for _ in range(3):
-        found.update(right, wrong, targets, Inputs(None, torch.arange(80)))
-        found.update(wrong[:5], right[:5], targets[:5], Inputs(None, torch.arange(5)))
+        found.update(right, wrong, targets, Counted(None, torch.arange(80)))
+        found.update(wrong[:5], right[:5], targets[:5], Counted(None, torch.arange(5)))
     pairs = pairs_of_devices({0: found})[0]
     assert (pairs.fixed, pairs.broke, len(pairs.samples)) == (240, 15, KEPT + 15)
+    assert made == KEPT + 15, "no more are made images or texts than are kept"
 
 
 @pytest.mark.parametrize(
