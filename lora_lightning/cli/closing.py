@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -44,6 +45,11 @@ def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
                 lines["adapter"] = str(callback.adapter_folder)
         if lines["checkpoint"]:
             lines["next"] = shlex.join(_test_of(words, lines["checkpoint"]))
+    show_lines(lines)
+
+
+def show_lines(lines: Mapping[str, str]) -> None:
+    """Print lines with their names before them, without those that are empty."""
     for name, text in lines.items():
         if text:
             show(f"{name:<11}{escape(text)}", soft_wrap=True, highlight=False)

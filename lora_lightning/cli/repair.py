@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-from rich.markup import escape
-
 from lora_lightning.callbacks import LoRAFinetuning
+from lora_lightning.cli.closing import show_lines
 from lora_lightning.data import MNISTDataModule
 from lora_lightning.data.mnist_files import Source
 from lora_lightning.repair.choice import named_classes
@@ -91,12 +91,34 @@ def repair(
             outcome = one.run()
             if baselines:
                 compare(one, outcome)
-            say(f"Logs: {escape(str(one.runs.folder))}")
+            show_lines(_closing(one))
             verdicts.append(outcome.verdict)
             codes.append(_BROKEN if outcome.broken else outcome.verdict.exit_code)
     if seeds > 1:
         _summarize(verdicts)
     return max(codes)
+
+
+def _closing(one: Repair) -> dict[str, str]:
+    """Return where the results of a repair are, and the command that tests it again."""
+    folder = one.runs.folder
+    lines = {"folder": str(folder)}
+    for name, path in (("report", "adapted/report.html"), ("adapter", "adapter"), ("figure", "tradeoff.png")):
+        if (folder / path).exists():
+            lines[name] = str(folder / path)
+    lines["curves"] = f"tensorboard --logdir {shlex.quote(str(folder))}"
+    if "adapter" in lines:
+        words = ["lora-lightning", "test", "--config", "configs/adapt.yaml", "--data.source", one.source]
+        words += [
+            "--data.data_dir",
+            str(one.settings.data_dir),
+            "--adapter",
+            lines["adapter"],
+            "--ckpt_path",
+            str(one.base),
+        ]
+        lines["next"] = shlex.join(words)
+    return lines
 
 
 def _summarize(verdicts: list[Verdict]) -> None:

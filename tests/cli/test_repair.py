@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,6 +72,14 @@ def test_a_weak_digit_is_found_and_repaired(run: Run, workspace: Path) -> None:
         images, targets = data.on_after_batch_transfer(batch, 0)
         wrong += int((net.eval()(images).argmax(1) != targets).sum())
     assert wrong == after + others_after  # the folder has the scale that was chosen
+
+    report, command = (re.search(rf"^{name} +(.*)$", text, re.MULTILINE)[1] for name in ("report", "next"))
+    assert "McNemar" in Path(report).read_text()
+    program, *words = shlex.split(command)
+    assert program == "lora-lightning"
+    code, tested = run(*words)
+    assert code == 0, tested
+    assert re.search(rf"│ +all │ +1,000 │ +{before + others_before} │ +{wrong} │", tested)
 
 
 def test_without_a_base_one_is_trained_and_nothing_is_called_a_repair_that_is_none(run: Run, workspace: Path) -> None:
