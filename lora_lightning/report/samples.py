@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import
 
 _COLUMNS = 6
 _DRAWN = 12
-_LONGEST_NAME = 16
+_LONGEST_NAME = 22
 
 
 def write_samples(samples: list[ChangedSample], path: Path) -> None:
@@ -44,7 +44,7 @@ def samples_figure(samples: list[ChangedSample], class_names: tuple[str, ...]) -
     rows = [-(-len(kind) // _COLUMNS) for kind in kinds]
     if not sum(rows):
         return None
-    figure = Figure(figsize=(1.9 * _COLUMNS, 2.4 * sum(rows)), layout="constrained")
+    figure = Figure(figsize=(1.9 * _COLUMNS, 2.5 * sum(rows)), layout="constrained")
     axes = figure.subplots(sum(rows), _COLUMNS, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -62,7 +62,7 @@ def samples_figure(samples: list[ChangedSample], class_names: tuple[str, ...]) -
         target, base, model = (_short(class_names[index]) for index in (each.target, each.base, each.model))
         what = "fixed" if each.is_fixed else "broke"
         axis.set_title(
-            f"{what}: {target}\n{base} {each.base_confidence:.0%} → {model} {each.confidence:.0%}",
+            f"{what}: {target}\n{base} {each.base_confidence:.0%}\n→ {model} {each.confidence:.0%}",
             fontsize=7,
             color="tab:blue" if each.is_fixed else "tab:red",
         )
