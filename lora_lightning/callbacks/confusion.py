@@ -29,9 +29,10 @@ class ConfusionReport(Callback):
 
     In `test` and `validate` one pass over the data gives a table in the terminal, figures in the loggers, and in the run's log folder
     `confusion.json`, `confusion.csv`, images of them, the samples that changed, and the page `report.html`. Loggers other than
-    TensorBoard's get recall and precision of each class as numbers. During `fit`, each validation logs the recall of every class as `val/recall/<class>`, or of more than 20 their mean as
-    `val/mean_recall`. Of more than 20 classes the table, the figures and the scalars have the 20 of lowest recall. Counts
-    are exact, on any number of devices. Each of several loaders has a report of its own.
+    TensorBoard's get recall and precision of each class as numbers. During `fit`, each validation logs the recall of every class as
+    `val/recall/<class>`, or of more than 20 their mean as `val/mean_recall`; `metrics.csv`, `curves.png` and the page come at the
+    end. Of more than 20 classes the table, the figures and the scalars have the 20 of lowest recall. Counts are exact, on any
+    number of devices. Each of several loaders has a report of its own.
 
     It asks nothing of the module. The logits are what the module's `forward` returned in the step, or else one of its
     children: a tensor, or an object, mapping or tuple that holds them. The base's logits come from the same call with adapters

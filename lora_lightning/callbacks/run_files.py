@@ -66,12 +66,10 @@ class RecordedMetrics:
         folder = log_folder(trainer)
         if folder is None or not trainer.is_global_zero or not self.history.rows:
             return
-        own = [
-            logger for logger in trainer.loggers if isinstance(logger, CSVLogger)
-        ]  # which writes a file of this name
-        for logger in own:
+        of_this_name = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+        for logger in of_this_name:
             logger.save()
-        if not own:
+        if not of_this_name:
             write_to(free_name(folder, "metrics.csv"), self.history.write)
         if (figure := curves_figure(self.history)) is not None:
             figure.set_facecolor("white")

@@ -46,7 +46,7 @@ def _change(each: AdaptedWeight, with_base: bool) -> dict[str, Any]:
 
 
 def _matrices(each: AdaptedWeight) -> list[tuple[Tensor, Tensor]]:
-    a, b = (factor.double().cpu() for factor in each.adapter.lora_factors())
+    a, b = (factor.cpu().double() for factor in each.adapter.lora_factors())
     if isinstance(each.adapter, ExpertsParameter):
         return [(a[:, expert], b[:, :, expert]) for expert in range(a.shape[1])]
     return [(a.flatten(1), b.flatten(1))]
