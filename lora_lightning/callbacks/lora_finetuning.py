@@ -10,17 +10,18 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lora_lightning.callbacks.adapter_folder import write_adapter_folder
 from lora_lightning.callbacks.averaged_base import average_with_adapters, restore_averaged_base
-from lora_lightning.callbacks.best_adapter import best_of, trained_as_in
+from lora_lightning.callbacks.distillation import Distillation
 from lora_lightning.callbacks.frozen_base import FrozenBase
 from lora_lightning.callbacks.handover import Handover
 from lora_lightning.callbacks.late_layers import AfterLayers, convert_layers
 from lora_lightning.callbacks.relative_names import relative_names
-from lora_lightning.callbacks.summary import stage_metrics, trained_parameters, what_trains
+from lora_lightning.callbacks.summary import trained_parameters, what_trains
 from lora_lightning.callbacks.training_checks import Finite, Untouched, check_optimizers, refuse_strategy
 from lora_lightning.lora import (
     LoRAConfig,
@@ -35,8 +36,7 @@ from lora_lightning.lora import (
 )
 from lora_lightning.lora.config import Names
 from lora_lightning.lora.sharding import settle
-from lora_lightning.peft_format import AdapterFolder, load_adapter
-from lora_lightning.report import free_name, write_to
+from lora_lightning.peft_format import load_adapter
 from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO, AdapterContent, NotFiniteError
 from lora_lightning.resume.atomic_checkpoint import write_atomically
 from lora_lightning.resume.checkpoints import ADAPTER_KEY, load_base, newest_adapter, newest_checkpoint
@@ -62,6 +62,9 @@ class LoRAFinetuning(Callback):
         lr_ratio: Learning rate of B over that of A (LoRA+, https://arxiv.org/abs/2402.12354, about 16 there). It holds under any
             scheduler and after resuming.
         verify: Whether to warn, after the first epoch, of adapters that training has not changed.
+        distillation: Weight of distillation to the frozen base, on the samples that are trained on: it keeps what the base says of
+            classes that these do not show. It costs a forward pass of the base a step.
+        temperature: Temperature T of the distillation (https://arxiv.org/abs/1503.02531, section 2).
         config: The arguments of `LoRAConfig`. Names may be those of the adapted child, or of the whole module. New last layers of
             `image_backbone` and `text_backbone` are added to a list of `modules_to_save`.
 
@@ -86,6 +89,8 @@ class LoRAFinetuning(Callback):
         adapter: str | os.PathLike[str] | None = None,
         lr_ratio: float = 1.0,
         verify: bool = True,
+        distillation: float = 0.0,
+        temperature: float = 2.0,
         **config: Any,
     ) -> None:
         self.config = LoRAConfig(**config)
@@ -95,6 +100,7 @@ class LoRAFinetuning(Callback):
         self.base_fingerprint = ""
         self.adapter = adapter
         self.verify = verify
+        self._distillation = Distillation(distillation, temperature) if distillation else None
         self.adapter_folder: Path | str | None = None
         self.adapted: nn.Module | None = None
         self._random_state = RandomState()
@@ -152,6 +158,18 @@ class LoRAFinetuning(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._random_state.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._distillation is not None:
+            self._distillation.record(pl_module)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._distillation is not None:
+            self._distillation.add_gradient(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._distillation is not None:
+            self._distillation.stop()
 
     @override
     def on_train_batch_end(
@@ -220,20 +238,7 @@ class LoRAFinetuning(Callback):
         """Write the adapter folder, and check that the base is what it was."""
         assert self.adapted is not None
         assert self._frozen is not None
-        of_best = ""
-        folder = None if trainer.fast_dev_run else _run_folder(trainer)  # type: ignore[attr-defined] # set from elsewhere
-        if folder is not None:
-            place = trainer.strategy.broadcast(free_name(folder, "adapter"))
-            self.adapter_folder = place if "://" in place else Path(place)
-            data = type(trainer.datamodule).__name__ if trainer.datamodule else None  # type: ignore[attr-defined] # likewise
-            best = best_of(trainer) if trainer.is_global_zero else None
-            metrics = stage_metrics(trainer, "val") if best is None else best.metrics
-            with trained_as_in(best, trainer, pl_module):
-                # It gathers what is distributed, on all devices.
-                content = AdapterFolder(self._the_adapted, data, metrics)
-            if trainer.is_global_zero:
-                write_to(place, content.write)
-            of_best = f", {best.in_words()}" if best else ""
+        self.adapter_folder, of_best = write_adapter_folder(trainer, pl_module, self.adapted)
         self._handover.put(trainer, self.adapted, self.adapter_folder)
         trainer.strategy.barrier("adapter folder")  # it is there once fit returns, on every device
         frozen, buffers = self._frozen.changed()
@@ -243,7 +248,7 @@ class LoRAFinetuning(Callback):
                 f"that was given them by another path. Adapter: {self.adapter_folder}."
             )
         but = f", but for buffers that the model's own code changes: {some_of(map(repr, buffers))}" if buffers else ""
-        where = f"Adapter: {self.adapter_folder}{of_best}" if folder else "This run writes no adapter."
+        where = f"Adapter: {self.adapter_folder}{of_best}" if self.adapter_folder else "This run writes no adapter."
         rank_zero_info(f"The base is bitwise unchanged{but} (SHA-256 {self.base_fingerprint[:12]}). {where}")
 
     @property
@@ -312,11 +317,3 @@ def _save_no_more(trainer: Trainer) -> None:
     files = trainer.strategy.checkpoint_io
     if isinstance(files, AdapterCheckpointIO):
         files.closed = True
-
-
-def _run_folder(trainer: Trainer) -> str | None:
-    """Return the folder of a run's files: the log folder, or else that of the checkpoints. All devices have to ask."""
-    if trainer.loggers:
-        return trainer.log_dir
-    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-    return None if folder is None else str(folder)

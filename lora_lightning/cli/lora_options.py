@@ -13,7 +13,14 @@ from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.lora import LoRAConfig
 from lora_lightning.resume.checkpoints import newest_adapter, newest_checkpoint
 
-_OWN = {"base_checkpoint": str | None, "adapter": str | None, "lr_ratio": float | None, "verify": bool | None}
+_OWN = {
+    "base_checkpoint": str | None,
+    "adapter": str | None,
+    "lr_ratio": float | None,
+    "verify": bool | None,
+    "distillation": float | None,
+    "temperature": float | None,
+}
 
 
 def add_lora_options(parser: LightningArgumentParser) -> None:

@@ -46,7 +46,7 @@ def align(output: Any, targets: Tensor | None) -> tuple[Tensor, Tensor] | None:
     Returns:
         Logits of shape (N, C), or (N,) for two classes, and targets of shape (N,), int64.
     """
-    found = (_aligned(each, targets) for each in _tensors(output) if each.is_floating_point() and targets is not None)
+    found = (_aligned(each, targets) for each in tensors_of(output) if each.is_floating_point() and targets is not None)
     return next(filter(None, found), None)
 
 
@@ -62,7 +62,8 @@ def counted(targets: Tensor, num_classes: int, ignore_index: int | None) -> tupl
     return valid, targets[~valid & ~ignored]
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """Return the tensors that an output is or holds, those that are called like logits first."""
     if isinstance(output, Tensor):
         yield output
         return

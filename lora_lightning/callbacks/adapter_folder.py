@@ -1,4 +1,4 @@
-"""Lets the adapter folder hold what the best checkpoint holds, where a metric was monitored."""
+"""Writes the adapter folder at the end of a training: of the best checkpoint where a metric was monitored."""
 
 from __future__ import annotations
 
@@ -11,12 +11,46 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 
+from lora_lightning.callbacks.summary import stage_metrics
 from lora_lightning.lora import is_adapter_key, saved_keys
+from lora_lightning.peft_format import AdapterFolder
+from lora_lightning.report import free_name, write_to
+
+
+def write_adapter_folder(
+    trainer: Trainer, pl_module: LightningModule, adapted: nn.Module
+) -> tuple[Path | str | None, str]:
+    """Write the adapters of a training to its folder. All devices have to call it.
+
+    Returns:
+        The folder, `None` if the run has none, and in words which checkpoint's adapters these are, empty for the last ones.
+    """
+    folder = None if trainer.fast_dev_run else _run_folder(trainer)  # type: ignore[attr-defined] # set from elsewhere
+    if folder is None:
+        return None, ""
+    place = trainer.strategy.broadcast(free_name(folder, "adapter"))
+    data = type(trainer.datamodule).__name__ if trainer.datamodule else None  # type: ignore[attr-defined] # likewise
+    best = _best_of(trainer) if trainer.is_global_zero else None
+    metrics = stage_metrics(trainer, "val") if best is None else best.metrics
+    with _trained_as_in(best, trainer, pl_module):
+        content = AdapterFolder(adapted, data, metrics)  # which gathers what is distributed, on all devices
+    if trainer.is_global_zero:
+        write_to(place, content.write)
+    return (place if "://" in place else Path(place)), (f", {best.in_words()}" if best else "")
+
+
+def _run_folder(trainer: Trainer) -> str | None:
+    """Return the folder of a run's files: the log folder, or else that of the checkpoints. All devices have to ask."""
+    if trainer.loggers:
+        return trainer.log_dir
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return None if folder is None else str(folder)
 
 
 @dataclass(frozen=True)
-class Best:
+class _Best:
     """Names a checkpoint, and the metric by which it is the best.
 
     Args:
@@ -39,18 +73,18 @@ class Best:
         return f"of {Path(self.path).name}, the best by {self.monitor}: {self.score:.4g}"
 
 
-def best_of(trainer: Trainer) -> Best | None:
+def _best_of(trainer: Trainer) -> _Best | None:
     """Return the best checkpoint of a training; `None` if nothing was monitored or saved, or if checkpoints are sharded."""
     files = trainer.checkpoint_callback
     if not isinstance(files, ModelCheckpoint) or isinstance(trainer.strategy, ModelParallelStrategy):
         return None
     if files.monitor is None or not files.best_model_path or files.best_model_score is None:
         return None
-    return Best(files.best_model_path, files.monitor, float(files.best_model_score))
+    return _Best(files.best_model_path, files.monitor, float(files.best_model_score))
 
 
 @contextmanager
-def trained_as_in(best: Best | None, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+def _trained_as_in(best: _Best | None, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """Give the adapters, and what is trained in full, the values in a checkpoint within this context."""
     if best is None:
         yield
