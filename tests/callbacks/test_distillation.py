@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,3 +151,37 @@ def test_it_keeps_what_the_base_says_of_classes_that_are_not_shown(make_trainer:
         make_trainer(LoRAFinetuning(rank=2, distillation=weight), max_epochs=1).fit(module, shown)
         errors.append(int((module(images).argmax(1) != classes)[40:].sum()))
     assert errors[1] < errors[0] / 2
+
+
+SCRIPT = """
+import sys, torch
+from lightning.pytorch import Trainer, seed_everything
+from lora_lightning import Classifier, LoRAFinetuning, MNISTDataModule, RichBoyNet
+from lora_lightning.lora import adapter_state_dict
+devices = int(sys.argv[1])
+seed_everything(0)
+model = Classifier(RichBoyNet(16, 8), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+trainer = Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1,
+                  limit_train_batches=5, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                  callbacks=[LoRAFinetuning(rank=2, distillation=1.0, verify=False)], limit_val_batches=0)
+trainer.fit(model, MNISTDataModule(source="sample", batch_size=40 // devices))
+if trainer.is_global_zero:
+    torch.save(dict(adapter_state_dict(model)), f"{devices}.pt")
+if devices > 1:
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_devices_train_what_one_does(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    for devices in ("1", "2"):
+        subprocess.run(
+            [sys.executable, "script.py", devices],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=True,
+            capture_output=True,
+            timeout=300,
+        )
+    one, two = (torch.load(tmp_path / f"{devices}.pt") for devices in (1, 2))
+    torch.testing.assert_close(one, two)
