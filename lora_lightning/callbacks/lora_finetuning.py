@@ -98,6 +98,7 @@ class LoRAFinetuning(Callback):
         self.base_checkpoint = base_checkpoint
         self.base_path: Path | None = None
         self.base_fingerprint = ""
+        self.base_in_words = ""
         self.adapter = adapter
         self.verify = verify
         self._distillation = Distillation(distillation, temperature) if distillation else None
@@ -249,7 +250,8 @@ class LoRAFinetuning(Callback):
             )
         but = f", but for buffers that the model's own code changes: {some_of(map(repr, buffers))}" if buffers else ""
         where = f"Adapter: {self.adapter_folder}{of_best}" if self.adapter_folder else "This run writes no adapter."
-        rank_zero_info(f"The base is bitwise unchanged{but} (SHA-256 {self.base_fingerprint[:12]}). {where}")
+        self.base_in_words = f"bitwise unchanged{but} (SHA-256 {self.base_fingerprint[:12]})"
+        rank_zero_info(f"The base is {self.base_in_words}. {where}")
 
     @property
     def _the_adapted(self) -> nn.Module:

@@ -43,6 +43,7 @@ def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined] # likewise
             if isinstance(callback, LoRAFinetuning) and callback.adapter_folder:
                 lines["adapter"] = str(callback.adapter_folder)
+                lines["base"] = callback.base_in_words  # the line that says so is one that a bar may write over
         if lines["checkpoint"]:
             lines["next"] = shlex.join(_test_of(words, lines["checkpoint"]))
     show_lines(lines)

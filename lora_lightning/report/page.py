@@ -78,16 +78,28 @@ class Run:
     @cached_property
     def curves(self) -> str:
         """Return the curves of the run, or of the training whose checkpoint it took, as the address of an image."""
-        places = [self.folder / "metrics.csv"]
-        if checkpoint := self.facts.get("checkpoint"):
-            places += [parent / "metrics.csv" for parent in list(Path(checkpoint).parents)[:2]]
-        history = next((path for path in places if path.is_file()), None)
+        history = next((path for place in self._places if (path := place / "metrics.csv").is_file()), None)
         figure = None if history is None else curves_figure(History.read(history))
         if figure is None:
             return ""
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=110)
         return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+    @cached_property
+    def sizes(self) -> list[tuple[str, int]]:
+        """Return the names and bytes of the files with weights, in the run's folder or in that of the training."""
+        for place in self._places:
+            found = sorted([*place.glob("adapter*/*.safetensors"), *place.glob("checkpoints/*.ckpt")])
+            if found:
+                return [(str(path.relative_to(place)), path.stat().st_size) for path in found]
+        return []
+
+    @property
+    def _places(self) -> list[Path]:
+        """Return the run's folder, and those around the checkpoint that it took."""
+        checkpoint = self.facts.get("checkpoint")
+        return [self.folder, *(list(Path(checkpoint).parents)[:2] if checkpoint else ())]
 
     @property
     def trained(self) -> str:

@@ -21,7 +21,7 @@ FIT = ("fit", "--config", "configs/pretrain.yaml", "--data.source", "sample", "-
 
 def closing(text: str) -> dict[str, str]:
     """The lines of the closing block by their names."""
-    names = ("val", "test", "folder", "report", "files", "curves", "checkpoint", "adapter", "next")
+    names = ("val", "test", "folder", "report", "files", "curves", "checkpoint", "adapter", "base", "next")
     lines = [line.partition(" ") for line in text.splitlines() if line.partition(" ")[0] in names]
     return {name: rest.strip() for name, _, rest in lines}
 
@@ -56,6 +56,7 @@ def test_a_run_of_adapters_names_their_folder(run: Run) -> None:
     status, text = run("fit", "--config", "configs/adapt.yaml", *FIT[3:])
     assert status == 0, text
     assert (Path(closing(text)["adapter"]) / "adapter_config.json").is_file()
+    assert closing(text)["base"].startswith("bitwise unchanged (SHA-256 ")
 
 
 def test_nothing_is_advertised_printed_twice_or_zero(run: Run) -> None:

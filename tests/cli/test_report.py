@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def test_every_run_leaves_its_files_and_a_page_of_them(tested: Run) -> None:
     assert facts["seed"] == "0"
     page = (evaluated / "report.html").read_text()
     assert "McNemar" in page
+    assert re.search(r"adapter/adapter_model.safetensors 0\.\d\d MB, checkpoints/epoch=", page)
     assert "Curves of the training" in page  # those of the training whose checkpoint was tested
     assert page.count("data:image/png;base64") == len(json.loads((evaluated / "samples.json").read_text())) + 1
     content = json.loads((evaluated / "confusion.json").read_text())
