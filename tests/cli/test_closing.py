@@ -128,3 +128,33 @@ def test_ctrl_c_while_it_imports_is_one_line() -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (1, "lora-lightning: interrupted before it began.\n")
+
+
+def test_on_a_terminal_of_80_columns_no_bar_writes_over_the_end(workspace: Path) -> None:
+    import fcntl
+    import os
+    import pty
+    import struct
+    import termios
+
+    main_end, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    words = [sys.executable, "-m", "lora_lightning", *FIT, "--trainer.max_steps", "3"]
+    environment = os.environ | {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(words, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
+    os.close(terminal)
+    output = b""
+    while True:
+        try:
+            output += (part := os.read(main_end, 65536))
+        except OSError:  # how Linux says that nobody writes any more
+            break
+        if not part:
+            break
+    os.close(main_end)
+    assert run.wait() == 0, output.decode(errors="replace")
+    text = output.decode()
+    assert "Epoch 0/0" in text, "there is a bar"
+    end = text[text.rindex("folder     ") :]
+    assert "\x1b[1A" not in end, "nothing goes up again"
+    assert "next       lora-lightning test" in end
