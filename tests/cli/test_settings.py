@@ -15,7 +15,9 @@ import yaml
 from PIL import Image
 
 from lora_lightning import Classifier, LoRAConfig, LoRAFinetuning, RichBoyNet
-from lora_lightning.cli.main import main
+from lora_lightning.cli.main import LoRALightningCLI, main
+from tests.conftest import ROOT
+from tests.test_ants_bees import PACKAGES
 
 Run = Callable[..., tuple[int, str]]
 SMALL = ("--data.source", "sample", "--trainer.max_steps", "10", "--trainer.max_epochs", "1")
@@ -44,6 +46,29 @@ def test_settings_of_adapters_are_options(pretrained: Run) -> None:
     found = adapters_in(Path("logs/adapt/version_0/config.yaml"))
     assert (found["rank"], found["target_modules"]) == (3, ["linear1"])
     assert "lora" not in yaml.safe_load(Path("logs/adapt/version_0/config.yaml").read_text())
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+@pytest.mark.parametrize(
+    "config", sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+)
+def test_the_options_work_with_every_shipped_configuration(
+    workspace: Path, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workspace / "examples").symlink_to(ROOT / "examples")
+    (workspace / "own_module.py").symlink_to(ROOT / "examples" / "own_module.py")
+    monkeypatch.syspath_prepend(workspace)
+    for package, code in PACKAGES.items():
+        (workspace / f"{package}.py").write_text(code)
+    photographs(Path("photos"), "cats", "dogs")
+    Path("data/banking77").mkdir(parents=True)
+    Path("data/banking77/train.csv").write_text("text,category\na,b\nc,d\n")
+    monkeypatch.setattr(LoRALightningCLI, "instantiate_classes", lambda self: None)  # which would download weights
+    monkeypatch.setattr(LoRALightningCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.setattr(LoRALightningCLI, "_add_configure_optimizers_method_to_model", lambda self, subcommand: None)
+    cli = LoRALightningCLI(["fit", "--config", config, "--lora.rank", "3", "--lora.target_modules", "[fc]"])
+    (ours,) = [each for each in cli.settings.trainer.callbacks if each.class_path.endswith("LoRAFinetuning")]
+    assert (ours.init_args.rank, ours.init_args.target_modules) == (3, ["fc"])
 
 
 def test_the_options_bring_the_callback_where_none_is_configured(pretrained: Run) -> None:
