@@ -51,7 +51,11 @@ class AtomicCheckpointIO(CheckpointIO):
         unfinished = path.with_name(f".{path.name}.unfinished")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.unlink(missing_ok=True)
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
             self.checkpoint_io.save_checkpoint(checkpoint, unfinished, storage_options)
+            unfinished.chmod(mode)  # older versions of fsspec give files to their owner alone
             with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
             unfinished.replace(path)
