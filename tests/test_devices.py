@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -132,11 +133,14 @@ def test_two_nodes_by_torchrun_train_what_two_processes_of_one_train() -> None:
     run("fit", "-c", "configs/pretrain.yaml", *SAMPLE)
     words = ["fit", "-c", "configs/adapt.yaml", "--trainer.max_steps", "5", "--trainer.strategy", "ddp"]
     together = run(*words, devices=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     nodes = [
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
-                *("--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", "29653"),
+                *("--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", str(port)),
                 *("-m", "lora_lightning", *words, *SAMPLE, "--trainer.num_nodes", "2", "--trainer.devices", "1"),
             ],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -146,7 +150,12 @@ def test_two_nodes_by_torchrun_train_what_two_processes_of_one_train() -> None:
         )
         for rank in range(2)
     ]
-    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    try:
+        outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+            node.communicate()
     assert [node.returncode for node in nodes] == [0, 0], outputs
     (apart,) = set(Path("logs/adapt").glob("version_*")) - {together}
     states = [
@@ -155,3 +164,23 @@ def test_two_nodes_by_torchrun_train_what_two_processes_of_one_train() -> None:
     ]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.usefixtures("workspace")
+def test_a_command_leaves_the_process_group_so_that_no_process_aborts_at_its_exit() -> None:
+    words = ["test", "-c", "configs/pretrain.yaml", *SAMPLE, "--trainer.strategy", "ddp", "--trainer.devices", "2"]
+    Path("command.py").write_text(f"""
+from torch import distributed
+from lora_lightning.cli.main import main
+code = main({words} + ["--trainer.accelerator", "cpu"])
+print(code, distributed.is_initialized())
+""")
+    outcome = subprocess.run(
+        [sys.executable, "command.py"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert outcome.stdout.split("\n").count("0 False") == 2, outcome.stdout + outcome.stderr

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, R
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import distributed
 from typing_extensions import override
 
 from lora_lightning.callbacks import PredictionWriter
@@ -277,4 +278,8 @@ def _run(words: list[str], args: list[str] | None) -> int:
         return 0
     cli = LoRALightningCLI(args)
     show_closing(cli.trainer, str(cli.subcommand), words)
+    if distributed.is_available() and distributed.is_initialized():
+        # Lightning leaves gloo's threads running, and a process that exits then may abort: torchrun's other nodes would
+        # wait five minutes for it.
+        distributed.destroy_process_group()
     return 0
