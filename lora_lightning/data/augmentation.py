@@ -1,13 +1,15 @@
-"""Random changes of training images that leave their class as it is."""
+"""Random changes of training samples that leave their class as it is."""
 
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_PRIME = 1_000_003
 _ROTATION, _SHIFT, _SCALE = 6.0, 1.0, 0.05
 
 
@@ -29,3 +31,23 @@ def jitter(images: Tensor) -> Tensor:
     rows = torch.stack([cosine, -sine, right]), torch.stack([sine, cosine, down])
     grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1).to(images.dtype), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def seed_of_sample(epoch: int, index: int) -> int:
+    """Return a seed for the changes of one sample: a function of the run's seed, the epoch and the sample's number."""
+    seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+    return ((seed * _PRIME + epoch) * _PRIME + index) % 2**63
+
+
+def drop_tokens(tokens: Tensor, special: Tensor, share: float, replacement: int, seed: int) -> Tensor:
+    """Replace each token by another with the probability `share`; special ones stay.
+
+    Args:
+        tokens: Token ids, shape (T,), int64.
+        special: Which of them are special, such as the first and the last one: shape (T,), bool.
+        share: The probability, from 0 to 1.
+        replacement: The token that stands for a dropped one.
+        seed: Determines which are dropped.
+    """
+    drawn = torch.rand(len(tokens), generator=torch.Generator().manual_seed(seed))
+    return torch.where((drawn < share) & ~special, replacement, tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lora_lightning.data.augmentation import seed_of_sample
 from lora_lightning.data.images import read_image
 
 Transform = Callable[[Any], Any]
-_PRIME = 1_000_003
 
 
 class ImageDataset(Dataset[Any]):
@@ -87,9 +86,8 @@ class ImageDataset(Dataset[Any]):
             kept: Tensor = self._remembered(index, self._preprocessed)
             return kept
         image = self._remembered(index, self._decoded)
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(((seed * _PRIME + self.epoch) * _PRIME + index) % 2**63)
+            torch.manual_seed(seed_of_sample(self.epoch, index))
             augmented = self.augmentation(image)
         return self._to_tensor(augmented, index)
 

@@ -45,6 +45,7 @@ class TextDataModule(ResumableDataModule):
         max_length: Longer texts are cut to this many tokens; by default the tokenizer's own limit.
         focus: Classes to show more often, for example one that the model is poor at.
         focus_fraction: Share of these classes in each training batch.
+        token_dropout: Augmentation: probability that a token of a training text is replaced by the tokenizer's mask.
         batch_size: Training samples in a batch, on each device.
         eval_batch_size: Samples in a batch of validation, test and prediction, on each device.
         val_fraction: Share of every class that is held out for validation where `val` is not given.
@@ -76,6 +77,7 @@ class TextDataModule(ResumableDataModule):
         max_length: int | None = None,
         focus: str | list[str] | None = None,
         focus_fraction: float = 0.2,
+        token_dropout: float = 0.0,
         batch_size: int = 32,
         eval_batch_size: int = 256,
         val_fraction: float = 0.1,
@@ -84,6 +86,8 @@ class TextDataModule(ResumableDataModule):
         super().__init__(batch_size, eval_batch_size)
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction!r}: expected a share of at least 0 and below 1.")
+        if not 0 <= token_dropout < 1:
+            raise ValueError(f"token_dropout={token_dropout!r}: expected a probability of at least 0 and below 1.")
         check_share(focus_fraction)
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length!r}: expected at least 1.")
@@ -94,6 +98,7 @@ class TextDataModule(ResumableDataModule):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.focus, self.focus_fraction = as_list(focus), focus_fraction
+        self.token_dropout = token_dropout
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self._datasets: dict[str, TextDataset] = {}
 
@@ -163,7 +168,8 @@ class TextDataModule(ResumableDataModule):
         tokenizer = self._tokenizer()
         for split, (texts, targets) in labelled.items():
             if texts:
-                self._datasets[split] = TextDataset(texts, targets, tokenizer, self.max_length)
+                dropout = self.token_dropout if split == "train" else 0.0
+                self._datasets[split] = TextDataset(texts, targets, tokenizer, self.max_length, dropout)
         sizes = ", ".join(f"{len(texts):,} to {split}" for split, (texts, _) in labelled.items())
         rank_zero_info(f"Texts of {len(self.class_names):,} classes: {sizes}.")
 

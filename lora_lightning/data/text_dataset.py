@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lora_lightning.data.augmentation import drop_tokens, seed_of_sample
+
 
 class TextDataset(Dataset[Any]):
     """Hands out full batches of token ids, padded to the longest text of the batch.
@@ -21,10 +23,19 @@ class TextDataset(Dataset[Any]):
         targets: Class indices, one a text; `None` for texts to predict.
         tokenizer: A tokenizer of the transformers library.
         max_length: Longer texts are cut to this many tokens; `None` for the tokenizer's own limit.
+        token_dropout: Share of the tokens that are replaced by the tokenizer's mask, other ones in every epoch.
+
+    Raises:
+        ValueError: If tokens are to be dropped and the tokenizer has neither a mask nor an unknown token.
     """
 
     def __init__(
-        self, texts: Sequence[str], targets: Sequence[int] | None, tokenizer: Any, max_length: int | None
+        self,
+        texts: Sequence[str],
+        targets: Sequence[int] | None,
+        tokenizer: Any,
+        max_length: int | None,
+        token_dropout: float = 0.0,
     ) -> None:
         self.texts = list(texts)
         self.targets = None if targets is None else torch.tensor(targets, dtype=torch.long)
@@ -32,6 +43,9 @@ class TextDataset(Dataset[Any]):
         limited = max_length is not None or tokenizer.model_max_length < 1_000_000  # a huge number stands for no limit
         encoded = tokenizer(self.texts, truncation=limited, max_length=max_length)
         self._samples = [{key: encoded[key][row] for key in encoded} for row in range(len(self.texts))]
+        self.token_dropout = token_dropout
+        self.epoch = 0
+        self.dropped = _stand_in(tokenizer, token_dropout) if token_dropout else 0
         self.lengths = [len(sample["input_ids"]) for sample in self._samples]
 
     def __len__(self) -> int:
@@ -42,8 +56,35 @@ class TextDataset(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         """Return a full batch: `DataLoader` calls this instead of `__getitem__` for each sample."""
-        samples = [self._samples[index] for index in indices or [0]]
+        samples = [self._sample(index) for index in indices or [0]]
         padded = self.tokenizer.pad(samples, return_tensors="pt")
         # A device without samples gets a batch of the right shape with none in it.
         inputs: dict[str, Tensor] = {key: value[: len(indices)] for key, value in padded.items()}
         return inputs if self.targets is None else (inputs, self.targets[torch.tensor(indices, dtype=torch.long)])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Drop other tokens from now on."""
+        self.epoch = epoch
+
+    def _sample(self, index: int) -> dict[str, Any]:
+        sample = self._samples[index]
+        if not self.token_dropout:
+            return sample
+        ids = sample["input_ids"]
+        special = torch.tensor(
+            self.tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True), dtype=torch.bool
+        )
+        seed = seed_of_sample(self.epoch, index)
+        kept = drop_tokens(torch.tensor(ids), special, self.token_dropout, self.dropped, seed)
+        return sample | {"input_ids": kept.tolist()}
+
+
+def _stand_in(tokenizer: Any, token_dropout: float) -> int:
+    """Return the token that stands for a dropped one: the mask, or else the unknown token."""
+    found = tokenizer.unk_token_id if tokenizer.mask_token is None else tokenizer.mask_token_id
+    if found is None:
+        raise ValueError(
+            f"token_dropout={token_dropout}: {type(tokenizer).__name__} has no mask and no unknown token to put in their "
+            "places. Set it to 0."
+        )
+    return int(found)

@@ -49,6 +49,35 @@ def data(files: dict[str, Path], **arguments: Any) -> TextDataModule:
     return TextDataModule(**({**files, "label_column": "category", "batch_size": 8, "val_fraction": 0.2} | arguments))
 
 
+class TestTokenDropout:
+    def test_a_share_of_the_tokens_is_masked_in_training_alone_others_in_each_epoch(
+        self, tiny_bert: str, files: dict[str, Path]
+    ) -> None:
+        plain, dropping = data(files, tokenizer=tiny_bert), data(files, tokenizer=tiny_bert, token_dropout=0.4)
+        for each in (plain, dropping):
+            each.setup("fit")
+
+        def tokens(module: TextDataModule, epoch: int) -> Tensor:
+            loader = module.make_train_loader()
+            loader.sampler.set_epoch(0)  # one order of the texts
+            loader.dataset.set_epoch(epoch)
+            rows = loader.dataset.__getitems__(range(120))[0]
+            return rows["input_ids"]
+
+        whole, first, again, second = tokens(plain, 0), tokens(dropping, 0), tokens(dropping, 0), tokens(dropping, 1)
+        assert torch.equal(first, again)
+        assert not torch.equal(first, second)
+        changed = first != whole
+        assert (first[changed] == 1).all()  # the unknown token: this tokenizer has no mask
+        assert 0.35 < changed.sum() / (whole > 1).sum() < 0.45
+        (inputs, _), (expected, _) = (next(iter(each.test_dataloader())) for each in (dropping, plain))
+        assert torch.equal(inputs["input_ids"], expected["input_ids"])
+
+    def test_a_share_that_is_none_is_an_error(self, files: dict[str, Path]) -> None:
+        with pytest.raises(ValueError, match="token_dropout=1: expected a probability"):
+            data(files, token_dropout=1)
+
+
 class TestTraining:
     def test_adapters_and_a_new_head_learn_and_are_reported_by_class(
         self, tiny_bert: str, files: dict[str, Path], make_trainer: MakeTrainer, tmp_path: Path
