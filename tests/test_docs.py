@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jsonargparse import ArgumentParser
 
 import lora_lightning
 from lora_lightning.cli.main import LoRALightningCLI
-from lora_lightning.cli.repair import repair
+from lora_lightning.cli.repair import divide, repair_parser
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,10 +61,11 @@ def test_every_command_is_understood(
 ) -> None:
     words = [word.strip('"') for word in line.split()[1:]]
     if words[0] == "repair":
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_function_arguments(repair)
-        parser.parse_args(words[1:])
-        return
+        of_config, own = divide(words[1:])
+        repair_parser().parse_args(own)
+        if not of_config:
+            return
+        words = ["merge", *of_config]  # which takes a configuration without a command, too
     monkeypatch.setattr(LoRALightningCLI, "_run_subcommand", lambda self, subcommand: None)
     for folder in ("logs/pretrain", "logs/adapt"):  # a log folder stands for the checkpoint in it
         (workspace / folder).mkdir(parents=True)

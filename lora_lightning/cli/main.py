@@ -11,7 +11,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, auto_cli
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, RichProgressBar, TQDMProgressBar
@@ -61,7 +61,7 @@ _ADVERTISEMENT = "Tip: For seamless"
 _DESCRIPTION = (
     "Train a classifier, fine-tune it with LoRA, and see class by class what that changed. "
     "More commands have a help of their own: 'lora-lightning merge --help' (fold adapters into a plain checkpoint), "
-    "'lora-lightning report --help' (one page for several runs) and 'lora-lightning repair --help' (the whole story on MNIST)."
+    "'lora-lightning report --help' (one page for several runs) and 'lora-lightning repair --help' (the whole story)."
 )
 
 
@@ -261,12 +261,9 @@ def main(args: list[str] | None = None) -> int:
 
 def _run(words: list[str], args: list[str] | None) -> int:
     if words[:1] == ["repair"]:
-        from lora_lightning.cli.repair import repair
+        from lora_lightning.cli.repair import repair_command
 
-        outcome: Any = auto_cli(
-            repair, args=words[1:], as_positional=False, prog="lora-lightning repair", exit_on_error=False
-        )
-        return int(outcome)
+        return repair_command(words[1:])
     if words[:1] == ["report"]:
         from lora_lightning.cli.report import report
 

@@ -1,31 +1,73 @@
-"""`lora-lightning repair`: the whole story on MNIST in one command."""
+"""Implements `lora-lightning repair`: the whole story in one command."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
+from docstring_parser import parse
+from jsonargparse import ArgumentParser
+
 from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.cli.closing import show_lines
-from lora_lightning.data import MNISTDataModule
+from lora_lightning.data.focus import check_share
 from lora_lightning.data.mnist_files import Source
 from lora_lightning.repair.choice import named_classes
 from lora_lightning.repair.comparison import compare
+from lora_lightning.repair.digits import Digits
 from lora_lightning.repair.process import Repair, Settings, say
+from lora_lightning.repair.task import Task
 from lora_lightning.repair.training import Runs
 from lora_lightning.repair.verdict import Verdict
-from lora_lightning.resume.checkpoints import newest_checkpoint
+from lora_lightning.resume.checkpoints import newest_adapter, newest_checkpoint
 
 _BROKEN = 1
+_FOUND = ("worst", "worst-pair")
+_OF_CONFIG = {"config", "data", "model", "trainer", "lora"}
+_CONFIG_HELP = (
+    "YAML of a lora_lightning.Classifier and its data module, as fit takes it; with --data.x, --model.x, --trainer.x and --lora.x, "
+    "which change it. Without it, an MLP on MNIST."
+)
+
+
+def repair_command(words: list[str]) -> int:
+    """Run `repair` with the words after it, and return its exit code."""
+    of_config, own = divide(words)
+    given = vars(repair_parser().parse_args(own))
+    given.pop("config")  # which is in the help alone
+    return repair(**given, of_config=of_config)
+
+
+def repair_parser() -> ArgumentParser:
+    """Return the parser of the options that are not those of a configuration."""
+    description = parse(repair.__doc__ or "").short_description
+    parser = ArgumentParser(prog="lora-lightning repair", description=description, exit_on_error=False)
+    parser.add_argument("--config", help=_CONFIG_HELP)
+    parser.add_function_arguments(repair, as_positional=False, skip={"of_config"})
+    return parser
+
+
+def divide(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words of the configuration, options with their values, and all others."""
+    of_config: list[str] = []
+    own: list[str] = []
+    target = own
+    for word in words:
+        if word.startswith("--"):
+            name = word.removeprefix("--").partition("=")[0].partition(".")[0]
+            target = of_config if name in _OF_CONFIG else own
+        target.append(word)
+    return of_config, own
 
 
 def repair(
     base_checkpoint: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     focus: int | str = "worst",
     source: Source = "auto",
     data_dir: str | os.PathLike[str] = "data",
@@ -37,33 +79,39 @@ def repair(
     seed: int = 0,
     log_dir: str | os.PathLike[str] = "logs",
     accelerator: str = "auto",
+    of_config: Sequence[str] = (),
 ) -> int:
-    """Pretrain an MLP on MNIST, find the digit it is poor at, repair that with LoRA, and say whether it is a repair.
+    """Find the class that a classifier is poor at, repair that with LoRA, and say whether it is a repair.
 
-    The digit, the rank, the share and the scale of the adapters (W + λ ΔW, λ from 0 to 1) are chosen on validation data: the fewest
-    errors on the digit with no more errors on the others, and at most 1.5 times as many others taken for it. Test data
+    It pretrains an MLP on MNIST for that, unless a configuration names another model and its data. The class, the rank, the share and the scale of the adapters (W + λ ΔW, λ from 0 to 1) are chosen on validation data: the fewest
+    errors on the class with no more errors on the others, and at most 1.5 times as many others taken for it. Test data
     serve the verdict alone: "repaired"; "traded", if other errors came for those that went; or "no repair found".
 
     Args:
-        base_checkpoint: A trained model of configs/pretrain.yaml or configs/notebook/pretrain.yaml: a file, or a log
-            folder, whose newest checkpoint is taken. Without it, a model is trained by the recipe of configs/pretrain.yaml.
-        focus: The digit to repair, or several as "4,9"; "worst" for the one of lowest recall on validation, "worst-pair" for the
+        base_checkpoint: A trained model of configs/pretrain.yaml or configs/notebook/pretrain.yaml, or of the configuration: a
+            file, or a log folder, whose newest checkpoint is taken; adapters are folded in. Without it, a model is trained by the
+            recipe of configs/pretrain.yaml, or by the configuration.
+        adapter: Folder of adapters of that base, or a log folder, whose newest one is taken: nothing is trained, and only their
+            scale is chosen.
+        focus: The class to repair, or several as "4,9"; "worst" for the one of lowest recall on validation, "worst-pair" for the
             two that are taken for each other most often.
         source: "full" MNIST, the embedded "sample", or "auto": full where it is on disk or can be downloaded.
         data_dir: Where the full MNIST is or goes.
         rank: Rank of the adapters, or several to choose from.
-        share: Share of the focus in a batch, or several to choose from; by default 15 %, or 20 % on the sample. All others fill the
-            rest.
-        steps: Training steps of the adapters, of 100 digits each; by default 1,500, or 500 on the sample.
-        baselines: Also train the full network and the last layer alone, adapters without focus, and on a random digit, and choose
+        share: Share of the focus in a batch, or several to choose from; by default 15 %, or 20 % on the sample and with a
+            configuration. All others fill the rest.
+        steps: Training steps of the adapters; by default 1,500 of 100 digits each, 500 on the sample, those of its fit with a
+            configuration.
+        baselines: Also train the full network and the last layer alone, adapters without focus, and on a random class, and choose
             logit biases; show them in one table and one figure.
         seeds: How many seeds to go through, each from a base of its own unless there is a base_checkpoint.
         seed: The first seed, of the weights and of the order of the data.
         log_dir: Where logs go, as <log_dir>/repair/version_N.
         accelerator: "auto", "cpu", "gpu", ...
+        of_config: Words that name a configuration and change it: `--config` and options of `fit`.
 
     Returns:
-        The exit code: 0 if the errors on the digit fell and no others came; 3 if others came; 4 if no repair was found; 1 if the base
+        The exit code: 0 if the errors on the class fell and no others came; 3 if others came; 4 if no repair was found; 1 if the base
         changed, or does not come back when the adapters are off. Of several seeds, the highest.
     """
     ranks = rank if isinstance(rank, list) else [rank]
@@ -77,17 +125,28 @@ def repair(
     for each_rank in ranks:  # what can't be is refused before the long work
         LoRAFinetuning(rank=each_rank)
     for each_share in shares:
-        MNISTDataModule(focus=[0], focus_fraction=each_share)
-    if focus not in ("worst", "worst-pair"):
-        named_classes(focus, MNISTDataModule.class_names)
+        check_share(each_share)
+    if of_config and not any(word.startswith("--config") for word in of_config):
+        raise ValueError(f"{of_config[0]} changes a configuration: name one with --config.")
+    if not of_config and focus not in _FOUND:
+        named_classes(focus, Digits.names)
+    if adapter is not None and (baselines or base_checkpoint is None):
+        raise ValueError(
+            f"adapter={str(adapter)!r} needs base_checkpoint, the plain model that it was trained on, and has no baselines, which "
+            "train as long as a repair does."
+        )
+    adapter_path = None if adapter is None else newest_adapter(adapter)
     base_path = None if base_checkpoint is None else newest_checkpoint(base_checkpoint)
     verdicts, codes = [], []
     with _quiet_lightning():
         for number in range(seed, seed + seeds):
             if seeds > 1:
                 say(f"[bold]Seed {number}[/]")
-            settings = Settings(base_path, focus, source, Path(data_dir), ranks, shares, steps, number)
-            one = Repair(settings, Runs(Path(log_dir), accelerator))
+            task = _configured(of_config, number, accelerator) if of_config else Digits(Path(data_dir), source)
+            if focus not in _FOUND:
+                named_classes(focus, task.names)
+            settings = Settings(base_path, adapter_path, focus, ranks, shares, steps, number)
+            one = Repair(settings, task, Runs(Path(log_dir), accelerator, task.log_every_n_steps))
             outcome = one.run()
             if baselines:
                 compare(one, outcome)
@@ -95,23 +154,34 @@ def repair(
             verdicts.append(outcome.verdict)
             codes.append(_BROKEN if outcome.broken else outcome.verdict.exit_code)
     if seeds > 1:
-        _summarize(verdicts)
+        _summarize(verdicts, task.noun)
     return max(codes)
+
+
+def _configured(words: Sequence[str], seed: int, accelerator: str) -> Task:
+    from lora_lightning.cli.configured_repair import Configured
+
+    return Configured([*words, "--trainer.accelerator", accelerator], seed)
 
 
 def _closing(one: Repair) -> dict[str, str]:
     """Return where the results of a repair are, and the command that tests it again."""
     folder = one.runs.folder
     lines = {"folder": str(folder)}
-    for name, path in (("report", "adapted/report.html"), ("adapter", "adapter"), ("figure", "tradeoff.png")):
+    for name, path in (
+        ("report", "adapted/report.html"),
+        ("adapter", "adapter"),
+        ("figure", "tradeoff.png"),
+        ("scales", "scales.png"),
+    ):
         if (folder / path).exists():
             lines[name] = str(folder / path)
     lines["curves"] = f"tensorboard --logdir {shlex.quote(str(folder))}"
     if "adapter" in lines:
-        words = ["lora-lightning", "test", "--config", "configs/adapt.yaml", "--data.source", one.source]
-        words += [
-            "--data.data_dir",
-            str(one.settings.data_dir),
+        words = [
+            "lora-lightning",
+            "test",
+            *one.task.options,
             "--adapter",
             lines["adapter"],
             "--ckpt_path",
@@ -121,14 +191,14 @@ def _closing(one: Repair) -> dict[str, str]:
     return lines
 
 
-def _summarize(verdicts: list[Verdict]) -> None:
+def _summarize(verdicts: list[Verdict], noun: str) -> None:
     """Say the median and range of several seeds."""
     pairs = [(each.base, each.repaired or each.base) for each in verdicts]
     cut = [1 - after.focus_errors / max(before.focus_errors, 1) for before, after in pairs]
     others = [1 - after.other_errors / max(before.other_errors, 1) for before, after in pairs]
     codes = [each.exit_code for each in verdicts]
     say(
-        f"[bold]{len(verdicts)} seeds[/]: errors on the digit cut by {median(cut):.0%} in the median ({min(cut):.0%} to {max(cut):.0%}), other "
+        f"[bold]{len(verdicts)} seeds[/]: errors on the {noun} cut by {median(cut):.0%} in the median ({min(cut):.0%} to {max(cut):.0%}), other "
         f"errors by {median(others):.0%} ({min(others):.0%} to {max(others):.0%}); {codes.count(0)} repaired, {codes.count(3)} traded, "
         f"{codes.count(4)} without a repair."
     )
@@ -136,11 +206,13 @@ def _summarize(verdicts: list[Verdict]) -> None:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's information about machines and files."""
-    logger = logging.getLogger("lightning.pytorch")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
+    """Silence Lightning's information about machines and files, and that of transformers about new heads, which a base replaces."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "transformers")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

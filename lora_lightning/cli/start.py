@@ -15,7 +15,7 @@ COMMANDS = {
     "predict": "predict, with --adapter for a folder of adapters, or none",
     "merge": "fold adapters into a plain checkpoint, and into an ONNX file",
     "report": "make the page of a run again, or one that compares runs",
-    "repair": "find the digit of MNIST that a model is poor at, repair it, and say whether it is repaired",
+    "repair": "find the class that a model is poor at, repair it, and say whether it is repaired",
 }
 _USAGE = "usage: lora-lightning <command> [options]     lora-lightning <command> --help     lora-lightning --version"
 

@@ -11,7 +11,8 @@ from lora_lightning.repair.answers import Tally
 from lora_lightning.repair.baselines import Row, comparison_table, write_comparison
 from lora_lightning.repair.choice import LAMBDAS, bias_vector, matched_bias, one_bias
 from lora_lightning.repair.process import Outcome, Repair, adapted, say
-from lora_lightning.repair.training import Trained, Way
+from lora_lightning.repair.task import Way
+from lora_lightning.repair.training import Trained
 from lora_lightning.repair.verdict import Verdict
 from lora_lightning.report import show
 
@@ -20,6 +21,7 @@ def compare(repair: Repair, outcome: Outcome) -> list[Row]:
     """Show all baselines beside the repair in one table and one figure, and return the rows of the table."""
     chosen, tested, focus = outcome.setting, outcome.tested, repair.focus
     rank, share = (chosen.rank, chosen.share) if chosen else next(iter(repair.trained))
+    assert share is not None, "adapters that were there before have no budget to compare with"
     repaired = repair.trained[rank, share]
     rows = [
         Row.of("base", tested, tested, focus, 0, 0),
@@ -40,24 +42,26 @@ def compare(repair: Repair, outcome: Outcome) -> list[Row]:
     for name, bias, count in (
         ("one bias", one_bias(validated, focus), 1),
         ("one bias, matched", matched_bias(validated, focus, left), 1),
-        ("bias vector", bias_vector(validated), len(repair.names)),
+        ("bias vector", bias_vector(validated), len(repair.task.names)),
     ):
         rows.append(Row.of(name, tested, tested.biased(bias), focus, count, 0))
     show(comparison_table(rows, repair.called))
-    say(f"In place of the worst digit, a random one, at scale 1: {_random_digit(repair, outcome, rank, share)}")
+    say(
+        f"In place of the worst {repair.task.noun}, a random one, at scale 1: {escape(_random_class(repair, outcome, rank, share))}"
+    )
     top = chosen.scale if chosen else 1.0
     write_comparison(rows, {"adapters, scale 0 to 1": _curve(repair, repaired, top)}, repair.called, repair.runs.folder)
     say(f"Trade-off: {escape(str(repair.runs.folder / 'tradeoff.png'))}")
     return rows
 
 
-def _random_digit(repair: Repair, outcome: Outcome, rank: int, share: float) -> str:
-    """Repair a random digit: the worst of ten looks better the second time anyway."""
-    others = [index for index in range(len(repair.names)) if index not in repair.focus]
-    digit = (random.Random(repair.settings.seed).choice(others),)
-    each = repair.train("baselines/random-digit", "adapters", digit, share, rank)
+def _random_class(repair: Repair, outcome: Outcome, rank: int, share: float) -> str:
+    """Repair a random class: the worst of several looks better the second time anyway."""
+    others = [index for index in range(len(repair.task.names)) if index not in repair.focus]
+    other = (random.Random(repair.settings.seed).choice(others),)
+    each = repair.train("baselines/random-class", "adapters", other, share, rank)
     after = repair.runs.answers(each.model, repair.data, "test")
-    return Verdict(repair.names[digit[0]], outcome.tested.tally(digit), after.tally(digit)).in_words()
+    return Verdict(repair.task.names[other[0]], outcome.tested.tally(other), after.tally(other)).in_words()
 
 
 def _curve(repair: Repair, repaired: Trained, top: float) -> list[Tally]:

@@ -4,54 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import seed_everything
 from rich.markup import escape
 from torch import nn
 
 from lora_lightning.callbacks import ConfusionReport
-from lora_lightning.data import MNISTDataModule
-from lora_lightning.data.mnist_files import Source
 from lora_lightning.lora import base_fingerprint
+from lora_lightning.lora.model import attachment_of
 from lora_lightning.lora.scaling import scale_adapter, scaled
 from lora_lightning.peft_format import save_adapter
 from lora_lightning.repair.answers import Answers, Tally, mcnemar
 from lora_lightning.repair.choice import LAMBDAS, choose, classes_in_focus
-from lora_lightning.repair.training import Runs, Trained, Way
+from lora_lightning.repair.scales import Setting, scales_table, write_scales
+from lora_lightning.repair.task import Task, Way
+from lora_lightning.repair.training import Runs, Trained
 from lora_lightning.repair.verdict import Verdict
 from lora_lightning.report import show
-
-_PRETRAIN_BATCH_SIZE = 128
-_ADAPT_BATCH_SIZE = 100
-# The sample has a tenth of the digits: more epochs, fewer steps, and a larger share of it to choose by.
-_EPOCHS: dict[Source, int] = {"full": 1, "sample": 4}
-_STEPS: dict[Source, int] = {"full": 1500, "sample": 500}
-_SHARES: dict[Source, float] = {"full": 0.15, "sample": 0.2}
-_VAL_FRACTIONS: dict[Source, float] = {"full": 0.1, "sample": 0.2}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Says what to repair, on what, and which adapters to choose from: without shares, from the one that suits the source."""
+    """Says what to repair, and which adapters to choose from: without shares or steps, by those of the task.
+
+    With an adapter, the folder of one, only its scale is chosen, and nothing is trained.
+    """
 
     base: Path | None
+    adapter: Path | None
     focus: int | str
-    source: Source
-    data_dir: Path
     ranks: list[int]
     shares: list[float]
     steps: int | None
     seed: int
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Names one candidate: adapters of this rank, trained at this share, at this scale."""
-
-    rank: int
-    share: float
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -78,67 +63,75 @@ class Repair:
 
     Args:
         settings: What to repair, and how.
+        task: Makes the model and the data.
         runs: Makes the trainers.
     """
 
-    def __init__(self, settings: Settings, runs: Runs) -> None:
+    def __init__(self, settings: Settings, task: Task, runs: Runs) -> None:
         self.settings = settings
+        self.task = task
         self.runs = runs
         seed_everything(settings.seed, workers=True, verbose=False)
-        found = _ready(MNISTDataModule(settings.data_dir, settings.source))
-        self.source, self.description = found.source, found.description()
-        self.data = self._digits(batch_size=_PRETRAIN_BATCH_SIZE)
-        self.names = MNISTDataModule.class_names
-        self.steps = settings.steps or _STEPS[self.source]
+        self.data = task.evaluated()
+        self.steps = settings.steps or task.steps
 
     def run(self) -> Outcome:
         """Go through all parts, and say what comes of each."""
-        say(f"[bold]Data[/]: {escape(self.description)}.")
+        say(f"[bold]Data[/]: {escape(self.task.description)}.")
         self.base = self._base()
-        self.validated = self.runs.base_answers(self.base, self.data, "validate")
-        self.focus, why = classes_in_focus(self.settings.focus, self.validated.confusion(self.names))
-        self.called = " and ".join(self.names[index] for index in self.focus)
-        say(f"[bold]2. Weak digit[/]: {self.called} ({why}).")
-        self.trained = {
-            (rank, share): self.train("candidates", "adapters", self.focus, share, rank)
-            for rank in self.settings.ranks
-            for share in self.settings.shares or [_SHARES[self.source]]
-        }
-        setting = choose(self.validated.tally(self.focus), self._on_validation())
-        tested = self.runs.base_answers(self.base, self.data, "test")
+        self.validated = self.runs.base_answers(self.task, self.base, self.data, "validate")
+        self.focus, why = classes_in_focus(self.settings.focus, self.validated.confusion(self.task.names))
+        self.called = " and ".join(self.task.names[index] for index in self.focus)
+        say(f"[bold]2. Weak {self.task.noun}[/]: {escape(self.called)} ({why}).")
+        self.trained = self._candidates()
+        before, found = self.validated.tally(self.focus), self._on_validation()
+        write_scales(before, found, self.called, self.runs.folder)
+        if self.settings.adapter is not None:
+            show(scales_table(before, found, self.called))
+        setting = choose(before, found)
+        tested = self.runs.base_answers(self.task, self.base, self.data, "test")
         if setting is None:
             verdict = Verdict(self.called, tested.tally(self.focus), None)
-            say(f"[bold]4. Verdict[/]: {verdict.in_words()}")
+            say(f"[bold]4. Verdict[/]: {escape(verdict.in_words())}")
             return Outcome(verdict, [], None, tested, tested)
-        say(f"Chosen on validation data: rank {setting.rank}, share {setting.share:.0%}, scale {setting.scale:g}.")
+        say(f"Chosen on validation data: {setting.adapters_in_words()}, scale {setting.scale:g}.")
         return self._test(setting, tested)
+
+    def _candidates(self) -> dict[tuple[int, float | None], Trained]:
+        if self.settings.adapter is not None:
+            say(f"[bold]3. LoRA[/]: {escape(str(self.settings.adapter))}, as it is.")
+            loaded = self.runs.load(self.task, self.base, self.settings.adapter, self.data)
+            return {(attachment_of(adapted(loaded)).config.rank, None): loaded}
+        return {
+            (rank, share): self.train("candidates", "adapters", self.focus, share, rank)
+            for rank in self.settings.ranks
+            for share in self.settings.shares or [self.task.share]
+        }
 
     def train(self, part: str, way: Way, focus: tuple[int, ...] | None, share: float, rank: int) -> Trained:
         """Train from the base, on augmented batches in which these classes have this share."""
-        data = self._digits(
-            focus=None if focus is None else list(focus),
-            focus_fraction=share,
-            augment=True,
-            batch_size=_ADAPT_BATCH_SIZE,
-        )
         if part == "candidates":
-            what = f"base frozen, rank {rank}, {self.steps:,} steps with {share:.0%} of each batch {self.called}s"
-            say(f"[bold]3. LoRA[/]: {what}.")
+            mixed = f"{share:.0%} of each batch {escape(self._many())}"
+            say(f"[bold]3. LoRA[/]: base frozen, rank {rank}, {self.steps:,} steps with {mixed}.")
             part = f"candidates/rank-{rank}-share-{share:g}"
-        return self.runs.train(part, self.base, data, way, steps=self.steps, seed=self.settings.seed, rank=rank)
+        seed_everything(self.settings.seed, workers=True, verbose=False)
+        data = self.task.mixed(focus, share)
+        return self.runs.train(part, self.task, self.base, data, way, self.steps, rank)
 
-    def _digits(self, **arguments: Any) -> MNISTDataModule:
-        fraction = _VAL_FRACTIONS[self.source]
-        return _ready(MNISTDataModule(self.settings.data_dir, self.source, val_fraction=fraction, **arguments))
+    def _many(self) -> str:
+        return f"{self.called}s" if self.task.noun == "digit" else f"from {self.called}"
 
     def _base(self) -> Path:
         if self.settings.base is not None:
             say(f"[bold]1. Base[/]: {escape(str(self.settings.base))}")
-            return self.settings.base
-        epochs = _EPOCHS[self.source]
-        how_long = "one epoch" if epochs == 1 else f"{epochs} epochs"
-        say(f"[bold]1. Base[/]: training the over-sized MLP on all ten digits for {how_long}.")
-        return self.runs.pretrain(self.data, epochs)
+            plain = self.task.plain_base(self.settings.base, self.runs.folder / "base")
+            if self.settings.adapter is not None and plain != self.settings.base:
+                raise ValueError(
+                    f"{self.settings.base} holds adapters; with --adapter, expected the plain checkpoint that these were trained on."
+                )
+            return plain
+        say(f"[bold]1. Base[/]: {escape(self.task.recipe)}.")
+        return self.task.train_base(self.runs)
 
     def _on_validation(self) -> dict[Setting, Tally]:
         found = {}
@@ -159,13 +152,14 @@ class Repair:
         assert report.report.base is not None
         repaired = self.runs.answers(trained.model, self.data, "test")
         unchanged = base_fingerprint(net) == callback.base_fingerprint
-        broken = broken_guarantees(unchanged, report.report.base.errors, tested.confusion(self.names).errors)
+        broken = broken_guarantees(unchanged, report.report.base.errors, tested.confusion(self.task.names).errors)
         folder = self.runs.folder / "adapter"
         save_adapter(net, folder)
         verdict = Verdict(self.called, tested.tally(self.focus), repaired.tally(self.focus))
-        say(f"[bold]4. Verdict[/]: {verdict.in_words()}")
+        say(f"[bold]4. Verdict[/]: {escape(verdict.in_words())}")
         say(f"McNemar's exact test against the base: p = {mcnemar(tested, repaired):.2g}.")
-        say(f"Trained: {callback.trained_parameters()}, in {trained.seconds:.1f} s.")
+        took = "before" if self.settings.adapter else f"in {trained.seconds:.1f} s"
+        say(f"Trained: {callback.trained_parameters()}, {took}.")
         say(f"Base bitwise unchanged: {'yes' if unchanged else 'NO'} (SHA-256 {callback.base_fingerprint[:12]}).")
         say(f"Adapter: {escape(str(folder))}")
         for guarantee in broken:
@@ -197,10 +191,3 @@ def broken_guarantees(base_unchanged: bool, disabled: list[int], base: list[int]
 def say(line: str) -> None:
     """Print a line to the terminal."""
     show(line, highlight=False, soft_wrap=True)
-
-
-def _ready(data: MNISTDataModule) -> MNISTDataModule:
-    """Download and read the data, so that their source and the number of batches are known."""
-    data.prepare_data()
-    data.setup("fit")
-    return data

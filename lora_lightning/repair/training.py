@@ -1,28 +1,24 @@
-"""Trains what a repair compares: the base, adapters, and the usual ways without adapters."""
+"""Trains what a repair compares: adapters, and the usual ways without adapters."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from lora_lightning.callbacks import LoRAFinetuning
-from lora_lightning.data import MNISTDataModule
-from lora_lightning.models import Classifier, OneCycle, RichBoyNet
+from lora_lightning.models import Classifier
 from lora_lightning.repair.answers import Answers, AnswersOf
+from lora_lightning.repair.task import Task, Way
 from lora_lightning.resume.checkpoints import load_base
 
-Way = Literal["adapters", "full network", "last layer"]
-_PEAK_RATES: dict[Way, float] = {"adapters": 3e-3, "full network": 1e-3, "last layer": 3e-3}
-_PRETRAINING_RATE = 3e-3
+Split = Literal["validate", "test"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,8 @@ class Trained:
 class Runs:
     """Makes the trainers of one repair: they log to `<log_dir>/repair/version_N/<part>`."""
 
-    def __init__(self, log_dir: Path, accelerator: str) -> None:
+    def __init__(self, log_dir: Path, accelerator: str, log_every_n_steps: int) -> None:
+        self.log_every_n_steps = log_every_n_steps
         self.log_dir = log_dir
         self.accelerator = accelerator
         self.version = TensorBoardLogger(log_dir, name="repair").version
@@ -60,59 +57,59 @@ class Runs:
             callbacks=[RichProgressBar(refresh_rate=10), *callbacks],
             max_epochs=max_epochs,
             max_steps=max_steps,
-            log_every_n_steps=10,
+            log_every_n_steps=self.log_every_n_steps,
             num_sanity_val_steps=0,
             limit_val_batches=1.0 if max_epochs is None else 0,
             enable_model_summary=False,
             enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks),
         )
 
-    def pretrain(self, data: MNISTDataModule, epochs: int) -> Path:
-        """Train a base on all classes, by the recipe of `configs/pretrain.yaml`, and return its checkpoint."""
-        model = Classifier(RichBoyNet(), partial(torch.optim.Adam, lr=_PRETRAINING_RATE, fused=True), OneCycle)
-        checkpoint = ModelCheckpoint(self.folder / "base" / "checkpoints", filename="base")
-        self.trainer("base", checkpoint, max_epochs=epochs).fit(model, datamodule=data)
-        return Path(checkpoint.best_model_path)
-
     def train(
-        self, part: str, base: Path, data: MNISTDataModule, way: Way, *, steps: int, seed: int, rank: int = 8
+        self, part: str, task: Task, base: Path, data: LightningDataModule, way: Way, steps: int, rank: int
     ) -> Trained:
         """Train from the base, with the same order of samples and the same augmentation whatever the way."""
-        seed_everything(seed, workers=True, verbose=False)
-        optimizer = partial(torch.optim.Adam, lr=_PEAK_RATES[way], fused=True)
-        model = Classifier(RichBoyNet(), optimizer, OneCycle)
+        model = task.model(way)
         callback = None
         if way == "adapters":
-            callback = LoRAFinetuning(rank=rank, base_checkpoint=base)
+            callback = task.adapters(rank, base)
         else:
             load_base(model, base)
             if way == "last layer":
                 model.requires_grad_(False)
                 [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1].requires_grad_(True)
-        epochs = -(-steps // len(data.train_dataloader()))
-        trainer = self.trainer(part, *filter(None, [callback]), max_epochs=epochs, max_steps=steps)
+        trainer = self.trainer(part, *filter(None, [callback]), max_epochs=-1, max_steps=steps)
         start = time.perf_counter()
         trainer.fit(model, datamodule=data)
         seconds = time.perf_counter() - start
         trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
         return Trained(model, trained, seconds, callback)
 
-    def base_answers(self, base: Path, data: MNISTDataModule, split: Literal["validate", "test"]) -> Answers:
+    def load(self, task: Task, base: Path, adapter: Path, data: LightningDataModule) -> Trained:
+        """Attach the adapters of a folder to the base."""
+        model, callback = task.model(), LoRAFinetuning(base_checkpoint=base, adapter=adapter)
+        self._quiet_trainer(callback).validate(model, datamodule=data, verbose=False)  # which sets the callback up
+        trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+        return Trained(model, trained, 0.0, callback)
+
+    def base_answers(self, task: Task, base: Path, data: LightningDataModule, split: Split) -> Answers:
         """Return the answers of the base on disk, without adapters ever attached."""
-        model = Classifier(RichBoyNet())
+        model = task.model()
         load_base(model, base)
         return self.answers(model, data, split)
 
-    def answers(self, model: Classifier, data: MNISTDataModule, split: Literal["validate", "test"]) -> Answers:
+    def answers(self, model: Classifier, data: LightningDataModule, split: Split) -> Answers:
         """Return the answers of a model on one split."""
         kept = AnswersOf()
-        trainer = Trainer(
+        getattr(self._quiet_trainer(kept), split)(model, datamodule=data, verbose=False)
+        return kept.answers()
+
+    def _quiet_trainer(self, callback: Callback) -> Trainer:
+        """Return a trainer that evaluates, and writes nothing."""
+        return Trainer(
             accelerator=self.accelerator,
             devices=1,
             logger=False,
             enable_progress_bar=False,
             enable_checkpointing=False,
-            callbacks=[kept],
+            callbacks=[callback],
         )
-        getattr(trainer, split)(model, datamodule=data, verbose=False)
-        return kept.answers()

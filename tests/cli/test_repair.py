@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lora_lightning import MNISTDataModule, RichBoyNet, load_adapter
 from lora_lightning.repair import process
@@ -153,6 +154,28 @@ def test_nothing_is_chosen_by_test_data(run: Run, monkeypatch: pytest.MonkeyPatc
     assert events.index("chosen") < events.index("test data")
 
 
+def test_the_scale_of_adapters_that_are_there_is_chosen_and_written_into_a_copy(run: Run, workspace: Path) -> None:
+    base = weak_base(workspace)
+    common = ("repair", "--source", "sample", "--base_checkpoint", str(base))
+    run(*common, "--steps", "100")
+    (trained,) = Path("logs/repair").glob("*/adapter")
+    before = (trained / "adapter_model.safetensors").read_bytes()
+    code, text = run(*common, "--adapter", "logs/repair")
+    assert code in (0, 3), text
+    assert "3. LoRA: logs/repair/version_0/adapter, as it is." in text
+    assert "Trained: 54,352 of 2,861,362 parameters, 1.936% of the base, before." in text
+    scale = re.search(r"Chosen on validation data: rank 8, scale ([\d.]+)\.", text)
+    assert scale, text
+    rows = (Path("logs/repair/version_1/scales.csv")).read_text().splitlines()
+    assert len(rows) == 1 + 1 + len(LAMBDAS)
+    assert Path("logs/repair/version_1/scales.png").stat().st_size > 10_000
+    assert re.search(r"^ *1 +\d+ +\d+ +\d+ +\d\d\.\d\d", text, re.MULTILINE), text
+    files = [folder / "adapter_model.safetensors" for folder in (trained, Path("logs/repair/version_1/adapter"))]
+    factors = [load_file(path)["base_model.model.linear1.lora_B.weight"] for path in files]
+    torch.testing.assert_close(factors[1], factors[0] * float(scale[1]))
+    assert (trained / "adapter_model.safetensors").read_bytes() == before
+
+
 def test_several_seeds_end_with_their_median(run: Run, workspace: Path) -> None:
     base = weak_base(workspace)
     code, text = run("repair", "--source", "sample", "--base_checkpoint", str(base), "--steps", "40", "--seeds", "2")
@@ -194,6 +217,7 @@ def test_a_terminal_that_lacks_characters_loses_no_table_and_no_file(workspace: 
         (["--source", "mine"], "Got value: mine"),
         (["--base_checkpoint", "no"], "no does not exist"),
         (["--fokus", "1"], "--fokus"),
+        (["--adapter", "logs"], "adapter='logs' needs base_checkpoint"),
     ],
 )
 def test_bad_input_ends_it_before_the_long_work(run: Run, words: list[str], message: str) -> None:

@@ -1,0 +1,148 @@
+"""Defines the repair of a model and data that a configuration names."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.optim import Optimizer
+
+from lora_lightning.callbacks import LoRAFinetuning
+from lora_lightning.cli.main import LoRALightningCLI
+from lora_lightning.cli.merge import merge_checkpoint
+from lora_lightning.data import MNISTDataModule
+from lora_lightning.models import Classifier
+from lora_lightning.repair.task import Way
+from lora_lightning.repair.training import Runs
+from lora_lightning.resume.checkpoints import ADAPTER_KEY, read_checkpoint
+
+_OF_FULL_NETWORK = 0.1
+"""Is the learning rate of the full network over that of adapters (https://thinkingmachines.ai/blog/lora, section 'LoRA hyperparameters')."""
+_SHARE = 0.2
+
+
+class Configured:
+    """A `Classifier` and the data module of a configuration, trained as it says. It is a `Task`.
+
+    Args:
+        words: Words of the command line: `--config`, and options of `fit` that change it.
+        seed: Seed of the weights and of the order of the data.
+
+    Raises:
+        ValueError: If the model is no `Classifier`, if the data module has no `focus`, or if it does not have different samples to
+            validate and to test.
+    """
+
+    noun = "class"
+    share = _SHARE
+
+    def __init__(self, words: list[str], seed: int) -> None:
+        self.options, self._seed = words, seed
+        cli = self._read()
+        model, data = cli.model, cli.datamodule
+        if not isinstance(model, Classifier):
+            raise ValueError(f"{type(model).__name__} is the model; repair goes over a lora_lightning.Classifier.")
+        if data is None or not {"focus", "focus_fraction"} <= vars(data).keys():
+            named = "no data module" if data is None else type(data).__name__
+            raise ValueError(
+                f"The configuration has {named}; repair needs one that mixes classes in focus into batches: "
+                "ImageFolderDataModule, TextDataModule or MNISTDataModule of lora_lightning."
+            )
+        _set_up(cli)
+        _check_splits(data)
+        self.names: tuple[str, ...] = tuple(data.class_names)
+        self.description = shlex.join(words)
+        self.recipe = "trained as fit does with this configuration, adapters folded in"
+        batches, most, limit = len(data.train_dataloader()), cli.trainer.max_epochs, cli.trainer.max_steps
+        lengths = [length for length in ((most or -1) * batches, limit) if length > 0]
+        self.steps = min(lengths, default=batches)
+        self.log_every_n_steps = 10 if batches >= 100 else 1
+        self._callback = _finetuning(cli)
+
+    def model(self, way: Way = "adapters") -> Classifier:
+        """Return the configured model. The full network learns at a tenth of the configured rate, which is that of adapters."""
+        model: Classifier = self._read().model
+        vars(model.backbone)["new_head"] = None  # the base has trained it
+        if way == "full network":
+            configured = model.optimizer
+
+            def slower(parameters: Any) -> Optimizer:
+                optimizer = configured(parameters)
+                for group in optimizer.param_groups:
+                    group["lr"] *= _OF_FULL_NETWORK
+                return optimizer
+
+            model.optimizer = slower
+        return model
+
+    def evaluated(self) -> LightningDataModule:
+        """Return the configured data."""
+        data: LightningDataModule = self._read().datamodule
+        return data
+
+    def mixed(self, focus: tuple[int, ...] | None, share: float) -> LightningDataModule:
+        """Return the configured data with these classes in focus."""
+        data: Any = self._read().datamodule
+        names = None if focus is None else [self.names[index] for index in focus]
+        digits = isinstance(data, MNISTDataModule) and names is not None
+        data.focus, data.focus_fraction = [int(name) for name in names or []] if digits else names, share
+        return data  # type: ignore[no-any-return]
+
+    def adapters(self, rank: int, base: Path) -> LoRAFinetuning:
+        """Return the configured callback with this rank and this base, or a new one. It keeps the scale of its adapters."""
+        if self._callback is None:
+            return LoRAFinetuning(rank=rank, base_checkpoint=base)
+        config = self._callback.config
+        alpha = None if config.alpha is None else config.alpha / config.rank * rank
+        settings = vars(replace(config, rank=rank, alpha=alpha, modules_to_save=[]))
+        return LoRAFinetuning(base_checkpoint=base, lr_ratio=self._callback.lr_ratio, **settings)
+
+    def train_base(self, runs: Runs) -> Path:
+        """Run the configured `fit`, and fold adapters into its best checkpoint."""
+        cli = self._read()
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        best = getattr(cli.trainer.checkpoint_callback, "best_model_path", "")
+        if not best:
+            raise ValueError("The configured fit has written no checkpoint; leave trainer.enable_checkpointing on.")
+        return self.plain_base(Path(best), runs.folder / "base")
+
+    def plain_base(self, checkpoint: Path, folder: Path) -> Path:
+        """Return the checkpoint; if it holds adapters, one in `folder` with them folded in."""
+        if read_checkpoint(checkpoint).get(ADAPTER_KEY) is None:
+            return checkpoint
+        folder.mkdir(parents=True, exist_ok=True)
+        cli = self._read()
+        return merge_checkpoint(cli.trainer, cli.model, cli.datamodule, str(checkpoint), folder / "base.ckpt")
+
+    def _read(self) -> LoRALightningCLI:
+        return LoRALightningCLI([*self.options, "--seed_everything", str(self._seed)], run=False)
+
+
+def _set_up(cli: LoRALightningCLI) -> None:
+    """Read the data as a trainer does, for this model: its backbone may have the tokenizer."""
+    cli.trainer.strategy.connect(cli.model)
+    cli.datamodule.trainer = cli.trainer
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup("fit")
+
+
+def _check_splits(data: Any) -> None:
+    validation = data.val_dataloader()
+    if not validation:
+        raise ValueError(
+            "The data hold nothing out to validate on, and repair chooses by that: set --data.val_fraction 0.2."
+        )
+    first, second = validation.dataset, data.test_dataloader().dataset
+    if first is second or getattr(first, "files", None) == getattr(second, "files", ()):
+        raise ValueError(
+            "The test samples are those that validate, and a repair that was chosen by them can't be judged by them: give data.test a "
+            "file, or images a folder test or --data.test_fraction 0.2."
+        )
+
+
+def _finetuning(cli: LoRALightningCLI) -> LoRAFinetuning | None:
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+    return next((each for each in callbacks if isinstance(each, LoRAFinetuning)), None)

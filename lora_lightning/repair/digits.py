@@ -1,0 +1,83 @@
+"""Defines the repair of an MLP on MNIST."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lora_lightning.callbacks import LoRAFinetuning
+from lora_lightning.data import MNISTDataModule
+from lora_lightning.data.mnist_files import Source
+from lora_lightning.models import Classifier, OneCycle, RichBoyNet
+from lora_lightning.repair.task import Way
+from lora_lightning.repair.training import Runs
+
+_PEAK_RATES: dict[Way, float] = {"adapters": 3e-3, "full network": 1e-3, "last layer": 3e-3}
+_PRETRAINING_RATE = 3e-3
+_PRETRAIN_BATCH_SIZE = 128
+_ADAPT_BATCH_SIZE = 100
+# The sample has a tenth of the digits: more epochs, fewer steps, and a larger share of it to choose by.
+_EPOCHS: dict[Source, int] = {"full": 1, "sample": 4}
+_STEPS: dict[Source, int] = {"full": 1500, "sample": 500}
+_SHARES: dict[Source, float] = {"full": 0.15, "sample": 0.2}
+_VAL_FRACTIONS: dict[Source, float] = {"full": 0.1, "sample": 0.2}
+
+
+class Digits:
+    """The over-sized MLP, full MNIST or the embedded sample, and the recipe of `configs/pretrain.yaml`. It is a `Task`.
+
+    Args:
+        data_dir: Where the full MNIST is or goes.
+        source: "full", "sample", or "auto".
+    """
+
+    names = MNISTDataModule.class_names
+    noun = "digit"
+    log_every_n_steps = 10
+
+    def __init__(self, data_dir: Path, source: Source) -> None:
+        found = MNISTDataModule(data_dir, source)
+        found.prepare_data()
+        found.setup("fit")
+        self.data_dir, self.source, self.description = data_dir, found.source, found.description()
+        self.epochs = _EPOCHS[self.source]
+        how_long = "one epoch" if self.epochs == 1 else f"{self.epochs} epochs"
+        self.recipe = f"training the over-sized MLP on all ten digits for {how_long}"
+        self.steps, self.share = _STEPS[self.source], _SHARES[self.source]
+        places = {"--data.source": self.source, "--data.data_dir": str(data_dir)}
+        self.options = ["--config", "configs/adapt.yaml", *(word for pair in places.items() for word in pair)]
+
+    def model(self, way: Way = "adapters") -> Classifier:
+        """Return an untrained MLP, with Adam at the rate of this way of training it."""
+        return Classifier(RichBoyNet(), partial(torch.optim.Adam, lr=_PEAK_RATES[way], fused=True), OneCycle)
+
+    def evaluated(self) -> MNISTDataModule:
+        """Return all digits in batches of 128."""
+        return self._digits(batch_size=_PRETRAIN_BATCH_SIZE)
+
+    def mixed(self, focus: tuple[int, ...] | None, share: float) -> MNISTDataModule:
+        """Return augmented batches of 100 in which these digits have this share."""
+        digits = None if focus is None else list(focus)
+        return self._digits(focus=digits, focus_fraction=share, augment=True, batch_size=_ADAPT_BATCH_SIZE)
+
+    def adapters(self, rank: int, base: Path) -> LoRAFinetuning:
+        """Return adapters for all layers."""
+        return LoRAFinetuning(rank=rank, base_checkpoint=base)
+
+    def train_base(self, runs: Runs) -> Path:
+        """Train the MLP on all digits."""
+        model = Classifier(RichBoyNet(), partial(torch.optim.Adam, lr=_PRETRAINING_RATE, fused=True), OneCycle)
+        checkpoint = ModelCheckpoint(runs.folder / "base" / "checkpoints", filename="base")
+        runs.trainer("base", checkpoint, max_epochs=self.epochs).fit(model, datamodule=self.evaluated())
+        return Path(checkpoint.best_model_path)
+
+    def plain_base(self, checkpoint: Path, folder: Path) -> Path:
+        """Return the checkpoint as it is."""
+        return checkpoint
+
+    def _digits(self, **arguments: Any) -> MNISTDataModule:
+        return MNISTDataModule(self.data_dir, self.source, val_fraction=_VAL_FRACTIONS[self.source], **arguments)
