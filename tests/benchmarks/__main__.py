@@ -1,7 +1,7 @@
 """Runs the benchmarks, prints their tables and writes them as JSON.
 
 LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol] [memory] [prefix]
-[architectures] [layers] [language_model] [report_cost]
+[architectures] [layers] [language_model] [report_cost] [one_digit]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tests.benchmarks import (
     layers,
     lora_step,
     networks,
+    one_digit,
     report_cost,
     seed_protocol,
     vgg19,
@@ -38,6 +39,7 @@ BENCHMARKS = {
     "layers": layers.run,
     "language_model": language_model.run,
     "report_cost": report_cost.run,
+    "one_digit": one_digit.run,
 }
 
 
