@@ -128,6 +128,10 @@ def repair(
         check_share(each_share)
     if of_config and not any(word.startswith("--config") for word in of_config):
         raise ValueError(f"{of_config[0]} changes a configuration: name one with --config.")
+    if of_config and (source != "auto" or str(data_dir) != "data"):
+        raise ValueError(
+            f"source={source!r}, data_dir={str(data_dir)!r}: the configuration names the data; change them by --data.x."
+        )
     if not of_config and focus not in _FOUND:
         named_classes(focus, Digits.names)
     if adapter is not None and (baselines or base_checkpoint is None):

@@ -1,7 +1,7 @@
 """Runs the benchmarks, prints their tables and writes them as JSON.
 
 LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol] [memory] [prefix]
-[architectures] [layers] [language_model] [report_cost] [one_digit]
+[architectures] [layers] [language_model] [report_cost] [one_digit] [hooks]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich import get_console
 
 from tests.benchmarks import (
     architectures,
+    hooks,
     language_model,
     layers,
     lora_step,
@@ -40,6 +41,7 @@ BENCHMARKS = {
     "language_model": language_model.run,
     "report_cost": report_cost.run,
     "one_digit": one_digit.run,
+    "hooks": hooks.run,
 }
 
 

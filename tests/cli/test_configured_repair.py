@@ -126,6 +126,7 @@ def test_digits_by_a_configuration_are_repaired(run: Run, workspace: Path) -> No
         (["--data.val_fraction", "0"], "hold nothing out to validate on"),
         (["--focus", "loan"], "focus='loan': 'loan' is no class of card, money, rate"),
         (["--base_checkpoint", "nowhere"], "nowhere does not exist"),
+        (["--source", "sample"], "source='sample', data_dir='data': the configuration names the data"),
         (["--data.train", "nowhere.csv"], "nowhere.csv"),
         (["--data.trian", "train.csv"], "trian"),
         (["--data", "lightning.pytorch.demos.boring_classes.BoringDataModule"], "BoringDataModule"),
