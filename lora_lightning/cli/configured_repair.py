@@ -85,10 +85,12 @@ class Configured:
 
     def mixed(self, focus: tuple[int, ...] | None, share: float) -> LightningDataModule:
         """Return the configured data with these classes in focus."""
-        data: Any = self._read().datamodule
+        cli = self._read()
+        data: Any = cli.datamodule
         names = None if focus is None else [self.names[index] for index in focus]
         digits = isinstance(data, MNISTDataModule) and names is not None
         data.focus, data.focus_fraction = [int(name) for name in names or []] if digits else names, share
+        _set_up(cli)
         return data  # type: ignore[no-any-return]
 
     def adapters(self, rank: int, base: Path) -> LoRAFinetuning:

@@ -62,7 +62,10 @@ class Digits:
     def mixed(self, focus: tuple[int, ...] | None, share: float) -> MNISTDataModule:
         """Return augmented batches of 100 in which these digits have this share."""
         digits = None if focus is None else list(focus)
-        return self._digits(focus=digits, focus_fraction=share, augment=True, batch_size=_ADAPT_BATCH_SIZE)
+        data = self._digits(focus=digits, focus_fraction=share, augment=True, batch_size=_ADAPT_BATCH_SIZE)
+        data.prepare_data()
+        data.setup("fit")
+        return data
 
     def adapters(self, rank: int, base: Path) -> LoRAFinetuning:
         """Return adapters for all layers."""

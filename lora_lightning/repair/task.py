@@ -46,7 +46,7 @@ class Task(Protocol):
         """Return the data that a base is trained on and that models are evaluated on."""
 
     def mixed(self, focus: tuple[int, ...] | None, share: float) -> LightningDataModule:
-        """Return the data that a repair trains on: these classes have this share of each batch."""
+        """Return the data that a repair trains on, set up: these classes have this share of each batch."""
 
     def adapters(self, rank: int, base: Path) -> LoRAFinetuning:
         """Return the callback that attaches adapters of this rank to this base."""

@@ -77,7 +77,8 @@ class Runs:
             if way == "last layer":
                 model.requires_grad_(False)
                 [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1].requires_grad_(True)
-        trainer = self.trainer(part, *filter(None, [callback]), max_epochs=-1, max_steps=steps)
+        epochs = -(-steps // len(data.train_dataloader()))
+        trainer = self.trainer(part, *filter(None, [callback]), max_epochs=epochs, max_steps=steps)
         start = time.perf_counter()
         trainer.fit(model, datamodule=data)
         seconds = time.perf_counter() - start
