@@ -34,8 +34,13 @@ def check_classes(focus: list[str] | None, class_names: Sequence[str]) -> None:
 
 
 def replay_sampler(
-    targets: Tensor, classes: list[int], batch_size: int, focus_fraction: float, placement: dict[str, int]
+    targets: Tensor,
+    classes: list[int],
+    batch_size: int,
+    focus_fraction: float,
+    placement: dict[str, int],
+    lengths: Sequence[int] | None = None,
 ) -> ReplaySampler:
     """Return a sampler of batches with a fixed share of these classes, the rest drawn from all others."""
     is_focus = torch.isin(targets, torch.tensor(classes))
-    return ReplaySampler(is_focus, batch_size=batch_size, focus_fraction=focus_fraction, **placement)
+    return ReplaySampler(is_focus, batch_size=batch_size, focus_fraction=focus_fraction, lengths=lengths, **placement)

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+_WINDOW = 50
+"""Is the number of batches whose samples are sorted by length."""
+
 
 class ShuffledSampler(DistributedSampler[int]):
     """Every sample once an epoch, shuffled.
@@ -62,7 +65,7 @@ class LengthGroupedSampler(DistributedSampler[int]):
         generator = _generator(self.seed, self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator)
         order = torch.cat([order, order[: self.total_size - len(order)]])
-        parts = torch.split(order, 50 * self.global_batch)
+        parts = torch.split(order, _WINDOW * self.global_batch)
         windows = [each[self.lengths[each].argsort(stable=True)] for each in parts]
         batches = torch.split(torch.cat(windows), self.global_batch)
         # A batch that is not full stays the last one: on several devices, each takes its share of every batch.
@@ -85,6 +88,7 @@ class ReplaySampler(DistributedSampler[int]):
         seed: With the epoch, it determines the order.
         num_replicas: Number of devices.
         rank: This device's number.
+        lengths: Length of each sample, if batches are to hold samples of similar length.
 
     Raises:
         ValueError: If either kind has no sample, or a batch can't hold both.
@@ -99,6 +103,7 @@ class ReplaySampler(DistributedSampler[int]):
         seed: int,
         num_replicas: int = 1,
         rank: int = 0,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         if not 0 < focus_fraction < 1:
             raise ValueError(f"focus_fraction={focus_fraction!r}: expected a share above 0 and below 1.")
@@ -109,6 +114,7 @@ class ReplaySampler(DistributedSampler[int]):
         self.focus_per_batch = min(max(round(batch_size * focus_fraction), 1), batch_size - 1)
         self.others_per_batch = batch_size - self.focus_per_batch
         self.batch_size = batch_size
+        self.lengths = None if lengths is None else torch.tensor(lengths)
         steps = len(self.other_rows) // (self.others_per_batch * num_replicas)
         if not len(self.focus_rows) or not steps:
             raise ValueError(
@@ -130,7 +136,12 @@ class ReplaySampler(DistributedSampler[int]):
         rounds = -(-wanted // len(self.focus_rows))
         passes = [torch.randperm(len(self.focus_rows), generator=generator) for _ in range(rounds)]
         focus = self.focus_rows[torch.cat(passes)[:wanted]].view(batches, -1)
+        if self.lengths is not None:
+            focus, others = (_by_length(rows, self.lengths, _WINDOW * self.num_replicas) for rows in (focus, others))
         mixed = torch.cat([focus, others], dim=1)
+        if self.lengths is not None:  # the devices of one step keep batches of similar length
+            order = torch.randperm(self.steps, generator=generator)
+            mixed = mixed.view(self.steps, self.num_replicas, -1)[order].flatten(0, 1)
         return iter(mixed[self.rank :: self.num_replicas].flatten().tolist())
 
 
@@ -154,6 +165,12 @@ class UnrepeatedSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.rows)
+
+
+def _by_length(batches: Tensor, lengths: Tensor, window: int) -> Tensor:
+    """Sort the samples of each `window` batches by length, so that each batch has neighbours; shape (batches, samples)."""
+    parts = [part.flatten() for part in torch.split(batches, window)]
+    return torch.cat([part[lengths[part].argsort(stable=True)] for part in parts]).view_as(batches)
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:

@@ -125,7 +125,9 @@ class TextDataModule(ResumableDataModule):
             assert self.class_names is not None
             assert dataset.targets is not None
             classes = [self.class_names.index(name) for name in self.focus]
-            sampler = replay_sampler(dataset.targets, classes, self.batch_size, self.focus_fraction, self.placement())
+            sampler = replay_sampler(
+                dataset.targets, classes, self.batch_size, self.focus_fraction, self.placement(), dataset.lengths
+            )
         return ResumableLoader(dataset, sampler, self.batch_size, **full_batches())
 
     @override

@@ -91,3 +91,27 @@ def test_a_batch_is_indexed_at_once_and_equals_its_samples() -> None:
     assert targets.tolist() == [2, 0]
     with pytest.raises(ValueError, match="4 inputs for 3 targets"):
         InMemoryDataset(torch.zeros(4), torch.zeros(3))
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_batches_with_a_focus_hold_samples_of_similar_length(num_replicas: int) -> None:
+    is_focus = torch.arange(4000) % 10 == 0
+    lengths = torch.randint(3, 60, (4000,), generator=torch.Generator().manual_seed(0))
+
+    def batches(**settings: object) -> torch.Tensor:
+        rows = []
+        for rank in range(num_replicas):
+            placement = {"seed": 0, "num_replicas": num_replicas, "rank": rank}
+            sampler = ReplaySampler(is_focus, batch_size=20, focus_fraction=0.2, **placement, **settings)
+            rows.append(torch.tensor(list(sampler)).view(-1, 20))
+        return torch.stack(rows, 1).flatten(0, 1)
+
+    mixed, grouped = batches(), batches(lengths=lengths.tolist())
+    assert (is_focus[grouped].sum(1) == 4).all()
+    others = grouped[~is_focus[grouped]]
+    assert sorted(others.tolist()) == sorted(mixed[~is_focus[mixed]].tolist())
+    longest = [lengths[each].amax(1).float() for each in (mixed, grouped)]
+    assert longest[1].mean() < 0.7 * longest[0].mean()
+    steps = longest[1].view(-1, num_replicas)
+    assert (steps.amax(1) - steps.amin(1)).float().mean() < 4  # the devices of one step wait little for each other
+    assert (steps[1:, 0] > steps[:-1, 0]).float().mean() < 0.7  # and steps come in no order of length
