@@ -83,9 +83,10 @@ def repair(
 ) -> int:
     """Find the class that a classifier is poor at, repair that with LoRA, and say whether it is a repair.
 
-    It pretrains an MLP on MNIST for that, unless a configuration names another model and its data. The class, the rank, the share and the scale of the adapters (W + λ ΔW, λ from 0 to 1) are chosen on validation data: the fewest
-    errors on the class with no more errors on the others, and at most 1.5 times as many others taken for it. Test data
-    serve the verdict alone: "repaired"; "traded", if other errors came for those that went; or "no repair found".
+    It pretrains an MLP on MNIST for that, unless a configuration names another model and its data. The class, the rank, the share
+    and the scale of the adapters (W + λ ΔW, λ from 0 to 1) are chosen on validation data: the fewest errors on the class with no
+    more errors on the others, and at most 1.5 times as many others taken for it. Test data serve the verdict alone: "repaired";
+    "traded", if other errors came for those that went; or "no repair found".
 
     Args:
         base_checkpoint: A trained model of configs/pretrain.yaml or configs/notebook/pretrain.yaml, or of the configuration: a
