@@ -101,7 +101,7 @@ class LoRAFinetuning(Callback):
         self.base_in_words = ""
         self.adapter = adapter
         self.verify = verify
-        self._distillation = Distillation(distillation, temperature) if distillation else None
+        self.distillation = Distillation(distillation, temperature) if distillation else None
         self.adapter_folder: Path | str | None = None
         self.adapted: nn.Module | None = None
         self._random_state = RandomState()
@@ -159,18 +159,18 @@ class LoRAFinetuning(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._random_state.on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._distillation is not None:
-            self._distillation.record(pl_module)
+        if self.distillation is not None:
+            self.distillation.record(pl_module)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._distillation is not None:
-            self._distillation.add_gradient(trainer, pl_module)
+        if self.distillation is not None:
+            self.distillation.add_gradient(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._distillation is not None:
-            self._distillation.stop()
+        if self.distillation is not None:
+            self.distillation.stop()
 
     @override
     def on_train_batch_end(

@@ -97,9 +97,11 @@ class Configured:
         """Return the configured callback with this rank and this base, or a new one. It keeps the scale of its adapters."""
         if self._callback is None:
             return LoRAFinetuning(rank=rank, base_checkpoint=base)
-        config = self._callback.config
+        config, distillation = self._callback.config, self._callback.distillation
         alpha = None if config.alpha is None else config.alpha / config.rank * rank
         settings = vars(replace(config, rank=rank, alpha=alpha, modules_to_save=[]))
+        if distillation is not None:
+            settings |= {"distillation": distillation.weight, "temperature": distillation.temperature}
         return LoRAFinetuning(base_checkpoint=base, lr_ratio=self._callback.lr_ratio, **settings)
 
     def train_base(self, runs: Runs) -> Path:
