@@ -13,9 +13,9 @@ from typing_extensions import override
 from lora_lightning.callbacks.evaluation import data_parallel_group, decoder, warn_of_repeated_samples
 from lora_lightning.callbacks.logged_results import log_report, log_settings, show_classes_as_one_chart
 from lora_lightning.callbacks.recorded_calls import Call, RecordedCalls
-from lora_lightning.callbacks.run_files import RecordedMetrics, log_folder, write_results
+from lora_lightning.callbacks.run_files import RecordedMetrics, log_folder, write_facts
 from lora_lightning.lora import adapter_parameters, disabled, is_adapted, some_of
-from lora_lightning.report import SHOWN_CLASSES, Confusion, Report, report_table, show
+from lora_lightning.report import SHOWN_CLASSES, Confusion, Report, report_figures, report_table, show, write_report
 from lora_lightning.report.changes import Changes, Inputs, pairs_of_devices
 from lora_lightning.report.confusion import loggable
 from lora_lightning.report.counts import Counts, sum_over_devices
@@ -246,12 +246,15 @@ class ConfusionReport(Callback):
         folder = log_folder(trainer)
         if not trainer.is_global_zero:
             return
-        if folder is not None and self.reports:
-            write_results(trainer, pl_module, self.reports, folder)
         for report in self.reports:
+            figures = {} if folder is None and not trainer.loggers else report_figures(report)
+            if folder is not None:
+                write_report(report, folder, figures)
             if self.verbose:
                 show(report_table(report, report.suffix.strip("/") or None))
-            log_report(trainer, pl_module, report)
+            log_report(trainer, pl_module, report, figures)
+        if folder is not None and self.reports:
+            write_facts(trainer, pl_module, folder)
 
     def _gathered(self, trainer: Trainer, stage: str, loaders: Any) -> list[Report]:
         """Return the reports of all devices together. Every device has to call it, also one that had no samples."""

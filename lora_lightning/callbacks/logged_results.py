@@ -10,33 +10,34 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lora_lightning.callbacks.lora_finetuning import LoRAFinetuning
 from lora_lightning.lora import attachment_of, backbone_of, is_adapted
-from lora_lightning.report import Report, classes_figure, confusion_figures
+from lora_lightning.report import Report
 from lora_lightning.report.loggers import log_figure
-from lora_lightning.report.samples import samples_figure
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import
     from matplotlib.figure import Figure
 
+_FIGURES = {name: name for name in ("model", "base", "adapted", "difference")} | {"mistakes": "changed_samples"}
+"""Holds the figures that are logged, and their names there."""
 _SETTINGS = ("rank", "alpha", "dropout", "target_modules", "init", "use_rslora", "use_dora")
 
 
-def log_report(trainer: Trainer, pl_module: LightningModule, report: Report) -> None:
+def log_report(trainer: Trainer, pl_module: LightningModule, report: Report, figures: dict[str, Figure]) -> None:
     """Log a report: figures for all loggers that take them; for TensorBoard the settings beside the errors, for others numbers by class.
 
-    In TensorBoard the numbers of single classes are one figure, since as scalars each would be a card with one dot.
+    In TensorBoard the numbers of single classes are one figure, since as scalars each would be a card with one dot. The figures are
+    those of `report_figures`.
     """
     for logger in trainer.loggers:
-        figures = dict[str, "Figure | None"](confusion_figures(report))
+        names = _FIGURES
         if isinstance(logger, TensorBoardLogger):
-            figures["classes"] = classes_figure(report)
+            names = names | {"classes": "classes"}
             logger.log_hyperparams(settings(trainer, pl_module), _outcome(report))
         else:
             logger.log_metrics(report.metrics(), trainer.global_step)
-        if report.pairs is not None:
-            figures["changed_samples"] = samples_figure(report.pairs.samples, report.model.class_names)
-        for name, figure in figures.items():
-            if figure is not None:
-                log_figure(logger, f"{report.stage}/confusion/{name}{report.suffix}", figure, trainer.global_step)
+        for name, logged in names.items():
+            if name in figures:
+                tag = f"{report.stage}/confusion/{logged}{report.suffix}"
+                log_figure(logger, tag, figures[name], trainer.global_step)
 
 
 def show_classes_as_one_chart(trainer: Trainer) -> None:

@@ -20,7 +20,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 import lora_lightning
 from lora_lightning.callbacks.summary import trained_and_total
 from lora_lightning.lora import is_adapted
-from lora_lightning.report import Report, free_name, page_of, write_page, write_report, write_to
+from lora_lightning.report import free_name, page_of, write_page, write_to
+from lora_lightning.report.figure import write_png
 from lora_lightning.report.history import History, curves_figure
 from lora_lightning.report.layers import layer_changes
 
@@ -73,7 +74,7 @@ class RecordedMetrics:
             write_to(free_name(folder, "metrics.csv"), self.history.write)
         if (figure := curves_figure(self.history)) is not None:
             figure.set_facecolor("white")
-            write_to(free_name(folder, "curves.png"), partial(figure.savefig, dpi=100))
+            write_to(free_name(folder, "curves.png"), partial(write_png, figure))
         write_facts(trainer, pl_module, folder)
 
 
@@ -81,13 +82,6 @@ def log_folder(trainer: Trainer) -> str | None:
     """Return where the run's files belong, if it writes any. Every device has to ask."""
     folder = trainer.log_dir if trainer.loggers else None
     return None if trainer.fast_dev_run else folder  # type: ignore[attr-defined] # Trainer sets it from elsewhere
-
-
-def write_results(trainer: Trainer, pl_module: LightningModule, reports: list[Report], folder: str) -> None:
-    """Write the files of each report, facts about the run, and its page."""
-    for report in reports:
-        write_report(report, folder)
-    write_facts(trainer, pl_module, folder)
 
 
 def write_facts(trainer: Trainer, pl_module: LightningModule, folder: str) -> None:

@@ -1,7 +1,7 @@
 """Tables, images and files made from confusion matrices."""
 
 from lora_lightning.report.confusion import SHOWN_CLASSES, Confusion, Report
-from lora_lightning.report.figure import classes_figure, confusion_figures
+from lora_lightning.report.figure import confusion_figures, report_figures
 from lora_lightning.report.files import free_name, free_path, write_report, write_to
 from lora_lightning.report.page import page_of, write_page
 from lora_lightning.report.table import report_table
@@ -11,11 +11,11 @@ __all__ = [
     "SHOWN_CLASSES",
     "Confusion",
     "Report",
-    "classes_figure",
     "confusion_figures",
     "free_name",
     "free_path",
     "page_of",
+    "report_figures",
     "report_table",
     "show",
     "write_page",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
 from lora_lightning.report.confusion import Report
+from lora_lightning.report.samples import samples_figure
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, and most runs never draw
     from matplotlib.axes import Axes
@@ -54,25 +56,37 @@ def classes_figure(report: Report) -> Figure:
     return figure
 
 
+def write_png(figure: Figure, target: Path | IO[bytes]) -> None:
+    """Write a figure as PNG, laid out and drawn once; `savefig` draws twice."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(target, pil_kwargs={"compress_level": 1})
+    figure.set_layout_engine("none")  # its layout stays, for loggers that draw it again
+
+
 def _label(name: str) -> str:
     """Return a name of bearable length, without the sign that matplotlib would take for mathematics."""
     short = name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…"
     return short.replace("$", r"\$")
 
 
-def report_images(report: Report) -> dict[str, Figure]:
-    """Return the figures that a run's folder gets: `confusion`, `confusion_normalized`, and with a base `difference`.
+def report_figures(report: Report) -> dict[str, Figure]:
+    """Return all figures of a report.
 
-    The first two have the base, if there is one, and the model side by side. The normalized one shows percents of each row.
+    They are those of `confusion_figures`; `classes`; `confusion` and `confusion_normalized`, the latter in percents of each row, with
+    the base, if there is one, and the model side by side; and `mistakes`, where samples with an image or a text changed.
     """
     shown = report.model.shown()
     names = _names(report, shown)
     matrices = {} if report.base is None else {"base": shown_alone(report.base.matrix, shown)}
-    matrices["adapted" if matrices else "model"] = model = shown_alone(report.model.matrix, shown)
+    matrices["adapted" if matrices else "model"] = shown_alone(report.model.matrix, shown)
     percents = {key: 100 * each / each.sum(1, keepdim=True).clamp_min(1) for key, each in matrices.items()}
-    found = {"confusion": _side_by_side(matrices, names), "confusion_normalized": _side_by_side(percents, names)}
-    if report.base is not None:
-        found["difference"] = _figure("difference", model - matrices["base"], names, _most(model - matrices["base"]))
+    found = confusion_figures(report) | {"classes": classes_figure(report)}
+    found |= {"confusion": _side_by_side(matrices, names), "confusion_normalized": _side_by_side(percents, names)}
+    if report.pairs is not None:
+        mistakes = samples_figure(report.pairs.samples, report.model.class_names)
+        found |= {} if mistakes is None else {"mistakes": mistakes}
     return found
 
 
@@ -142,7 +156,7 @@ def _draw(
                 dark = abs(float(shade[row, column])) > 0.6 * scale
                 label = f"{count:+d}" if diverging else str(count) if count or value == count else "<1"
                 weight = "bold" if row == column else "normal"
-                axis.text(
+                cell = axis.text(
                     column,
                     row,
                     label,
@@ -151,4 +165,8 @@ def _draw(
                     fontsize=8 if len(label) <= 4 else 6,
                     color="white" if dark else "black",
                     weight=weight,
+                    parse_math=False,
                 )
+                cell.set_in_layout(
+                    False
+                )  # it lies inside its axes: measuring hundreds of them takes half of the drawing

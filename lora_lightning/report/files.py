@@ -8,23 +8,29 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fsspec
 
 from lora_lightning.report.changes import Pairs
 from lora_lightning.report.confusion import Report
-from lora_lightning.report.figure import report_images
-from lora_lightning.report.samples import samples_figure, write_samples
+from lora_lightning.report.figure import report_figures, write_png
+from lora_lightning.report.samples import write_samples
 
+if TYPE_CHECKING:  # matplotlib takes half a second to import
+    from matplotlib.figure import Figure
+
+_IMAGES = ("confusion", "confusion_normalized", "difference", "mistakes")
 _QUANTITIES = ("errors", "recall", "precision", "f1", "false_positives")
 
 
-def write_report(report: Report, folder: str | Path) -> dict[str, str]:
+def write_report(report: Report, folder: str | Path, figures: dict[str, Figure] | None = None) -> dict[str, str]:
     """Write a report to `folder`, with `_val` in the names for a validation; never over existing files.
 
     Args:
         report: What the files hold.
         folder: Made if missing; an address like `s3://…` is one, too.
+        figures: What `report_figures` returned, if it is there already.
 
     Returns:
         The paths of the files, by their plain names: `confusion.json` with all numbers, `confusion.csv` with a row a class, the images
@@ -41,11 +47,9 @@ def write_report(report: Report, folder: str | Path) -> dict[str, str]:
     samples = [] if report.pairs is None else report.pairs.samples
     if samples:
         writers["samples.json"] = lambda path: write_samples(samples, path)
-    images = report_images(report)
-    if samples and (drawn := samples_figure(samples, report.model.class_names)) is not None:
-        images["mistakes"] = drawn
-    for name, figure in images.items():
-        writers[f"{name}.png"] = partial(figure.savefig, dpi=100)
+    figures = report_figures(report) if figures is None else figures
+    for name in filter(figures.__contains__, _IMAGES):
+        writers[f"{name}.png"] = partial(write_png, figures[name])
     paths = {name: free_name(folder, f"{Path(name).stem}{version}{Path(name).suffix}") for name in writers}
     for name, write in writers.items():
         write_to(paths[name], write)

@@ -15,7 +15,7 @@ import torch
 
 from lora_lightning.report.changes import ChangedSample, Pairs
 from lora_lightning.report.confusion import Confusion, Report
-from lora_lightning.report.figure import OTHERS, shown_alone
+from lora_lightning.report.figure import OTHERS, shown_alone, write_png
 from lora_lightning.report.files import free_path
 from lora_lightning.report.history import History, curves_figure
 from lora_lightning.report.samples import read_samples
@@ -83,7 +83,7 @@ class Run:
         if figure is None:
             return ""
         file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=110)
+        write_png(figure, file)
         return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
     @cached_property

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 from lora_lightning.report.changes import ChangedSample
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _COLUMNS = 6
 _DRAWN = 12
+_WIDTH, _HEIGHT, _WORDS, _SIDE = 1.9, 2.5, 0.55, 1.75
+"""Are inches: of a sample with its words, of the words, and of an image's longer side."""
 _LONGEST_NAME = 22
 
 
@@ -37,36 +40,47 @@ def samples_figure(samples: list[ChangedSample], class_names: tuple[str, ...]) -
         The figure; `None` if no sample has an image or a text.
     """
     from matplotlib.figure import Figure
-    from PIL import Image
 
     shown = [each for each in samples if each.image or each.text]
     kinds = [[each for each in shown if each.is_fixed is kind][:_DRAWN] for kind in (True, False)]
     rows = [-(-len(kind) // _COLUMNS) for kind in kinds]
     if not sum(rows):
         return None
-    figure = Figure(figsize=(1.9 * _COLUMNS, 2.5 * sum(rows)), layout="constrained")
-    axes = figure.subplots(sum(rows), _COLUMNS, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for place, each in [
-        *enumerate(kinds[0]),
-        *((rows[0] * _COLUMNS + number, each) for number, each in enumerate(kinds[1])),
-    ]:
-        axis = axes.flat[place]
-        if each.image:
-            pixels = Image.open(io.BytesIO(base64.b64decode(each.image.partition(",")[2])))
-            axis.imshow(pixels, cmap="gray", interpolation="nearest")
-        else:
-            text = "\n".join(textwrap.wrap(textwrap.shorten(each.text, 110), 22)).replace("$", r"\$")
-            axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=7)
-        target, base, model = (_short(class_names[index]) for index in (each.target, each.base, each.model))
-        what = "fixed" if each.is_fixed else "broke"
-        axis.set_title(
-            f"{what}: {target}\n{base} {each.base_confidence:.0%}\n→ {model} {each.confidence:.0%}",
-            fontsize=7,
-            color="tab:blue" if each.is_fixed else "tab:red",
-        )
+    figure = Figure(figsize=(_WIDTH * _COLUMNS, _HEIGHT * sum(rows)))
+    # One axis for all, in inches: laying out one for each sample takes longer than all other drawing of a report.
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_axis_off()
+    for kind, first_row in zip(kinds, (0, rows[0]), strict=True):
+        for number, each in enumerate(kind):
+            row, column = divmod(number, _COLUMNS)
+            _draw(axis, each, class_names, _WIDTH * (column + 0.5), _HEIGHT * (first_row + row))
+    axis.set(xlim=(0, _WIDTH * _COLUMNS), ylim=(_HEIGHT * sum(rows), 0), aspect="auto")
     return figure
+
+
+def _draw(axis: Axes, sample: ChangedSample, class_names: tuple[str, ...], center: float, top: float) -> None:
+    """Draw a sample below its three lines of words; positions are in inches from the upper left."""
+    from PIL import Image
+
+    target, base, model = (_short(class_names[index]) for index in (sample.target, sample.base, sample.model))
+    axis.text(
+        center,
+        top + 0.1,
+        f"{'fixed' if sample.is_fixed else 'broke'}: {target}\n{base} {sample.base_confidence:.0%}\n→ {model} {sample.confidence:.0%}",
+        ha="center",
+        va="top",
+        fontsize=7,
+        color="tab:blue" if sample.is_fixed else "tab:red",
+    )
+    middle = top + _WORDS + _SIDE / 2
+    if sample.image:
+        pixels = Image.open(io.BytesIO(base64.b64decode(sample.image.partition(",")[2])))
+        half = [_SIDE / 2 * size / max(pixels.size) for size in pixels.size]
+        extent = (center - half[0], center + half[0], middle + half[1], middle - half[1])
+        axis.imshow(pixels, cmap="gray", interpolation="nearest", extent=extent)
+    else:
+        text = "\n".join(textwrap.wrap(textwrap.shorten(sample.text, 110), 22)).replace("$", r"\$")
+        axis.text(center, middle, text, ha="center", va="center", fontsize=7)
 
 
 def _short(name: str) -> str:
