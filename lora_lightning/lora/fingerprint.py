@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Container, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -50,16 +51,26 @@ def _fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def digests(module: nn.Module, only: Container[str] | None = None) -> dict[str, str]:
-    """Return a digest of each tensor of the base, or `only` of some, by state-dict key: they say which one changed."""
+    """Return a digest of each tensor of the base, or `only` of some, by state-dict key: they say which one changed.
+
+    Tensors are hashed in as many threads as PyTorch computes in. Distributed ones are gathered and hashed one by one.
+    """
     found = {}
-    for key, value in base_tensors(module):
-        if only is not None and key not in only:
-            continue
-        digest = hashlib.sha256(f"{tuple(value.shape)} {value.dtype}\n".encode())
-        for data in _bytes(value):
-            digest.update(data)
-        found[key] = digest.hexdigest()
-    return found
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for key, value in base_tensors(module):
+            if only is None or key in only:
+                whole = full(value)
+                found[key] = pool.submit(_digest, whole)
+                if whole is not value:
+                    found[key].result()
+        return {key: digest.result() for key, digest in found.items()}
+
+
+def _digest(value: Tensor) -> str:
+    digest = hashlib.sha256(f"{tuple(value.shape)} {value.dtype}\n".encode())
+    for data in _bytes(value):
+        digest.update(data)
+    return digest.hexdigest()
 
 
 def is_in_another_precision(module: nn.Module, sample: str, but: Container[str] = ()) -> bool:

@@ -22,6 +22,7 @@ from lora_lightning.lora import (
     merge,
     merged,
 )
+from lora_lightning.lora.fingerprint import digests
 from tests.helpers import same, state, stir
 
 
@@ -148,6 +149,26 @@ def test_fingerprint_sees_values_names_dtypes_and_buffers_but_no_adapter(mlp: nn
     assert base_fingerprint(nn.Sequential(*list(mlp)[::-1])) != digest
     mlp[1].running_mean[0] += 1e-6
     assert base_fingerprint(mlp) != digest
+
+
+def test_digests_name_the_tensor_that_changed_whatever_the_number_of_threads(mlp: nn.Sequential) -> None:
+    attach(mlp, LoRAConfig(rank=2))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            found.append(digests(mlp))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1]
+    assert set(found[0]) == {key for key in mlp.state_dict() if "lora" not in key}
+    assert len(set(found[0].values())) > 1
+    stir(mlp)
+    assert digests(mlp) == found[0]
+    mlp[1].running_mean[0] += 1e-6
+    now = digests(mlp)
+    assert [key for key in now if now[key] != found[0][key]] == ["1.running_mean"]
+    assert list(digests(mlp, only={"1.running_mean"})) == ["1.running_mean"]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
