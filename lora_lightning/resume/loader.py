@@ -21,6 +21,9 @@ class ResumableLoader(DataLoader[Any]):
         sampler: Its order is a function of its epoch and a seed.
         batch_size: Samples a batch.
         arguments: Passed on.
+
+    Attributes:
+        most: How many batches of an epoch are used at most: `RandomState` sets it to what `limit_train_batches` leaves of them.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class ResumableLoader(DataLoader[Any]):
         # DataLoader has this set by its constructor alone; given there, it would hide the sampler from Lightning.
         object.__setattr__(self, "batch_sampler", self.batches)
         self.handed_out = 0
+        self.most: float = float("inf")
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override] # all that is used of it is next()
         self.handed_out = self.batches.skip
@@ -50,7 +54,7 @@ class ResumableLoader(DataLoader[Any]):
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch, how many of its batches were handed out, and what makes them the batches that they are."""
         epoch = getattr(self.batches.sampler, "epoch", 0)
-        if self.handed_out >= len(self):
+        if self.handed_out >= min(len(self), self.most):
             return {"epoch": epoch + 1, "handed_out": 0, "batches": self._description()}
         return {"epoch": epoch, "handed_out": self.handed_out, "batches": self._description()}
 

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from typing_extensions import override
 
 from lora_lightning.resume.epoch_progress import begin_the_next_epoch, count_the_epoch
+from lora_lightning.resume.loader import ResumableLoader
 
 KEY = "lora_lightning_random_state"
 _SEED_OFFSET = 1_000_003
@@ -53,6 +55,9 @@ class RandomState(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         begin_the_next_epoch(trainer)
+        for loader in CombinedLoader(trainer.train_dataloader).flattened:
+            if isinstance(loader, ResumableLoader):
+                loader.most = trainer.num_training_batches
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

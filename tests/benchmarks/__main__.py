@@ -1,7 +1,7 @@
 """Runs the benchmarks, prints their tables and writes them as JSON.
 
 LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol] [memory] [prefix]
-[architectures] [layers] [language_model] [report_cost] [one_digit] [hooks]
+[architectures] [layers] [language_model] [report_cost] [one_digit] [hooks] [start_end]
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tests.benchmarks import (
     one_digit,
     report_cost,
     seed_protocol,
+    start_end,
     vgg19,
 )
 
@@ -42,6 +43,7 @@ BENCHMARKS = {
     "report_cost": report_cost.run,
     "one_digit": one_digit.run,
     "hooks": hooks.run,
+    "start_end": start_end.run,
 }
 
 

@@ -65,7 +65,8 @@ def run() -> tuple[Table, list[dict[str, Any]]]:
         "x floor",
     ):
         table.add_column(column, justify="right")
-    table.add_column("floor + Adam, x floor", justify="right")
+    for column in ("floor + Adam, x floor", "floor + flat Adam, x floor"):
+        table.add_column(column, justify="right")
     for name, net in {RICH: RichBoyNet(), WIDE: wide()}.items():
         last = [key for key, layer in net.named_modules() if isinstance(layer, nn.Linear)][-1]
         for batch_size in BATCH_SIZES:
@@ -93,6 +94,6 @@ def run() -> tuple[Table, list[dict[str, Any]]]:
                 ratios = [
                     f"{ours[key]:.2f}" if key in ours else "" for key in ("x PEFT", "x parametrization", "x floor")
                 ]
-                adam = f"{measured['floor + Adam']['x floor']:.2f}"
-                table.add_row(name, str(batch_size), str(rank), *ms, *ratios, adam)
+                adam = [f"{measured[key]['x floor']:.2f}" for key in ("floor + Adam", "floor + flat Adam")]
+                table.add_row(name, str(batch_size), str(rank), *ms, *ratios, *adam)
     return table, numbers

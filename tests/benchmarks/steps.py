@@ -3,7 +3,8 @@
 The methods take turns within one process, in changing order; a ratio is the median of the ratios within the same turn. The
 floor is what no adapter training can do without: the forward pass and the gradients of the inputs, through the frozen
 network, without any adapter or optimizer. All others have PyTorch's fused Adam; "floor + Adam" is the floor followed by
-its step on tensors of the adapters' shapes, which shows what of a ratio is the optimizer's.
+its step on tensors of the adapters' shapes, which shows what of a ratio is the optimizer's; "floor + flat Adam" is the floor
+followed by its step on one tensor of as many elements, which shows what one buffer for all adapters could save at most.
 """
 
 from __future__ import annotations
@@ -71,10 +72,12 @@ def floor_step(net: nn.Module, images: Tensor, targets: Tensor) -> Step:
     return step
 
 
-def floor_and_adam_step(net: nn.Module, images: Tensor, targets: Tensor, adapted: nn.Module) -> Step:
-    """The floor, and Adam on the adapters' shapes with gradients that stay the same."""
+def floor_and_adam_step(net: nn.Module, images: Tensor, targets: Tensor, adapted: nn.Module, *, flat: bool) -> Step:
+    """The floor, and Adam on the adapters' shapes, or on one flat tensor, with gradients that stay the same."""
     floor = floor_step(net, images, targets)
     parameters = [nn.Parameter(torch.randn_like(parameter)) for parameter in adapter_parameters(adapted)]
+    if flat:
+        parameters = [nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
@@ -92,7 +95,8 @@ def steps_of(net: nn.Module, images: Tensor, targets: Tensor, rank: int, layers:
     return {
         "PEFT": training_step(with_peft(copy.deepcopy(net), rank, layers), images, targets),
         "this project": training_step(ours, images, targets),
-        "floor + Adam": floor_and_adam_step(copy.deepcopy(net), images, targets, ours),
+        "floor + Adam": floor_and_adam_step(copy.deepcopy(net), images, targets, ours, flat=False),
+        "floor + flat Adam": floor_and_adam_step(copy.deepcopy(net), images, targets, ours, flat=True),
         "floor": floor_step(copy.deepcopy(net), images, targets),
     }
 

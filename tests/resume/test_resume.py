@@ -62,6 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "replay": {"data": {"focus": [9]}},
     "shuffled, one digit": {"data": {"digits": [9]}},
     "accumulated gradients": {"trainer": {"accumulate_grad_batches": 3}},
+    "two batches of each epoch": {"trainer": {"limit_train_batches": 2}},
     "validated in the middle": {"trainer": {"val_check_interval": 5}},
     "LoRA+ and a scheduler": {"lora": {"lr_ratio": 8.0}, "scheduler": lr_scheduler.StepLR, "scheduler_args": (4,)},
     "one cycle": {"scheduler": lr_scheduler.OneCycleLR, "scheduler_args": (0.02, 1000)},
