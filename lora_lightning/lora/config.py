@@ -8,7 +8,6 @@ from typing import Any
 
 # Mixins of adapted layers for variants, by the value of `init` or the name of the flag that asks for them.
 VARIANTS: dict[str, Any] = {}
-_PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class LoRAConfig:
             largest singular values of W (https://arxiv.org/abs/2404.02948); the layer adds the difference to this start.
         use_rslora: Scale by alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732, equation 5).
         use_dora: Train the norm of each row of W + s B A as a vector m (DoRA, https://arxiv.org/abs/2402.09353, equation 5).
+        qkv: Which of query, key and value to adapt, as `"qv"`, in targets that compute all three, one after the other.
         bypass: `(in_features, out_features)` of an adapter around the whole module f: `f(x) + s B A flatten(x)`.
 
     Raises:
@@ -52,6 +52,7 @@ class LoRAConfig:
     init: str = "kaiming"
     use_rslora: bool = False
     use_dora: bool = False
+    qkv: str = ""
     bypass: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -69,12 +70,13 @@ class LoRAConfig:
             ("dropout", self.dropout, 0 <= self.dropout < 1, "expected a probability of at least 0 and below 1."),
             ("init", self.init, self.init in inits, f"expected one of {', '.join(inits)}."),
             ("target_modules", self.target_modules, some, "this selects nothing. Expected 'all', names or a pattern."),
+            ("qkv", self.qkv, self.qkv in ("", *"qkv", "qk", "qv", "kv"), "expected one or two of q, k, v, as 'qv'."),
             ("bypass", self.bypass, sizes, "expected sizes of flattened input and output, for example (784, 10)."),
         ]
         for key, value, valid, what in checks:
             if not valid:
                 raise ValueError(f"{key}={value!r}: {what}")
-        for key in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", *_PATTERNS):
+        for key in [key for key in vars(self) if key.endswith(("_modules", "_parameters", "_to_save", "_pattern"))]:
             try:
                 Names(getattr(self, key))
             except re.error as error:

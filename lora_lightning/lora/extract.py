@@ -23,7 +23,7 @@ def extract_adapter(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> di
     Args:
         base: The module before fine-tuning; it is frozen and adapted in place, as by `attach`.
         tuned: The module after it, with the same parameters and buffers.
-        config: Which layers, at which rank. `init`, `use_dora` and `bypass` are not used.
+        config: Which layers, at which rank. `init`, `use_dora`, `qkv` and `bypass` are not used.
 
     Returns:
         For each adapted layer the part of its change that the adapter leaves out, ||ΔW - s B A|| / ||ΔW|| in the
@@ -43,7 +43,7 @@ def extract_adapter(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> di
             f"base and tuned are not the same network: they differ in {differing}. Expected a model and its "
             "fine-tuned copy."
         )
-    attach(base, replace(config, init="kaiming", use_dora=False, bypass=None))
+    attach(base, replace(config, init="kaiming", use_dora=False, qkv="", bypass=None))
     left_out: dict[str, float] = {}
     adapted = adapted_weights(base)
     for each in adapted:

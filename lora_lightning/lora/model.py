@@ -48,9 +48,7 @@ class Attachment:
 
 
 def attach(module: nn.Module, config: LoRAConfig, name: str = "default") -> list[str]:
-    """Freeze `module` and adapt the matching layers in place; return the dotted names of what is adapted.
-
-    The empty name stands for `module` itself.
+    """Freeze `module` and adapt the matching layers in place; return their dotted names, `""` for `module` itself.
 
     Args:
         module: Any module that holds layers, for example the backbone of a classifier.

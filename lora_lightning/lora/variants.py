@@ -1,4 +1,4 @@
-"""Defines the variants PiSSA and DoRA, each as one mixin for the class of an adapted layer."""
+"""Defines the variants PiSSA, DoRA and QKV, each as one mixin for the class of an adapted layer."""
 
 from __future__ import annotations
 
@@ -93,9 +93,38 @@ class DoRA(LoRALayer):
             return squares.clamp_min(0).sqrt()
 
 
+class QKV(LoRALayer):
+    """Adapts some of query, key and value, where one layer computes all three, one after the other in its output.
+
+    B has rows for all three, as PEFT's folders do. Those of the others are multiplied by zero: they have no effect and no gradient.
+    """
+
+    lora_kept: tuple[float, float, float]
+
+    @classmethod
+    def lora_refusal(cls, layer: nn.Module, weight: Tensor, config: LoRAConfig) -> str | None:
+        if config.use_dora or config.init == "pissa":
+            return f"can't have qkv={config.qkv!r} with DoRA or PiSSA, which change all rows of a weight"
+        if any("query_key_value" in name for name in (config.target_modules, *config.target_modules)):
+            return f"may have query, key and value of one head after those of another: qkv={config.qkv!r} takes them for blocks"
+        sizes = [getattr(layer, name, 0) for name in ("out_features", "in_features")]
+        rows, columns = sizes if all(sizes) else sorted(weight.flatten(1).shape, reverse=True)
+        expected = f"expected three times as many outputs as inputs for qkv={config.qkv!r}"
+        return None if rows == 3 * columns else f"has {rows} outputs and {columns} inputs: {expected}"
+
+    def lora_create(self, weight: Tensor, rank: int, scaling: float, config: LoRAConfig) -> None:
+        super().lora_create(weight, rank, scaling, config)
+        query, key, value = (float(part in config.qkv) for part in "qkv")
+        self.lora_kept = query, key, value
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        a, b = super().lora_factors()
+        return a, torch.cat([part * kept for part, kept in zip(b.chunk(3), self.lora_kept, strict=True)])
+
+
 def magnitude_shape(b: Tensor) -> tuple[int, ...]:
     """Return the shape of DoRA's m beside a B of this shape: (out,), or (1, out, 1, ...) for a convolution."""
     return (len(b),) if b.dim() == 2 else (1, len(b), *b.shape[2:])
 
 
-VARIANTS.update(use_dora=DoRA, pissa=PiSSA)
+VARIANTS.update(use_dora=DoRA, pissa=PiSSA, qkv=QKV)

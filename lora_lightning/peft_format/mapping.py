@@ -90,6 +90,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
     }
+    if config.qkv:
+        description["qkv"] = config.qkv  # PEFT says that it ignores this: it would train all rows of B
     if unknown_to_peft(module):
         description["peft_type"] = OWN_TYPE
         description["target_parameters"] = [each.name for each in found if each.kind.lora_is_inside]
@@ -261,6 +263,7 @@ def configuration(
             use_dora=bool(description.get("use_dora")),
             target_parameters=exactly(by_name, weights) if by_name else [],
             modules_to_save=exactly(whole, modules) if whole else [],
+            qkv=description.get("qkv") or "",
             bypass=(bypass[0], bypass[1]) if bypass else None,
         )
     except KeyError as error:
