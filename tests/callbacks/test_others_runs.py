@@ -803,9 +803,21 @@ def test_four_children_manual_optimization_and_dict_batches(make_trainer: MakeTr
     assert same(dict(resumed.state_dict()), dict(module.state_dict()))
 
 
-@pytest.mark.parametrize("hook", ["__init__", "setup", "configure_model"])
-def test_a_base_that_is_quantized_anywhere_before_trains_and_resumes(make_trainer: MakeTrainer, hook: str) -> None:
+@pytest.mark.parametrize(
+    ("hook", "kind"),
+    [
+        ("__init__", "Int8WeightOnlyConfig"),
+        ("setup", "Int8WeightOnlyConfig"),
+        ("configure_model", "Int8WeightOnlyConfig"),
+        ("setup", "Float8WeightOnlyConfig"),
+        ("configure_model", "IntxWeightOnlyConfig"),  # of four bits
+    ],
+)
+def test_a_base_that_is_quantized_anywhere_before_trains_and_resumes(
+    make_trainer: MakeTrainer, hook: str, kind: str
+) -> None:
     torchao = pytest.importorskip("torchao.quantization", reason="the extra torchao is not installed")
+    bits = {"weight_dtype": torch.int4} if kind.startswith("Intx") else {}
 
     class Quantized(Later):
         def __init__(self) -> None:
@@ -816,7 +828,7 @@ def test_a_base_that_is_quantized_anywhere_before_trains_and_resumes(make_traine
         def make(self) -> None:
             super().make()
             if type(self.head.weight) is nn.Parameter:
-                torchao.quantize_(self, torchao.Int8WeightOnlyConfig())
+                torchao.quantize_(self, getattr(torchao, kind)(**bits))
 
     def run(epochs: int, ckpt_path: Any = None) -> tuple[Quantized, Trainer]:
         module = Quantized()
