@@ -158,7 +158,7 @@ class ImageFolderDataModule(ResumableDataModule):
             classes = [self.class_names.index(name) for name in self.focus]
             assert dataset.targets is not None
             sampler = replay_sampler(dataset.targets, classes, self.batch_size, self.focus_fraction, self.placement())
-        return ResumableLoader(dataset, sampler, self.batch_size, **self._loading())
+        return ResumableLoader(dataset, sampler=sampler, batch_size=self.batch_size, **self._loading())
 
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

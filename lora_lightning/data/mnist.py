@@ -133,7 +133,7 @@ class MNISTDataModule(ResumableDataModule):
             sampler = replay_sampler(
                 dataset.targets, self.focus, self.batch_size, self.focus_fraction, self.placement()
             )
-        return ResumableLoader(dataset, sampler, self.batch_size, **full_batches())
+        return ResumableLoader(dataset, sampler=sampler, batch_size=self.batch_size, **full_batches())
 
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

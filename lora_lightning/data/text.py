@@ -128,7 +128,7 @@ class TextDataModule(ResumableDataModule):
             sampler = replay_sampler(
                 dataset.targets, classes, self.batch_size, self.focus_fraction, self.placement(), dataset.lengths
             )
-        return ResumableLoader(dataset, sampler, self.batch_size, **full_batches())
+        return ResumableLoader(dataset, sampler=sampler, batch_size=self.batch_size, **full_batches())
 
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler, SequentialSampler
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -18,8 +19,9 @@ class ResumableLoader(DataLoader[Any]):
 
     Args:
         dataset: See `DataLoader`, as for all others.
-        sampler: Its order is a function of its epoch and a seed.
+        sampler: Its order is a function of its epoch and a seed. By default samples come in the order of the data set.
         batch_size: Samples a batch.
+        batch_sampler: Those of another `ResumableLoader`, with another sampler: Lightning makes such a copy for `overfit_batches`.
         arguments: Passed on.
 
     Attributes:
@@ -29,15 +31,17 @@ class ResumableLoader(DataLoader[Any]):
     def __init__(
         self,
         dataset: Dataset[Any],
-        sampler: Sampler[int],
-        batch_size: int,
         *,
+        sampler: Sampler[int] | None = None,
+        batch_size: int = 1,
         drop_last: bool = False,
+        batch_sampler: _Batches | None = None,
         **arguments: Any,
     ) -> None:
-        generator = torch.Generator().manual_seed(0)
-        super().__init__(dataset, batch_size, sampler=sampler, drop_last=drop_last, generator=generator, **arguments)
-        self.batches = _Batches(sampler, batch_size, drop_last)
+        batches = batch_sampler or _Batches(sampler or SequentialSampler(dataset), batch_size, drop_last)  # type: ignore[arg-type]
+        arguments |= {"sampler": batches.sampler, "drop_last": batches.drop_last}
+        super().__init__(dataset, batches.batch_size, generator=torch.Generator().manual_seed(0), **arguments)
+        self.batches = batches
         # DataLoader has this set by its constructor alone; given there, it would hide the sampler from Lightning.
         object.__setattr__(self, "batch_sampler", self.batches)
         self.handed_out = 0
@@ -59,22 +63,20 @@ class ResumableLoader(DataLoader[Any]):
         return {"epoch": epoch, "handed_out": self.handed_out, "batches": self._description()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` says, with the next iteration.
-
-        Raises:
-            ValueError: If it stands in the middle of an epoch of other batches.
-        """
-        if state["handed_out"] and state["batches"] != self._description():
-            raise ValueError(
-                f"The checkpoint was written after {state['handed_out']} batches of an epoch with {state['batches']}; this one has "
-                f"{self._description()}. Resume with the same data, batch size and number of devices, or from the end of "
-                "an epoch."
+        """Continue where `state` says, with the next iteration. In an epoch of other batches, continue after as many samples, and warn."""
+        skip, before, now = state["handed_out"], state["batches"], self._description()
+        if skip and before != now:
+            samples = skip * before["batch_size"] * before["devices"]
+            skip = min(samples // (now["batch_size"] * now["devices"]), len(self) - 1)
+            rank_zero_warn(
+                f"The checkpoint was written after {state['handed_out']} batches of an epoch with {before}; this one has {now}. It goes on "
+                f"after {skip} of its batches, and samples may come twice in this epoch, or not at all. For a run that is bitwise the "
+                "same, resume with the same data, batch size and number of devices, or from the end of an epoch."
             )
         sampler = self.batches.sampler
         if isinstance(sampler, DistributedSampler):
             sampler.set_epoch(state["epoch"])
-        self.batches.skip = state["handed_out"]
-        self.handed_out = state["handed_out"]
+        self.batches.skip = self.handed_out = skip
 
     def _description(self) -> dict[str, int]:
         sampler = self.batches.sampler

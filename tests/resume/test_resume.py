@@ -171,6 +171,23 @@ def test_without_the_callback_for_random_numbers_a_run_does_not_repeat_itself(
     assert not same(run(seed=3, ckpt_path=path)["state"], whole["state"])
 
 
+def test_overfit_batches_trains_on_the_same_batches_in_every_epoch(make_trainer: MakeTrainer) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Trainer, module: pl.LightningModule, batch: Any, *args: Any) -> None:
+            seen.append(batch[0].clone())
+
+    data = MNISTDataModule(source="sample", batch_size=50, focus=[9])
+    trainer = make_trainer(LoRAFinetuning(rank=2), Look(), max_epochs=3, overfit_batches=2)
+    with pytest.warns(UserWarning, match="You requested to overfit but enabled train dataloader shuffling"):
+        trainer.fit(Classifier(Noisy()), datamodule=data)
+    assert trainer.global_step == 6
+    assert torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:4]))
+    assert torch.equal(torch.cat(seen[:2]), torch.cat(seen[4:]))
+    assert not torch.equal(seen[0], seen[1])
+
+
 def test_validation_draws_no_random_number_of_training(make_trainer: MakeTrainer) -> None:
     states = []
     for interval in (1.0, 1, 2):
@@ -184,16 +201,20 @@ def test_validation_draws_no_random_number_of_training(make_trainer: MakeTrainer
     assert same(states[0], states[2])
 
 
-def test_a_checkpoint_in_mid_epoch_of_other_batches_is_refused(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    def run(batch_size: int, ckpt_path: Path | None = None) -> None:
+@pytest.mark.parametrize(("batch_size", "left"), [(400, 9 - 3), (100, 36 - 15), (1500, 3 - 1), (3600, 1)])
+def test_a_checkpoint_in_mid_epoch_of_other_batches_goes_on_after_as_many_samples_and_says_so(
+    make_trainer: MakeTrainer, tmp_path: Path, batch_size: int, left: int
+) -> None:
+    def run(batch_size: int, ckpt_path: Path | None = None) -> Trainer:
         files = ModelCheckpoint(tmp_path / str(batch_size), filename="{step}", save_top_k=-1, every_n_train_steps=3)
         torch.manual_seed(5)
         trainer = make_trainer(LoRAFinetuning(rank=2), files, max_epochs=2)
         data = MNISTDataModule(source="sample", batch_size=batch_size)
         trainer.fit(Classifier(Noisy()), datamodule=data, ckpt_path=ckpt_path)
+        return trainer
 
     run(500)
-    with pytest.raises(
-        ValueError, match=r"after 3 batches of an epoch with .*'batch_size': 500.*; this one has .*'batch_size': 400"
-    ):
-        run(400, tmp_path / "500" / "step=3.ckpt")
+    what = rf"after 3 batches of an epoch with .*'batch_size': 500.*; this one has .*'batch_size': {batch_size}"
+    with pytest.warns(UserWarning, match=what):
+        trainer = run(batch_size, tmp_path / "500" / "step=3.ckpt")
+    assert trainer.global_step == 3 + left + -(-3600 // batch_size)
