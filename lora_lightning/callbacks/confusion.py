@@ -155,7 +155,8 @@ class ConfusionReport(Callback):
             known = {f"recall/{loggable(name)}": recall for name, recall in recalls if not isnan(recall)}
             if len(known) > SHOWN_CLASSES:
                 known = {"mean_recall": sum(known.values()) / len(known)}
-            pl_module.log_dict({f"val/{name}{report.suffix}": value for name, value in known.items()}, sync_dist=True)
+            found = {f"val/{name}{report.suffix}": value for name, value in known.items()}
+            pl_module.log_dict(found, sync_dist=True, add_dataloader_idx=False)  # the suffix names the loader
 
     def _record(self, pl_module: LightningModule) -> None:
         self._stop_recording()

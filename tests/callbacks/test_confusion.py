@@ -349,6 +349,25 @@ def test_each_loader_has_a_report(make_trainer: MakeTrainer, tmp_path: Path) -> 
     assert {path.name for path in tmp_path.rglob("*.json")} == {*names, "run.json"}
 
 
+def test_a_fit_with_several_validation_loaders_logs_the_recall_of_each(make_trainer: MakeTrainer) -> None:
+    class Two(Task):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log("val/seen", 1.0, batch_size=1)
+            self(batch["image"])
+
+    batch, other = {"image": IMAGES, "label": CLASSES}, {"image": IMAGES, "label": CLASSES.flip(0)}
+    task = Two(nn.Linear(6, 3), [batch])
+    trainer = make_trainer(LoRAFinetuning(rank=1), ConfusionReport(verbose=False), max_epochs=2)
+    trainer.fit(task, task.loader(), [task.loader(), task.loader([other, batch])])
+    predicted = task.net(IMAGES).argmax(1)
+    for loader, targets in enumerate((CLASSES, torch.cat((CLASSES.flip(0), CLASSES)))):
+        right = predicted.repeat(loader + 1) == targets
+        for label in range(3):
+            recall = trainer.callback_metrics[f"val/recall/{label}/dataloader_idx_{loader}"]
+            assert recall == pytest.approx(float(right[targets == label].float().mean()))
+    assert {"val/seen/dataloader_idx_0", "val/seen/dataloader_idx_1"} <= set(trainer.callback_metrics)
+
+
 def test_classes_have_the_names_of_the_data_set(make_trainer: MakeTrainer) -> None:
     data = TensorDataset(IMAGES, CLASSES)
     data.classes = ["cat", "dog", "eel"]
