@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from typing_extensions import override
+
+from lora_lightning.report import free_name
 
 _OF_ONE_COMMAND = ("return_predictions",)
 
 
 class SaveSharedConfig(SaveConfigCallback):
     """Save the run's configuration without settings that one command alone has.
+
+    Where there is one already, as in the working directory for a second run without a logger, it is `config-v1.yaml`.
 
     Args:
         parser: See `SaveConfigCallback`.
@@ -26,3 +33,10 @@ class SaveSharedConfig(SaveConfigCallback):
         if shared.get("weights_only") is None:
             shared.pop("weights_only", None)
         super().__init__(parser, shared, **options)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self.already_saved:
+            name = Path(free_name(trainer.log_dir or ".", self.config_filename)).name
+            self.config_filename = trainer.strategy.broadcast(name)
+        super().setup(trainer, pl_module, stage)

@@ -77,6 +77,21 @@ def test_the_options_bring_the_callback_where_none_is_configured(pretrained: Run
     assert adapters_in(Path("logs/pretrain/version_1/config.yaml"))["rank"] == 2
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # and Lightning says so
+def test_runs_without_a_logger_keep_the_configurations_of_each_other(pretrained: Run) -> None:
+    words = ("--config", "configs/adapt.yaml", *SMALL, "--trainer.logger", "false")
+    for rank in ("2", "3"):
+        code, text = pretrained("fit", *words, "--lora.rank", rank)
+        assert code == 0, text
+    code, text = pretrained("test", *words, "--lora.rank", "3", "--ckpt_path", "checkpoints")
+    assert code == 0, text
+    assert [adapters_in(Path(name))["rank"] for name in ("config.yaml", "config-v1.yaml", "config-v2.yaml")] == [
+        2,
+        3,
+        3,
+    ]
+
+
 def test_every_setting_has_an_option_and_they_come_first_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--help"])
