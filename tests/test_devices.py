@@ -43,6 +43,13 @@ def test_three_devices_count_every_digit_once() -> None:
 
 
 @pytest.mark.usefixtures("workspace")
+def test_two_devices_overfit_the_batches_that_they_are_asked_to() -> None:
+    words = [*SAMPLE, "--trainer.overfit_batches", "2", "--trainer.max_epochs", "3", "--trainer.max_steps", "-1"]
+    (path,) = run("fit", "-c", "configs/pretrain.yaml", *words, devices=2).glob("checkpoints/*.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == 6
+
+
+@pytest.mark.usefixtures("workspace")
 def test_two_devices_train_the_adapters_that_one_trains_with_batches_twice_as_large() -> None:
     run("fit", "-c", "configs/pretrain.yaml", *SAMPLE)
     states = []

@@ -39,8 +39,10 @@ class ResumableLoader(DataLoader[Any]):
         **arguments: Any,
     ) -> None:
         batches = batch_sampler or _Batches(sampler or SequentialSampler(dataset), batch_size, drop_last)  # type: ignore[arg-type]
-        arguments |= {"sampler": batches.sampler, "drop_last": batches.drop_last}
-        super().__init__(dataset, batches.batch_size, generator=torch.Generator().manual_seed(0), **arguments)
+        # Of a copy that Lightning makes, each may be among the arguments.
+        arguments |= {"sampler": batches.sampler, "drop_last": batches.drop_last, "generator": torch.Generator()}
+        arguments["generator"].manual_seed(0)
+        super().__init__(dataset, batches.batch_size, **arguments)
         self.batches = batches
         # DataLoader has this set by its constructor alone; given there, it would hide the sampler from Lightning.
         object.__setattr__(self, "batch_sampler", self.batches)
