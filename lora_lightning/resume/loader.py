@@ -57,6 +57,10 @@ class ResumableLoader(DataLoader[Any]):
             self.handed_out += 1
             yield batch
 
+    def begin_epoch(self) -> None:
+        """Continue with the first batch of an epoch."""
+        self.batches.skip = self.handed_out = 0
+
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch, how many of its batches were handed out, and what makes them the batches that they are."""
         epoch = getattr(self.batches.sampler, "epoch", 0)

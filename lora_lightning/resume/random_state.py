@@ -58,6 +58,8 @@ class RandomState(Callback):
         for loader in CombinedLoader(trainer.train_dataloader).flattened:
             if isinstance(loader, ResumableLoader):
                 loader.most = trainer.num_training_batches
+                if not trainer.fit_loop.restarted_mid_epoch:
+                    loader.begin_epoch()  # after one that max_steps may have ended in the middle
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -137,7 +137,9 @@ def test_compiled_without_graph_breaks_and_switched_without_compiling_again(
 ) -> None:
     torch.compiler.reset()
     net.eval()
-    if backend == "inductor":  # fails on a plain encoder without a gradient: https://github.com/pytorch/pytorch/issues/193966
+    if (
+        backend == "inductor"
+    ):  # fails on a plain encoder without a gradient: https://github.com/pytorch/pytorch/issues/193966
         x.requires_grad_()
     compiled = torch.compile(net, backend=backend, fullgraph=True)
     expected, expected_gradients = net(x), gradients(net, net(x))

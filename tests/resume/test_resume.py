@@ -171,6 +171,33 @@ def test_without_the_callback_for_random_numbers_a_run_does_not_repeat_itself(
     assert not same(run(seed=3, ckpt_path=path)["state"], whole["state"])
 
 
+def test_a_run_that_max_steps_ended_in_mid_epoch_goes_on_with_a_whole_epoch(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    seen: list[tuple[int, torch.Tensor]] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Trainer, module: pl.LightningModule, batch: Any, *args: Any) -> None:
+            seen.append((trainer.current_epoch, batch[0].flatten(1).sum(1)))
+
+    def run(steps: int, ckpt_path: Path | None = None) -> None:
+        torch.manual_seed(5)
+        files = ModelCheckpoint(tmp_path / str(steps), filename="end")
+        trainer = make_trainer(LoRAFinetuning(rank=2), Look(), files, max_steps=steps)
+        data = MNISTDataModule(source="sample", batch_size=600)
+        trainer.fit(Classifier(Noisy()), datamodule=data, ckpt_path=ckpt_path)
+
+    run(14)
+    whole = {epoch: torch.cat([sums for number, sums in seen if number == epoch]) for epoch in (0, 1)}
+    seen.clear()
+    run(2)
+    seen.clear()
+    run(10, tmp_path / "2" / "end.ckpt")
+    assert [epoch for epoch, _ in seen] == [1] * 6 + [2] * 2
+    assert torch.equal(torch.cat([sums for epoch, sums in seen if epoch == 1]), whole[1])
+    assert not torch.equal(whole[0], whole[1])
+
+
 def test_overfit_batches_trains_on_the_same_batches_in_every_epoch(make_trainer: MakeTrainer) -> None:
     seen: list[torch.Tensor] = []
 
