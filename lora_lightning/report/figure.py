@@ -74,7 +74,7 @@ def _label(name: str) -> str:
 def report_figures(report: Report) -> dict[str, Figure]:
     """Return all figures of a report.
 
-    They are those of `confusion_figures`; `classes`; `confusion` and `confusion_normalized`, the latter in percents of each row, with
+    They are those of `confusion_figures`, the `difference` on a scale of its own; `classes`; `confusion` and `confusion_normalized`, the latter in percents of each row, with
     the base, if there is one, and the model side by side; and `mistakes`, where samples with an image or a text changed.
     """
     shown = report.model.shown()
@@ -84,6 +84,9 @@ def report_figures(report: Report) -> dict[str, Figure]:
     percents = {key: 100 * each / each.sum(1, keepdim=True).clamp_min(1) for key, each in matrices.items()}
     found = confusion_figures(report) | {"classes": classes_figure(report)}
     found |= {"confusion": _side_by_side(matrices, names), "confusion_normalized": _side_by_side(percents, names)}
+    if report.base is not None:
+        difference = matrices["adapted"] - matrices["base"]
+        found["difference"] = _figure("difference", difference, names, _most(difference))
     if report.pairs is not None:
         mistakes = samples_figure(report.pairs.samples, report.model.class_names)
         found |= {} if mistakes is None else {"mistakes": mistakes}
