@@ -74,8 +74,9 @@ def _label(name: str) -> str:
 def report_figures(report: Report) -> dict[str, Figure]:
     """Return all figures of a report.
 
-    They are those of `confusion_figures`, the `difference` on a scale of its own; `classes`; `confusion` and `confusion_normalized`, the latter in percents of each row, with
-    the base, if there is one, and the model side by side; and `mistakes`, where samples with an image or a text changed.
+    They are those of `confusion_figures`, the `difference` on a scale of its own; `classes`; `confusion` and `confusion_normalized`,
+    the latter in percents of each row, with the base, if there is one, and the model side by side; and `mistakes`, where samples with
+    an image or a text changed.
     """
     shown = report.model.shown()
     names = _names(report, shown)
