@@ -165,3 +165,40 @@ def test_a_checkpoint_of_two_processes_holds_adapters_and_resumes_on_one_and_thr
     assert three["state"].keys() == alone["state"].keys()
     message = run(tmp_path / "other", devices=1, ckpt_path=str(path), base=4, fails=True, **how)
     assert "holds adapters of another base" in message
+
+
+BOTH_WAYS = """
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from lora_lightning import LoRAConfig, lora
+from lora_lightning.lora.sharding import settle
+
+mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+net = nn.Sequential(nn.Linear(4, 4))
+parallelize_module(net, mesh["tensor"], {"0": ColwiseParallel()})
+fully_shard(net, mesh=mesh["data"])
+lora.attach(net, LoRAConfig(rank=2))
+try:
+    settle(net)
+finally:
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_layers_that_are_distributed_both_ways_before_they_are_adapted_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(BOTH_WAYS)
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "run.py")],
+        env=os.environ | alone,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (
+        "ValueError: 0 is distributed by fully_shard and by tensor parallelism, and was adapted after it" in done.stderr
+    )
