@@ -160,6 +160,7 @@ def _draw(
                 dark = abs(float(shade[row, column])) > 0.6 * scale
                 label = f"{count:+d}" if diverging else str(count) if count or value == count else "<1"
                 weight = "bold" if row == column else "normal"
+                # It lies inside its axes: the layout need not measure a hundred of them.
                 cell = axis.text(
                     column,
                     row,
@@ -171,6 +172,4 @@ def _draw(
                     weight=weight,
                     parse_math=False,
                 )
-                cell.set_in_layout(
-                    False
-                )  # it lies inside its axes: measuring hundreds of them takes half of the drawing
+                cell.set_in_layout(False)
