@@ -2,8 +2,9 @@
 
 Each run is a process of its own that trains by `configs/<case>.yaml` and tests once. The learning rates of all methods were
 chosen on validation samples held out of the training split, with seed 3 (`choose` prints them); the reported seeds are 0 to 2. The
-three seeds of a method run side by side if `--jobs 3` says so. The data lie in the folder LORA_LIGHTNING_DATA, MiniLM comes from the
-Hugging Face hub or the folder LORA_LIGHTNING_MINILM.
+three seeds of a method run side by side if `--jobs 3` says so. With `--out` each run is written as soon as it has ended, and a command
+that was stopped goes on with the others. The data lie in the folder LORA_LIGHTNING_DATA, MiniLM comes from the Hugging Face hub or the
+folder LORA_LIGHTNING_MINILM.
 """
 
 from __future__ import annotations
@@ -120,10 +121,14 @@ def _with_peft(backbone: Any, config: Any, head: str) -> Any:
     return peft.get_peft_model(backbone, settings)
 
 
-def _processes(runs: list[tuple[Any, ...]], jobs: int) -> list[dict[str, Any]]:
-    """Run `train` with each of these arguments in a process of its own, `jobs` at a time."""
+def _processes(runs: list[tuple[Any, ...]], jobs: int, out: Path | None = None) -> list[dict[str, Any]]:
+    """Run `train` with each of these arguments in a process of its own, `jobs` at a time, but for those that are in `out`."""
+    finished: dict[str, dict[str, Any]] = json.loads(out.read_text()) if out and out.exists() else {}
 
     def process(arguments: tuple[Any, ...]) -> dict[str, Any]:
+        key = ", ".join(map(str, arguments[:5]))
+        if key in finished:
+            return finished[key]
         code = f"import json; from tests.benchmarks.real_cases import train; print('\\n' + json.dumps(train(*{arguments!r})))"
         # jsonargparse works in the configuration's folder, from which `examples` is not found by itself.
         found_in = os.environ | {"PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -133,7 +138,10 @@ def _processes(runs: list[tuple[Any, ...]], jobs: int) -> list[dict[str, Any]]:
         if done.returncode:
             raise RuntimeError(f"{arguments}: {done.stderr[-2000:]}")
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        print(arguments[:4], {key: round(value, 2) for key, value in found.items()}, flush=True)
+        print(key, {name: round(value, 2) for name, value in found.items()}, flush=True)
+        finished[key] = found
+        if out:
+            out.write_text(json.dumps(dict(finished), indent=1) + "\n")
         return found
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -147,19 +155,19 @@ def choose(case: str, device: str, jobs: int, more: list[str]) -> dict[str, floa
     return {method: max(rates, key=lambda rate: accuracies[method, rate]) for method, rates in _GRID[case].items()}
 
 
-def run(case: str, device: str = "cpu", jobs: int = 1) -> tuple[Table, Any]:
-    """Run all methods with the reported seeds."""
+def run(case: str, device: str = "cpu", jobs: int = 1, out: Path | None = None) -> Table:
+    """Run all methods with the reported seeds, but for the runs that are in `out`."""
     columns = ("test accuracy, %", "median", "seconds", "peak MB", "trained", "file MB")
     table = Table("", *columns, title=f"{case}, seeds {', '.join(map(str, SEEDS))}, {device}")
     runs = [(case, method, seed, rate, device, False, []) for method, rate in RATES[case].items() for seed in SEEDS]
-    each_found = iter(_processes(runs, jobs))
+    each_found = iter(_processes(runs, jobs, out))
     results = {method: [next(each_found) for _ in SEEDS] for method in RATES[case]}
     for method, found in results.items():
         median = {key: statistics.median(each[key] for each in found) for key in found[0]}
         accuracies = ", ".join(f"{each['accuracy']:.2f}" for each in found)
         cells = (f"{median['accuracy']:.2f}", f"{median['seconds']:,.0f}", f"{median['peak']:,.0f}")
         table.add_row(method, accuracies, *cells, f"{median['trained']:,.0f}", f"{median['file']:.2f}")
-    return table, results
+    return table
 
 
 def main() -> None:
@@ -169,15 +177,12 @@ def main() -> None:
     parser.add_argument("--choose", action="store_true", help="print validation accuracies of the learning rates")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results, which may hold some already")
     options, more = parser.parse_known_args()
     if options.choose:
         print(choose(options.case, options.device, options.jobs, more))
         return
-    table, results = run(options.case, options.device, options.jobs)
-    get_console().print(table)
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    get_console().print(run(options.case, options.device, options.jobs, options.out))
 
 
 if __name__ == "__main__":
