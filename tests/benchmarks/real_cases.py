@@ -35,6 +35,7 @@ _OPTIONS = {
         f"--data.train={_DATA}/banking77/train.csv",
         f"--data.test={_DATA}/banking77/test.csv",
         f"--model.backbone.name={_MINILM}",
+        "--model.backbone.num_classes=77",
     ],
     "ants_bees": [f"--data.root={_DATA}/hymenoptera", "--data.num_workers=0", "--data.in_memory=true"],
 }
