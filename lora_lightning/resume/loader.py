@@ -38,7 +38,10 @@ class ResumableLoader(DataLoader[Any]):
         batch_sampler: _Batches | None = None,
         **arguments: Any,
     ) -> None:
-        batches = batch_sampler or _Batches(sampler or SequentialSampler(dataset), batch_size, drop_last)  # type: ignore[arg-type]
+        # An empty sampler is false, and yet the one that was given.
+        if sampler is None:
+            sampler = SequentialSampler(dataset)  # type: ignore[arg-type]
+        batches = _Batches(sampler, batch_size, drop_last) if batch_sampler is None else batch_sampler
         # Of a copy that Lightning makes, each may be among the arguments.
         arguments |= {"sampler": batches.sampler, "drop_last": batches.drop_last, "generator": torch.Generator()}
         arguments["generator"].manual_seed(0)

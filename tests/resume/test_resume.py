@@ -17,7 +17,7 @@ from torch.optim import lr_scheduler
 
 from lora_lightning import Classifier, LoRAFinetuning, MNISTDataModule
 from lora_lightning.models import OneCycle
-from lora_lightning.resume import AtomicCheckpointIO, RandomState
+from lora_lightning.resume import AtomicCheckpointIO, RandomState, ResumableLoader
 from tests.helpers import same
 
 MakeTrainer = Callable[..., Trainer]
@@ -196,6 +196,13 @@ def test_a_run_that_max_steps_ended_in_mid_epoch_goes_on_with_a_whole_epoch(
     assert [epoch for epoch, _ in seen] == [1] * 6 + [2] * 2
     assert torch.equal(torch.cat([sums for epoch, sums in seen if epoch == 1]), whole[1])
     assert not torch.equal(whole[0], whole[1])
+
+
+def test_a_loader_of_an_empty_sampler_is_empty() -> None:
+    data = torch.utils.data.TensorDataset(torch.arange(3))
+    nothing = torch.utils.data.SubsetRandomSampler([])
+    assert list(ResumableLoader(data, sampler=nothing, batch_size=2)) == []
+    assert [len(batch[0]) for batch in ResumableLoader(data, batch_size=2)] == [2, 1]
 
 
 def test_overfit_batches_trains_on_the_same_batches_in_every_epoch(make_trainer: MakeTrainer) -> None:
