@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from math import isnan
 
 from rich.table import Table
@@ -23,9 +24,9 @@ def report_table(report: Report, title: str | None = None) -> Table:
         title=title, title_justify="left", caption=_caption(model, len(shown)), caption_justify="left", show_footer=True
     )
     changes = [] if base is None else [b - a for a, b in zip(base.errors, model.errors, strict=True)]
-    kind = "digit" if all(name.isdigit() for name in names) else "class"
+    kind = "digit" if list(names) == list(string.digits) else "class"
 
-    table.add_column(kind, "all", justify="right" if kind == "digit" else "left")
+    table.add_column(kind, "all", justify="right" if all(name.isdigit() for name in names) else "left")
     table.add_column("support", f"{model.total:,}", justify="right")
     if base is None:
         table.add_column("errors", f"{sum(model.errors):,}", justify="right")

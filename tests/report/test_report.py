@@ -63,6 +63,12 @@ def test_the_table_of_ten_digits_fits_80_columns() -> None:
     assert sum("100.0 → 100.0" in line for line in text.splitlines()) == 11
 
 
+def test_numbered_classes_that_are_no_digits_are_not_called_so() -> None:
+    text = printed(Report("test", Confusion(torch.eye(3, dtype=torch.int64), ("0", "1", "2"))))
+    assert "class" in text
+    assert "digit" not in text
+
+
 def test_the_table_of_a_plain_model_has_one_column_of_errors() -> None:
     text = printed(Report("val", BEFORE))
     assert "before" not in text
