@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lora_lightning.callbacks.adapter_folder import write_adapter_folder
-from lora_lightning.callbacks.averaged_base import average_with_adapters, restore_averaged_base
+from lora_lightning.callbacks.averaged_base import average_with_adapters, restore_averaged_base, restore_statistics
 from lora_lightning.callbacks.distillation import Distillation
 from lora_lightning.callbacks.frozen_base import FrozenBase
 from lora_lightning.callbacks.handover import Handover
@@ -159,6 +159,8 @@ class LoRAFinetuning(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._random_state.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if batch_idx == 0:
+            restore_statistics(trainer, pl_module)
         if self.distillation is not None:
             self.distillation.record(pl_module)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,12 @@ from lora_lightning.lora.fingerprint import digests
 from lora_lightning.resume.checkpoints import ADAPTER_KEY
 from lora_lightning.resume.packed_layers import packed_keys
 
-_STATES = ("state_dict", "current_model_state")
-"""Entries that hold the model's state: weight averaging saves the averaged one as the first, the other one beside it."""
+_STATES = ("state_dict", "current_model_state", "average_model_state")
+"""Entries that hold the model's state.
+
+Weight averaging saves the averaged one as the first, the other one beside it; stochastic weight averaging saves the averaged one as the
+third, among the states of callbacks.
+"""
 
 
 class NotFiniteError(RuntimeError):
@@ -157,12 +162,11 @@ class AdapterCheckpointIO(CheckpointIO):
                 "Lower the learning rate, or clip gradients with gradient_clip_val."
             )
         base_keys = self.content.base_keys()
-        states = {
-            name: {key: value for key, value in checkpoint[name].items() if key not in base_keys}
-            for name in _STATES
-            if name in checkpoint
-        }
-        content = {**checkpoint, **states, ADAPTER_KEY: self.content.description()}
+
+        def without_base(state: dict[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in state.items() if key not in base_keys}
+
+        content = {**_with_states(checkpoint, without_base), ADAPTER_KEY: self.content.description()}
         self.checkpoint_io.save_checkpoint(content, path, storage_options)
 
     @override
@@ -174,10 +178,7 @@ class AdapterCheckpointIO(CheckpointIO):
         live = self.content.pl_module.state_dict()
         filled_in = self.content.base_keys() - packed_keys(self.content.pl_module)
         base = {key: live[key] for key in filled_in if key in live}
-        for name in _STATES:
-            if name in checkpoint:
-                checkpoint[name] = {**base, **checkpoint[name]}
-        return checkpoint
+        return _with_states(checkpoint, lambda state: {**base, **state})
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -190,6 +191,16 @@ class AdapterCheckpointIO(CheckpointIO):
 
     def _applies(self) -> bool:
         return is_adapted(self.content.adapted) and self.strategy.lightning_module is self.content.pl_module
+
+
+def _with_states(checkpoint: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Return the checkpoint with each state of the model in it changed, also those among the states of callbacks."""
+    changed = {name: change(checkpoint[name]) for name in _STATES if isinstance(checkpoint.get(name), dict)}
+    if isinstance(callbacks := checkpoint.get("callbacks"), dict):
+        changed["callbacks"] = {
+            name: _with_states(state, change) if isinstance(state, dict) else state for name, state in callbacks.items()
+        }
+    return {**checkpoint, **changed}
 
 
 def _finite(value: Tensor) -> bool:

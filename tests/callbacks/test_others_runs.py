@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy
@@ -609,6 +609,38 @@ class TestWeightAveraging:
         trainer = make_trainer(*(callbacks if first else callbacks[::-1]), max_epochs=4)
         trainer.fit(other, data(), data(), ckpt_path=tmp_path / "c" / "last.ckpt")
         assert all(torch.equal(other.state_dict()[key], value) for key, value in base.items())
+
+
+class TestStochasticWeightAveraging:
+    @pytest.mark.parametrize("first", [True, False])
+    def test_averages_what_trains_and_leaves_the_base_alone(
+        self, first: bool, make_trainer: MakeTrainer, tmp_path: Path
+    ) -> None:
+        def fit(epochs: int, **arguments: Any) -> tuple[Two, StochasticWeightAveraging]:
+            torch.manual_seed(1)
+            module = Two()
+            module.body.append(nn.BatchNorm1d(8))
+            module.body[-1].running_mean.fill_(0.5)
+            base = copy.deepcopy(module.state_dict())
+            averaging = StochasticWeightAveraging(0.01, swa_epoch_start=1)
+            folder = tmp_path / ("resumed" if arguments else "c")
+            files = ModelCheckpoint(folder, every_n_epochs=2, save_top_k=-1, filename="{epoch}")
+            callbacks = [averaging, LoRAFinetuning(rank=2)] if first else [LoRAFinetuning(rank=2), averaging]
+            make_trainer(*callbacks, files, max_epochs=epochs).fit(module, data(), data(), **arguments)
+            assert all(torch.equal(module.state_dict()[key], value) for key, value in base.items())
+            return module, averaging
+
+        module, averaging = fit(4)
+        averaged = adapter_state_dict(averaging._average_model)
+        assert all(torch.equal(averaged[key], value) for key, value in adapter_state_dict(module).items())
+        assert averaging.n_averaged == 4
+        content = torch.load(tmp_path / "c" / "epoch=1.ckpt", weights_only=True)
+        state = content["callbacks"]["StochasticWeightAveraging"]["average_model_state"]
+        assert set(state) == set(content["state_dict"]) == set(adapter_state_dict(module))
+        resumed, _ = fit(4, ckpt_path=tmp_path / "c" / "epoch=1.ckpt")
+        assert all(
+            torch.equal(adapter_state_dict(resumed)[key], value) for key, value in adapter_state_dict(module).items()
+        )
 
 
 class Centre(Two):
