@@ -16,7 +16,8 @@ class FusedLoRALinear(LoRALinear):
 
     def forward(self, input: Tensor) -> Tensor:
         # On a batch of ten every microsecond shows.
-        if torch.compiler.is_compiling() or not self.lora_active or (self.lora_dropout and self.training):
+        is_recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state()
+        if is_recorded or not self.lora_active or (self.lora_dropout and self.training):
             return super().forward(input)
         parameters = self._parameters
         weight = cast(Tensor, parameters["weight"])

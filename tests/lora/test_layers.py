@@ -92,6 +92,15 @@ def test_function_transforms_see_the_adapter() -> None:
     torch.testing.assert_close(jacobian, base(layer) + layer.lora_delta_weight(base(layer)))
 
 
+# https://docs.pytorch.org/docs/2.9/jit.html: deprecated since 2.9
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore:.*torch.jit.trace:FutureWarning")
+def test_an_adapted_layer_is_traced_with_its_adapter() -> None:
+    layer = adapted_linear()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    traced = torch.jit.trace(layer, x)  # runs it with gradients and without, and compares
+    torch.testing.assert_close(traced(x), layer(x))
+
+
 def test_a_base_of_low_precision_keeps_its_dtype_beside_a_float32_adapter() -> None:
     layer = adapted_linear(dtype=torch.bfloat16)
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
