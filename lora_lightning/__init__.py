@@ -1,4 +1,4 @@
-"""LoRA for PyTorch Lightning: fine-tune any model with a few thousand parameters, and see class by class what that changed."""
+"""LoRA for PyTorch Lightning: fine-tune any model with a few thousand parameters, and see what changed, class by class."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ _PACKAGES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: `lora_lightning.lora` needs PyTorch alone, and `--version` not even that."""
+    """Import a public name on first access, so that `lora_lightning.lora` only imports PyTorch and `--version` imports nothing."""
     if name == "lora":
         return import_module("lora_lightning.lora")
     for package, names in _PACKAGES.items():

@@ -1,8 +1,8 @@
 """Low-rank adaptation in pure PyTorch.
 
-The core is `config.py`, `layers.py`, `freeze.py` and `model.py`. Every other file adds something to it: layers
-(`transformers_layers.py`, `weight_access.py`, `experts.py`), variants (`variants.py`), a faster forward pass (`fused.py`), what `attach` can
-be asked for (`bypass.py`, `modules_to_save.py`, `named_adapters.py`), and functions over adapted modules.
+The core is `config.py`, `layers.py`, `freeze.py` and `model.py`. The other files extend it with layer types
+(`transformers_layers.py`, `weight_access.py`, `experts.py`), variants (`variants.py`), a faster forward pass (`fused.py`), options of `attach`
+(`bypass.py`, `modules_to_save.py`, `named_adapters.py`), and functions on adapted modules.
 """
 
 from lora_lightning.lora import (  # noqa: F401

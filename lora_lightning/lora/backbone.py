@@ -8,10 +8,10 @@ from lora_lightning.lora.model import unwrapped
 
 
 def backbone_of(module: nn.Module) -> nn.Module:
-    """Return the one child of `module` that holds all parameters, or `module` itself if there is no such child.
+    """Return the child of `module` that holds all parameters, or `module` itself if none does.
 
-    For a `Classifier` this is the backbone, so that an adapter folder has the backbone's own layer names and serves
-    the bare backbone as well.
+    For a `Classifier` this is the backbone. An adapter folder then contains the layer names of the backbone and can be
+    loaded into the backbone alone.
     """
     holders = [child for child in module.children() if any(True for _ in child.parameters())]
     own = list(module.parameters(recurse=False))

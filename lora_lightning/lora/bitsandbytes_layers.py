@@ -14,7 +14,7 @@ from lora_lightning.lora.layers import LAYERS, LoRALayer, LoRALinear, compose, m
 class LoRABitsandbytesLinear(LoRALinear):
     """Adapts a quantized linear layer, whose own forward pass computes W x + b.
 
-    The parameter is packed, so `layer.weight` stays what is stored: nothing but this layer can compute with it.
+    The parameter is packed, so `layer.weight` returns the stored tensor: only this layer can compute with it.
     """
 
     lora_is_packed = True
@@ -41,7 +41,7 @@ class LoRABitsandbytesLinear(LoRALinear):
             parameters["bias"] = bias
 
     def lora_dense(self, weight: Tensor) -> Tensor:
-        """Return W as the layer computes with it, of shape (out, in)."""
+        """Return the dequantized W, of shape (out, in)."""
         layer, functional = cast(Any, self), sys.modules["bitsandbytes"].functional
         if weight.is_floating_point():  # merged for a while, or not quantized yet
             return weight.data
@@ -63,7 +63,7 @@ def _is_dense(weight: Tensor) -> bool:
 
 
 def become_linear(layer: nn.Module, weight: Tensor) -> None:
-    """Turn a quantized layer without adapters, in place, into `nn.Linear` with this weight. Hooks around its forward pass stay."""
+    """Convert a quantized layer without adapters in place to `nn.Linear` with this weight. Forward hooks are kept."""
     quantized = cast(Any, layer)
     plain = nn.Linear(quantized.in_features, quantized.out_features, bias=False, device="meta")
     plain.train(layer.training)

@@ -1,4 +1,4 @@
-"""Adapts a whole module by a path around it, which needs no layer inside."""
+"""Adapts a whole module with a path around it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_lightning.lora.model import EXTENSIONS, AdaptedWeight, kind_of
 class LoRABypass(LoRALayer):
     """Adds to a module's output: `y = f(x) + s B A flatten(x)`, for x of shape (batch, ...).
 
-    `lora_A` is of shape (r, in_features) and `lora_B` of shape (out_features, r), where x and y have that many numbers a sample.
+    `lora_A` is of shape (r, in_features) and `lora_B` of shape (out_features, r), for the sizes of a flattened sample of x and y.
     """
 
     lora_parameter = ""
@@ -56,7 +56,7 @@ class LoRABypass(LoRALayer):
 
 
 class BypassWeight(AdaptedWeight):
-    """Stands for what a bypass adapts: zeros of shape (out_features, in_features), which take no memory."""
+    """Represents the weight that a bypass adapts: zeros of shape (out_features, in_features), which take no memory."""
 
     def __init__(self, module: nn.Module, config: LoRAConfig) -> None:
         super().__init__("", module, "", LoRABypass, config.rank_of(""))

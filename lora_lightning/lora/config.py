@@ -1,4 +1,4 @@
-"""Defines `LoRAConfig`, which says what to adapt and how, and the rules by which names select layers."""
+"""Defines `LoRAConfig` and the rules for matching layer names."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -12,32 +12,32 @@ VARIANTS: dict[str, Any] = {}
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Says which layers to adapt, and how.
+    """Configures which layers to adapt, and how.
 
     An adapted layer computes `y = W x + b + s B A x`. A has the shape (r, in), B has the shape (out, r), and the scale is
-    `s = alpha / r` (LoRA, https://arxiv.org/abs/2106.09685, section 4.1). B starts at zero: an untrained adapter changes nothing.
+    `s = alpha / r` (LoRA, https://arxiv.org/abs/2106.09685, section 4.1). B is initialized to zero, so an untrained adapter has no effect.
 
     Args:
-        rank: Rank r. A layer whose min(in, out) is smaller gets that rank, and a log line says so.
-        alpha: Numerator of the scale. `None` means `rank`, which makes the scale 1.
-        dropout: Probability that an element of the adapter's input, not of the base's, is zeroed in training.
-        target_modules: Layers to adapt: `"all"`, in models of the transformers library all linear layers but the output head; a
-            list of names, where `"linear1"` also matches `"backbone.linear1"`; or a regular expression for the full dotted name.
-            One of several weights has a name too: `"lstm.weight_hh_l0"`.
-        exclude_modules: Layers to leave out, written like `target_modules`.
-        target_parameters: Parameters of any module, written like `target_modules`; of three dimensions, one adapter for each expert.
-        modules_to_save: Modules to train in full beside the adapters, such as a new head, written like `target_modules`.
-        rank_pattern: Ranks that differ, by regular expressions for a dotted name or the end of it after a dot. The first match counts.
-        alpha_pattern: Alphas that differ, written like `rank_pattern`.
+        rank: Rank r. It is lowered to min(in, out) for smaller layers, with a log line.
+        alpha: Numerator of the scale. `None` means `rank`, for a scale of 1.
+        dropout: Probability of zeroing an element of the input of the adapter in training. The base is not affected.
+        target_modules: Layers to adapt: `"all"` (in models from the transformers library, all linear layers except the output head),
+            a list of names, where `"linear1"` also matches `"backbone.linear1"`, or a regular expression for the full dotted name.
+            A single weight of a layer has a name as well: `"lstm.weight_hh_l0"`.
+        exclude_modules: Layers not to adapt, in the format of `target_modules`.
+        target_parameters: Parameters of any module, in the format of `target_modules`. Those of shape (experts, ...) get one adapter per expert.
+        modules_to_save: Modules to train in full, such as a new head, in the format of `target_modules`.
+        rank_pattern: Other ranks, by regular expressions for a dotted name or its last components. The first match is used.
+        alpha_pattern: Other alphas, in the format of `rank_pattern`.
         init: `"kaiming"`: A uniform, B zero. `"gaussian"`: A normal with standard deviation 1 / r, B zero. `"pissa"`: from the
-            largest singular values of W (https://arxiv.org/abs/2404.02948); the layer adds the difference to this start.
+            largest singular values of W (https://arxiv.org/abs/2404.02948), where the layer adds the difference to the initial values.
         use_rslora: Scale by alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732, equation 5).
         use_dora: Train the norm of each row of W + s B A as a vector m (DoRA, https://arxiv.org/abs/2402.09353, equation 5).
-        qkv: Which of query, key and value to adapt, as `"qv"`, in targets that compute all three, one after the other.
-        bypass: `(in_features, out_features)` of an adapter around the whole module f: `f(x) + s B A flatten(x)`.
+        qkv: Which of query, key and value to adapt, such as `"qv"`, in targets whose output is their concatenation.
+        bypass: `(in_features, out_features)` of an adapter around the whole module f, for `f(x) + s B A flatten(x)`.
 
     Raises:
-        ValueError: If a value is out of its range. The message names the value.
+        ValueError: If a value is out of range.
     """
 
     rank: int = 8
@@ -84,11 +84,11 @@ class LoRAConfig:
 
     @property
     def variants(self) -> tuple[Any, ...]:
-        """Return the mixins that this configuration asks for."""
+        """Return the mixins for this configuration."""
         return tuple(mixin for key, mixin in VARIANTS.items() if self.init == key or getattr(self, key, False))
 
     def selects(self, *names: str) -> bool:
-        """Return whether a supported layer with these dotted names gets an adapter."""
+        """Return whether to adapt a supported layer with these dotted names."""
         return (self.target_modules == "all" or self._targets(*names)) and not self._excluded(*names)
 
     def rank_of(self, *names: str) -> int:
@@ -97,13 +97,13 @@ class LoRAConfig:
         return self.rank if pattern is None else self.rank_pattern[pattern]
 
     def alpha_of(self, *names: str, rank: int | None = None) -> float:
-        """Return the alpha of a layer with these dotted names: its rank, which may be given, if there is no alpha."""
+        """Return the alpha of a layer with these dotted names, which defaults to its rank."""
         if (pattern := self._alphas.first(*names)) is not None:
             return self.alpha_pattern[pattern]
         return self.alpha if self.alpha is not None else rank or self.rank_of(*names)
 
     def scaling_of(self, *names: str, rank: int | None = None) -> float:
-        """Return the scale s of a layer with these dotted names, of which the rank may be given."""
+        """Return the scale s of a layer with these dotted names, optionally for a given rank."""
         rank = rank or self.rank_of(*names)
         return self.alpha_of(*names, rank=rank) / (rank**0.5 if self.use_rslora else rank)
 
@@ -150,6 +150,6 @@ class Names:
 
 
 def endings(name: str) -> list[str]:
-    """Return a dotted name and its ends after each dot: `a.b.c`, `b.c`, `c`."""
+    """Return a dotted name and each of its suffixes after a dot: `a.b.c`, `b.c`, `c`."""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]

@@ -11,9 +11,9 @@ from lora_lightning.lora.layers import LAYERS, LoRALayer
 
 
 class LoRAConv(LoRALayer):
-    """Adapts a convolution: one to r channels, with A of shape (r, in / groups, *kernel), then one of size 1 with B.
+    """Adapts a convolution by one to r channels, with A of shape (r, in / groups, *kernel), followed by one of kernel size 1 with B.
 
-    The first has the stride, padding and dilation of the layer. Every group has the same A and its own rows of B.
+    The first one has the stride, padding and dilation of the layer. All groups share A and have separate rows of B.
     """
 
     @staticmethod

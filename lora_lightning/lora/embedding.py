@@ -12,7 +12,7 @@ from lora_lightning.lora.layers import LAYERS, LoRALayer
 
 
 class LoRAEmbedding(LoRALayer):
-    """Adapts `nn.Embedding`: an index is a one-hot x. The vector at `padding_idx` stays, since A is zero there."""
+    """Adapts `nn.Embedding`, where x is a one-hot vector. A is zero at `padding_idx`, so this vector does not change."""
 
     lora_names = ("lora_embedding_A", "lora_embedding_B")
     lora_transposed = True

@@ -1,6 +1,6 @@
-"""Adapts parameters by name; one of three dimensions holds a matrix for each expert and gets one adapter for each.
+"""Adapts parameters by name. A parameter with three dimensions holds a matrix per expert and gets one adapter per expert.
 
-The experts of a mixture are such parameters in the transformers library 5, and so they are in PEFT (`target_parameters`).
+Version 5 of the transformers library stores the experts of a mixture in this way. PEFT calls the option `target_parameters` as well.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from lora_lightning.lora.weight_access import AdaptedParameter
 
 
 class ReadOnce:
-    """Mixed into modules that hold experts: the effective weights are computed once in a forward pass.
+    """Mixin for modules that hold experts. It computes the effective weights once per forward pass.
 
-    A module may read its parameter once for each expert, and each time would compute those of all experts.
+    Otherwise, a module that reads its parameter once per expert would compute the weights of all experts each time.
     """
 
     _modules: dict[str, nn.Module]
@@ -38,7 +38,7 @@ class ReadOnce:
 
 
 class ExpertsParameter(AdaptedParameter):
-    """Holds an adapter for each expert of a parameter of shape (experts, out, in).
+    """Holds one adapter per expert of a parameter of shape (experts, out, in).
 
     `lora_A` is of shape (r, experts, in), `lora_B` of shape (out, r, experts); expert e adds s B[:, :, e] A[:, e].
     """
@@ -78,19 +78,19 @@ class ExpertsParameter(AdaptedParameter):
 
     @classmethod
     def lora_best_factors(cls, change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """Return the A and B, in the shapes stored here, whose products are nearest to the matrices of `change`."""
+        """Return A and B in their stored shapes, such that their products best approximate the matrices of `change`."""
         pairs = [low_rank_factors(matrix, rank) for matrix in (change.mT if cls.lora_transposed else change)]
         return torch.stack([a for a, _ in pairs], dim=1), torch.stack([b for _, b in pairs], dim=2)
 
 
 class TransposedExpertsParameter(ExpertsParameter):
-    """Holds an adapter for each expert of a parameter of shape (experts, in, out), as GPT-OSS stores it."""
+    """Holds one adapter per expert of a parameter of shape (experts, in, out), as in GPT-OSS."""
 
     lora_transposed = True
 
 
 class NamedParameter(AdaptedParameter):
-    """Adapts what `target_parameters` names in any module."""
+    """Adapts the parameters that `target_parameters` selects in any module."""
 
     @classmethod
     def lora_find(cls, layer: nn.Module, wanted: list[str]) -> dict[str, type[LoRALayer]]:

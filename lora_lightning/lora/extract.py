@@ -1,4 +1,4 @@
-"""An adapter out of a fully fine-tuned model."""
+"""Extracts an adapter from a fully fine-tuned model."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from lora_lightning.lora.model import adapted_weights, attach
 
 
 def extract_adapter(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> dict[str, float]:
-    """Adapts `base` so that it answers as nearly as it can like `tuned`, a fully fine-tuned copy of it.
+    """Adapt `base` such that it approximates `tuned`, a fully fine-tuned copy of it.
 
-    Each adapter is the best approximation of its rank to the layer's change of weight. What lies outside the
-    adapted weights (biases, other layers) is not carried over; a warning names what differs there.
+    Each adapter is the best approximation of the change of a weight at its rank. Changes outside the adapted weights
+    (biases, other layers) are not transferred, and a warning names them.
 
     Args:
-        base: The module before fine-tuning; it is frozen and adapted in place, as by `attach`.
-        tuned: The module after it, with the same parameters and buffers.
-        config: Which layers, at which rank. `init`, `use_dora`, `qkv` and `bypass` are not used.
+        base: The module before fine-tuning. It is frozen and adapted in place, as by `attach`.
+        tuned: The module after fine-tuning, with the same parameters and buffers.
+        config: The layers and ranks. `init`, `use_dora`, `qkv` and `bypass` are ignored.
 
     Returns:
-        For each adapted layer the part of its change that the adapter leaves out, ||ΔW - s B A|| / ||ΔW|| in the
-        Frobenius norm: 0 where the adapter says it all, or where the weight did not change.
+        The relative error ||ΔW - s B A|| / ||ΔW|| of each adapted layer in the Frobenius norm. It is 0 if the adapter is
+        exact or the weight did not change.
 
     Raises:
-        ValueError: If the two modules differ in names or shapes, or as `attach` does.
+        ValueError: If the modules differ in names or shapes, or for the reasons of `attach`.
     """
     before, after = base.state_dict(), tuned.state_dict()
     if {key: value.shape for key, value in before.items()} != {key: value.shape for key, value in after.items()}:

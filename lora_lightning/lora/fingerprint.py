@@ -1,4 +1,4 @@
-"""Tells one base from another, by digests and by a sample of values that survives a change of precision."""
+"""Identifies a base by digests, and by a sample of values that tolerates a change of precision."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from lora_lightning.lora.sharding import full
 from lora_lightning.lora.state import is_adapter_key, saved_keys
 
 _TENSORS, _VALUES = 256, 4
-"""How many tensors a sample of a base has at most, and how many values of each."""
+"""Maximum number of tensors in a sample of a base, and of values per tensor."""
 
 
 def base_fingerprint(module: nn.Module, but: Container[str] = ()) -> str:
-    """Return a digest (SHA-256, hexadecimal) of the base: names, shapes, dtypes and values of its parameters and buffers.
+    """Return a SHA-256 digest of the names, shapes, dtypes and values of the parameters and buffers of the base, in hexadecimal.
 
-    Adapters do not count, so it is the same before `attach` and after training; nor do modules trained in full beside
-    them, once they are. Buffers that are not part of the state dict do not count either. Of a distributed module, tensors are
-    gathered one by one, on all processes.
+    The digest excludes adapters, so it is the same before `attach` and after training. It also excludes modules that are trained in
+    full and buffers that are not in the state dict. Distributed tensors are gathered one at a time, and all processes have to call this.
 
     Args:
-        module: Plain or adapted.
-        but: State-dict keys that do not count either.
+        module: A plain or adapted module.
+        but: Further state-dict keys to exclude.
     """
     return _fingerprint_of(base_tensors(module, but))
 
 
 def fingerprint_and_sample(module: nn.Module) -> tuple[str, str]:
-    """Return the fingerprint of the base and, as JSON, a few of its values: for `is_in_another_precision`."""
+    """Return the fingerprint of the base, and a few of its values as JSON for `is_in_another_precision`."""
     tensors = list(base_tensors(module))
     found = {key: [_precision(value), *_values(value)] for key, value in _sampled(tensors)}
     return _fingerprint_of(tensors), json.dumps(found, separators=(",", ":"))
@@ -51,9 +50,9 @@ def _fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def digests(module: nn.Module, only: Container[str] | None = None) -> dict[str, str]:
-    """Return a digest of each tensor of the base, or `only` of some, by state-dict key: they say which one changed.
+    """Return the digests of the tensors of the base by state-dict key, or `only` of some of them.
 
-    Tensors are hashed in as many threads as PyTorch computes in. Distributed ones are gathered and hashed one by one.
+    Tensors are hashed with as many threads as PyTorch uses. Distributed tensors are gathered and hashed one at a time.
     """
     found = {}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -74,7 +73,7 @@ def _digest(value: Tensor) -> str:
 
 
 def is_in_another_precision(module: nn.Module, sample: str, but: Container[str] = ()) -> bool:
-    """Return whether a base with another fingerprint is the sampled one in another precision, and not another one."""
+    """Return whether a base with another fingerprint is the sampled base in another precision."""
     own, other = dict(_sampled(base_tensors(module, but))), json.loads(sample)
     if own.keys() != other.keys() or all(_precision(value) == other[key][0] for key, value in own.items()):
         return False
@@ -107,7 +106,7 @@ def _bytes(value: Tensor) -> Iterator[memoryview]:
 
 
 def _parts(value: Tensor) -> list[Tensor]:
-    """Return the plain tensors that a tensor is made of: itself, or what a quantized one holds."""
+    """Return the plain tensors of a tensor: itself, or the components of a quantized one."""
     if not is_quantized(value):
         return [value]
     names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined] # every tensor subclass of torchao has it

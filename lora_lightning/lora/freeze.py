@@ -10,7 +10,7 @@ from lora_lightning.lora.layers import compose
 
 
 class FrozenStatistics(nn.Module):
-    """Mixed into the class of a norm layer: it computes as in evaluation, with statistics that stay, in every mode."""
+    """Mixin for norm layers. They always compute as in evaluation mode, with constant statistics."""
 
     lora_prefix = "Frozen"
 
@@ -36,7 +36,7 @@ def freeze(module: nn.Module, trained: Iterable[nn.Module] = ()) -> None:
 
 
 def unfreeze_statistics(module: nn.Module) -> None:
-    """Let norm statistics change again."""
+    """Let norm layers update their statistics again."""
     for layer in module.modules():
         if isinstance(layer, FrozenStatistics):
             compose(layer)

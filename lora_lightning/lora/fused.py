@@ -1,4 +1,4 @@
-"""Computes both paths of an adapted linear layer as one node of the graph, with a backward pass written by hand."""
+"""Computes an adapted linear layer as a single node of the autograd graph, with a hand-written backward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_lightning.lora.layers import LAYERS, LoRALinear
 
 
 class FusedLoRALinear(LoRALinear):
-    """Computes what `LoRALinear` computes, in fewer passes over the activations."""
+    """Computes the same as `LoRALinear` in fewer passes over the activations."""
 
     def forward(self, input: Tensor) -> Tensor:
         # On a batch of ten every microsecond shows.
@@ -41,8 +41,8 @@ class FusedLoRALinear(LoRALinear):
 class _Fused(torch.autograd.Function):
     """Computes `y = x Wᵀ + b + s (x Aᵀ) Bᵀ`.
 
-    Against the plain operations it saves one pass over y in the forward (the low-rank product is added in place) and
-    one over dx in the backward; with G = dL/dy and h = x Aᵀ:
+    Compared with the plain operations, this saves one pass over y in the forward pass, where the low-rank product is added in
+    place, and one pass over dx in the backward pass. With G = dL/dy and h = x Aᵀ:
 
         dB = s Gᵀ h        dA = (s G B)ᵀ x        dx = G W + (s G B) A
     """
@@ -76,7 +76,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _applies(input: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> bool:
-    """Return whether the hand-written backward may stand in for the plain operations."""
+    """Return whether the hand-written backward pass can replace the plain operations."""
     return (
         torch.is_grad_enabled()
         and a.requires_grad
@@ -92,7 +92,7 @@ def _applies(input: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
 
 
 def _add_product(y: Tensor, low: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Add s h Bᵀ to y in its own memory: no pass over the activations but the product itself."""
+    """Add s h Bᵀ to y in place, without another pass over the activations."""
     if y.dim() == 2:
         return y.addmm_(low, b.t(), alpha=scaling)
     y = y.contiguous()

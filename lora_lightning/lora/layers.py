@@ -1,12 +1,12 @@
 """Defines the adapted layers.
 
-An adapted layer is the layer itself. Its class is swapped for a subclass that adds the output of its adapter:
+An adapted layer is the original object, whose class is replaced with a subclass that adds the output of an adapter:
 
     x ──┬── W, b (frozen) ───────────────┬── y = W x + b + s B A x
         └── dropout ── A ── B ── · s ────┘
 
-Base parameters keep their names: plain checkpoints load before and after, and hooks and references survive. B A is formed
-to merge, and where code reads `layer.weight`, which is W + s B A. W itself is `layer._parameters["weight"]`.
+The parameters of the base keep their names, so plain checkpoints can be loaded, and hooks and references survive. B A is only
+computed to merge, or if code reads `layer.weight`, which returns W + s B A. W itself is `layer._parameters["weight"]`.
 """
 
 import math
@@ -22,10 +22,10 @@ from lora_lightning.lora.config import LoRAConfig
 
 
 class LoRALayer(nn.Module):
-    """Holds the adapter of one weight: mixed into the class of the layer, or as a module of its own inside it.
+    """Holds the adapter of one weight, either as a mixin for the class of the layer or as a separate module inside the layer.
 
-    W is seen as a matrix of shape (out, in). `lora_A` is A of shape (r, in), `lora_B` is B of shape (out, r), and the effective
-    weight is W + s B A (https://arxiv.org/abs/2106.09685, equation 3). Names begin with `lora_`, to hide none of a user's.
+    W is treated as a matrix of shape (out, in). `lora_A` is A of shape (r, in), `lora_B` is B of shape (out, r), and the effective
+    weight is W + s B A (https://arxiv.org/abs/2106.09685, equation 3). All names start with `lora_` to avoid conflicts.
     """
 
     lora_names = ("lora_A", "lora_B")
@@ -47,18 +47,18 @@ class LoRALayer(nn.Module):
 
     @classmethod
     def lora_place(cls, layer: nn.Module, parameter: str, variants: tuple[type, ...]) -> "LoRALayer":
-        """Make `layer` an adapted layer and return what holds the adapter of its `parameter`."""
+        """Convert `layer` to an adapted layer and return the object that holds the adapter of its `parameter`."""
         compose(layer, *variants, cls, *mixins_of(layer), "weight")
         return cast(LoRALayer, layer)
 
     def lora_create(self, weight: Tensor, rank: int, scaling: float, config: LoRAConfig) -> None:
-        """Create an untrained adapter of `weight`, on its device and in float32 or above."""
+        """Create an untrained adapter for `weight` on the same device, in at least float32."""
         self.lora_scaling, self.lora_dropout, self.lora_active = scaling, config.dropout, True
         for name, factor in zip(self.lora_names, self.lora_start(weight, rank, config), strict=True):
             self.register_parameter(name, nn.Parameter(factor.to(weight.device)))
 
     def lora_start(self, weight: Tensor, rank: int, config: LoRAConfig) -> tuple[Tensor, Tensor]:
-        """Return the values that A and B start from, drawn on the CPU: a seed gives the same on every device."""
+        """Return the initial values of A and B. They are drawn on the CPU, so a seed gives the same values on every device."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         rows, columns = self.lora_shape(self, weight)
         a, b = torch.empty(rank, columns, dtype=dtype, device="cpu"), torch.zeros(rows, rank, dtype=dtype, device="cpu")
@@ -72,12 +72,12 @@ class LoRALayer(nn.Module):
         return weight.t() if cls.lora_transposed else weight.flatten(1)
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
-        """Return A and B such that the layer adds s B A."""
+        """Return the A and B of the update s B A."""
         return cast(tuple[Tensor, Tensor], tuple(self._parameters[name] for name in self.lora_names))
 
     @classmethod
     def lora_from_matrix(cls, matrix: Tensor, weight: Tensor) -> Tensor:
-        """Return a matrix of shape (out, in) in the shape of `weight`."""
+        """Reshape a matrix of shape (out, in) to the shape of `weight`."""
         return matrix.t() if cls.lora_transposed else matrix.view(weight.shape)
 
     def lora_delta_weight(self, weight: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class LoRALayer(nn.Module):
             return self.lora_from_matrix((b.flatten(1) @ a.flatten(1)) * self.lora_scaling, weight)
 
     def lora_effective_weight(self, weight: Tensor) -> Tensor:
-        """Return W + s B A, computed in the dtype of the adapter and rounded once to that of `weight`."""
+        """Return W + s B A, computed in the dtype of the adapter and rounded once to the dtype of `weight`."""
         base, delta = self.lora_dense(weight), self.lora_delta_weight(weight)
         return cast(Tensor, (base.to(delta.dtype) + delta).to(base.dtype))
 
@@ -138,16 +138,16 @@ LAYERS: dict[Any, type[LoRALayer]] = {nn.Linear: LoRALinear}
 
 
 def compose(layer: nn.Module, *mixins: type | str) -> None:
-    """Swap the class of `layer` for a subclass of its plain class with `mixins`, or for the plain class without any.
+    """Replace the class of `layer` with a subclass of its plain class and `mixins`, or with the plain class if there are none.
 
-    A string among them is the name of a parameter. Where code reads it, it gets the effective weight.
+    A string among the mixins is the name of a parameter. Code that reads this parameter gets the effective weight.
     """
     plain = getattr(layer, "lora_recipe", (type(layer),))[0]
     object.__setattr__(layer, "__class__", _composed((plain, *mixins)) if mixins else plain)
 
 
 def mixins_of(layer: nn.Module) -> tuple[Any, ...]:
-    """Return what `compose` gave the class of `layer`."""
+    """Return the mixins that `compose` added to the class of `layer`."""
     return getattr(layer, "lora_recipe", (None,))[1:]
 
 

@@ -13,12 +13,12 @@ from lora_lightning.lora.state import adapter_parameters
 
 
 def lora_plus_param_groups(module: nn.Module, lr: float, lr_ratio: float) -> list[dict[str, Any]]:
-    """Return parameter groups for an optimizer: all that trains but the B of every adapter, at `lr`, and these at more.
+    """Return two parameter groups for an optimizer: B of every adapter at `lr * lr_ratio`, and all other trained parameters at `lr`.
 
     Args:
         module: A module with adapters.
         lr: Learning rate η_A.
-        lr_ratio: λ = η_B / η_A, at least 1; the paper (section 4) recommends about 16.
+        lr_ratio: Ratio λ = η_B / η_A, at least 1. The paper (section 4) recommends about 16.
 
     Raises:
         ValueError: If the ratio is out of range.
@@ -34,18 +34,18 @@ def lora_plus_param_groups(module: nn.Module, lr: float, lr_ratio: float) -> lis
 
 
 def keep_lr_ratio(optimizer: torch.optim.Optimizer, module: nn.Module, lr_ratio: float) -> list[RemovableHandle]:
-    """Make an existing optimizer step with `lr_ratio` times the learning rate for the B of every adapter.
+    """Multiply the learning rate of B of every adapter by `lr_ratio` in the steps of an existing optimizer.
 
-    Its parameter groups are split just before a step and put back after it. So schedulers, checkpoints and gradient clipping
-    see the groups that it was made with.
+    The parameter groups are split just before each step and restored after it. Schedulers, checkpoints and gradient clipping
+    therefore see the original groups.
 
     Args:
-        optimizer: Its groups may hold parameters of other modules too.
+        optimizer: An optimizer, which may also have parameters of other modules.
         module: A module with adapters.
-        lr_ratio: λ = η_B / η_A, at least 1.
+        lr_ratio: Ratio λ = η_B / η_A, at least 1.
 
     Returns:
-        What ends it, by `remove()`.
+        Handles whose `remove()` restores the optimizer.
 
     Raises:
         ValueError: If the ratio is out of range.
@@ -56,7 +56,7 @@ def keep_lr_ratio(optimizer: torch.optim.Optimizer, module: nn.Module, lr_ratio:
 
 
 def check_lr_ratio(lr_ratio: float) -> float:
-    """Return the ratio itself, if it is one.
+    """Return the ratio if it is valid.
 
     Raises:
         ValueError: If it is not at least 1, or not finite.
@@ -73,7 +73,7 @@ def _ups(module: nn.Module) -> dict[int, nn.Parameter]:
 
 
 class _SplitGroups:
-    """An optimizer's parameter groups, while it steps and otherwise."""
+    """Holds the parameter groups of an optimizer during a step and otherwise."""
 
     def __init__(self, ups: set[int], lr_ratio: float) -> None:
         self.ups = ups

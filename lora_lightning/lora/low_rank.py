@@ -1,4 +1,4 @@
-"""Approximates a matrix by one of low rank."""
+"""Approximates a matrix by a low-rank one."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 def low_rank_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the factors of the best approximation B A of `matrix` at this rank, in the Frobenius norm.
 
-    This is the truncated singular value decomposition (Eckart and Young, 1936). Each factor takes the square root of the
-    singular values, so that both have the same scale.
+    This is the truncated singular value decomposition (Eckart and Young, 1936). Both factors contain the square roots
+    of the singular values, so they have the same scale.
 
     Args:
         matrix: A floating-point matrix of shape (out, in).
-        rank: From 1 to min(out, in).
+        rank: A rank between 1 and min(out, in).
 
     Returns:
-        `(A, B)` of shapes (rank, in) and (out, rank), in the dtype of `matrix`, at least float32.
+        `(A, B)` of shapes (rank, in) and (out, rank), in the dtype of `matrix` but at least float32.
 
     Raises:
         ValueError: If `matrix` is not a floating-point matrix, or `rank` is out of range.

@@ -1,4 +1,4 @@
-"""Disables adapters for a while, and folds them into the weights of the base, for a while or for good."""
+"""Disables adapters temporarily, and merges them into the weights of the base, temporarily or permanently."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_lightning.lora.model import AdaptedWeight, adapted_weights, attachment
 
 @contextmanager
 def disabled(module: nn.Module) -> Iterator[None]:
-    """Let the base answer within this context. A module without adapters is left alone."""
+    """Disable the adapters within this context. A module without adapters is not changed."""
     found = [vars(child).get("_lora_attachment") for child in unwrapped(module).modules()]
     saved = [attachment.saved for attachment in found if attachment]
     switched = [*filter(None, saved), *(each.adapter for each in adapted_weights(module))]
@@ -32,13 +32,13 @@ def disabled(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def merged(module: nn.Module) -> Iterator[None]:
-    """Fold the adapters into the weights within this context. Afterwards the weights are bitwise as before.
+    """Merge the adapters into the weights within this context. Afterwards the weights are restored bitwise.
 
-    A forward pass then costs what that of the base does. The context costs a copy of the adapted weights. Changes that are
-    made to parameters inside the context are lost.
+    Within the context, a forward pass is as fast as that of the base. The context needs memory for a copy of the adapted weights.
+    Changes to parameters inside the context are lost.
 
     Raises:
-        ValueError: If another layer shares an adapted weight, or there is a bypass, which is in no weight.
+        ValueError: If another layer shares an adapted weight, or if there is a bypass, which cannot be merged.
     """
     folded = [each for each in _foldable(module) if each.adapter.lora_active]
     before = [each.weight for each in folded]
@@ -54,13 +54,13 @@ def merged(module: nn.Module) -> Iterator[None]:
 
 
 def merge(module: nn.Module) -> None:
-    """Fold the adapters into the weights for good. What remains are plain layers, trainable as before `attach`.
+    """Merge the adapters into the weights permanently. The result has plain layers with the `requires_grad` from before `attach`.
 
-    The effective weight is computed in the dtype of the adapter and rounded once to that of the weight. A quantized weight
-    becomes a dense one, with a warning: to quantize the sum would lose most of an update that is smaller than a step.
+    The effective weight is computed in the dtype of the adapter and rounded once to the dtype of the weight. A quantized weight
+    is dequantized, with a warning, since quantizing the sum would lose most of an update that is smaller than a quantization step.
 
     Raises:
-        ValueError: If `module` is not adapted, another layer shares an adapted weight, or there is a bypass.
+        ValueError: If `module` is not adapted, if another layer shares an adapted weight, or if there is a bypass.
     """
     found = _foldable(module)
     dense: dict[nn.Module, Tensor] = {}
@@ -87,7 +87,7 @@ def is_quantized(weight: Tensor) -> bool:
 
 
 def shared_memory(module: nn.Module) -> dict[int, list[str]]:
-    """Return, by the `id` of a parameter, the names of all parameters that hold memory of it, its own included."""
+    """Return the names of all parameters that share memory with a parameter, including its own, by the `id` of the parameter."""
     places: dict[object, list[tuple[str, Tensor, int, int]]] = defaultdict(list)
     for owner_name, owner in module.named_modules():
         for key, value in owner._parameters.items():
@@ -132,7 +132,7 @@ def _storage(value: Tensor) -> object:
 
 
 def _extent(value: Tensor) -> tuple[int, int]:
-    """Return the first byte of a tensor in its storage, and the one after the last."""
+    """Return the start and end of a tensor in its storage, in bytes."""
     if not value.numel():
         return 0, 0
     begin, steps = int(value.storage_offset()), zip(value.shape, value.stride(), strict=True)

@@ -1,4 +1,4 @@
-"""Attaches adapters to a module, detaches, disables and merges them, and reads their state."""
+"""Attaches adapters to a module and detaches them."""
 
 import difflib
 import logging
@@ -19,7 +19,7 @@ EXTENSIONS: dict[str, Callable[..., Any]] = {}
 
 @dataclass
 class AdaptedWeight:
-    """A weight that is adapted, or can be: a layer's own, or one of several, whose name then follows that of the layer."""
+    """Describes a weight that is or can be adapted. If a layer has several, the name of the parameter follows that of the layer."""
 
     layer_name: str
     layer: nn.Module
@@ -38,7 +38,7 @@ class AdaptedWeight:
 
 @dataclass
 class Attachment:
-    """Records on a module what `attach` did to it."""
+    """Records the changes that `attach` made to a module."""
 
     config: LoRAConfig
     name: str
@@ -48,15 +48,15 @@ class Attachment:
 
 
 def attach(module: nn.Module, config: LoRAConfig, name: str = "default") -> list[str]:
-    """Freeze `module` and adapt the matching layers in place; return their dotted names, `""` for `module` itself.
+    """Freeze `module`, adapt the matching layers in place, and return their dotted names (`""` for `module` itself).
 
     Args:
-        module: Any module that holds layers, for example the backbone of a classifier.
-        config: Which layers to adapt, and how.
-        name: Name of these adapters. Adapters of other names are set aside, for `set_adapter`.
+        module: Any module, for example the backbone of a classifier.
+        config: Selects the layers and configures the adapters.
+        name: Name of these adapters. Adapters with other names become inactive until `set_adapter`.
 
     Raises:
-        ValueError: If the name is taken, a pattern matches nothing, or a layer can't be adapted; `module` is then unchanged.
+        ValueError: If the name exists, a pattern matches nothing, or a layer cannot be adapted. `module` is then unchanged.
     """
     module = unwrapped(module)
     if is_adapted(module):
@@ -66,7 +66,7 @@ def attach(module: nn.Module, config: LoRAConfig, name: str = "default") -> list
 
 
 def adapt(module: nn.Module, selected: list[AdaptedWeight], attachment: Attachment) -> list[str]:
-    """Freeze a module without adapters and adapt the selected weights; return their names."""
+    """Freeze a module without adapters, adapt the selected weights, and return their names."""
     config = attachment.config
     attachment.saved = EXTENSIONS["modules_to_save"](module, config) if config.modules_to_save else None
     module._lora_attachment = attachment  # type: ignore[assignment]
@@ -82,7 +82,7 @@ def adapt(module: nn.Module, selected: list[AdaptedWeight], attachment: Attachme
 
 
 def candidates(module: nn.Module, config: LoRAConfig) -> dict[str, AdaptedWeight]:
-    """Return the weights that can be adapted, by name: those of known layers, and those of `target_parameters`."""
+    """Return the weights that can be adapted by name: those of supported layers and those of `target_parameters`."""
     found, by_name = dict[str, AdaptedWeight](), Names(config.target_parameters)
     for name, layer in module.named_modules():
         parameters = [key for key, _ in layer.named_parameters(recurse=False)]
@@ -96,7 +96,7 @@ def candidates(module: nn.Module, config: LoRAConfig) -> dict[str, AdaptedWeight
 
 
 def kind_of(layer: nn.Module) -> type[LoRALayer]:
-    """Return how `layer` is adapted, which depends on whether it computes its output as the known class does."""
+    """Return the adapter class for `layer`, which depends on whether its `forward` is that of the supported class."""
     keys = ((cls, key) for cls in type(layer).__mro__ for key in (cls, (cls.__module__.split(".")[0], cls.__name__)))
     cls, kind = next((cls, LAYERS[key]) for cls, key in keys if key in LAYERS)
     same = all(getattr(type(layer), name, None) is getattr(cls, name, None) for name in ("forward", "_conv_forward"))
@@ -104,7 +104,7 @@ def kind_of(layer: nn.Module) -> type[LoRALayer]:
 
 
 def select(module: nn.Module, config: LoRAConfig) -> list[AdaptedWeight]:
-    """Return the weights that `config` selects, or raise a `ValueError` that names all that can't be adapted."""
+    """Return the weights that `config` selects, or raise a `ValueError` that names all weights that cannot be adapted."""
     known, modules = candidates(module, config), {name: child for name, child in module.named_modules() if name}
     by_name, saved = Names(config.target_parameters), Names(config.modules_to_save)
     inside = {layer for name, child in modules.items() if saved(name) for layer in child.modules()}
@@ -149,7 +149,7 @@ def _refusal(each: AdaptedWeight, config: LoRAConfig) -> str | None:
 
 
 def detach(module: nn.Module) -> None:
-    """Remove the adapters: `module`, which `attach` was called with, is bitwise what it was before, trainability included."""
+    """Remove the adapters and restore `module` bitwise, including `requires_grad`. It has to be the module that `attach` was called with."""
     module = unwrapped(module)
     if saved := attachment_of(module).saved:
         saved.lora_active = False
@@ -157,7 +157,7 @@ def detach(module: nn.Module) -> None:
 
 
 def leave_plain(module: nn.Module) -> None:
-    """Remove the adapters and what `attach` recorded. Modules that were trained in full stay as they are."""
+    """Remove the adapters and the records of `attach`. Modules that were trained in full keep their values."""
     remove_adapters(module)
     unfreeze_statistics(module)
     trainable = attachment_of(module).was_trainable
@@ -167,7 +167,7 @@ def leave_plain(module: nn.Module) -> None:
 
 
 def remove_adapters(module: nn.Module) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
-    """Remove the adapters; return the name of each layer, what its class was composed of, and what it held."""
+    """Remove the adapters and return, for each layer, its name, the mixins of its class, and its adapter tensors."""
     removed: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
     for name, layer in {each.layer_name: each.layer for each in adapted_weights(module)}.items():
         places = (layer._parameters, layer._buffers, layer._modules, layer.__dict__)
@@ -195,7 +195,7 @@ def adapted_weights(module: nn.Module) -> list[AdaptedWeight]:
 
 
 def attachment_of(module: nn.Module) -> Attachment:
-    """Return what `attach` recorded on `module`; raise a `ValueError` if it was not called with it."""
+    """Return the records of `attach` on `module`, or raise a `ValueError` if there are none."""
     module = unwrapped(module)
     if isinstance(found := vars(module).get("_lora_attachment"), Attachment):
         return found
@@ -205,12 +205,12 @@ def attachment_of(module: nn.Module) -> Attachment:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module itself, without what `torch.compile` and Lightning Fabric put around it."""
+    """Return the module without the wrappers of `torch.compile` and Lightning Fabric."""
     inner = module._modules.get("_orig_mod", module._modules.get("_original_module"))
     return module if inner is None else unwrapped(inner)
 
 
 def some_of(words: Iterable[str], shown: int = 5) -> str:
-    """Return the first words, and how many more there are."""
+    """Return the first words and the number of further ones."""
     words = list(words)
     return ", ".join(words[:shown]) + (f" and {len(words) - shown} more" if len(words) > shown else "")

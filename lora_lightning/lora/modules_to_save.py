@@ -1,4 +1,4 @@
-"""Trains modules in full beside adapters, and keeps what they were before."""
+"""Trains modules in full in addition to adapters, and keeps their original values."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _log = logging.getLogger("lora_lightning.lora")
 
 
 class SavedModules:
-    """Holds the modules that `modules_to_save` names, and exchanges their values with those from before the training.
+    """Holds the modules that `modules_to_save` selects, and swaps their trained and original values.
 
-    A parameter that is tied to one of another layer gets a copy of its own to train. The other layer stays frozen, and
-    the tie comes back with the values from before. Parameters that are tied within these modules stay tied.
+    A parameter that is tied to a parameter of another layer is replaced with a copy for training. The other layer stays frozen, and
+    restoring the original values restores the tie. Parameters that are tied within these modules stay tied.
 
     Attributes:
         keys: State-dict keys of the parameters and buffers of these modules.
@@ -58,7 +58,7 @@ class SavedModules:
 
     @property
     def lora_active(self) -> bool:
-        """Return whether the trained values are in the module, and not those from before."""
+        """Return whether the module currently has the trained values."""
         return self._active
 
     @lora_active.setter

@@ -1,4 +1,4 @@
-"""Keeps several adapters of one base, of which one is in use."""
+"""Keeps several adapters for one base, of which one is active."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Removed = list[tuple[str, tuple[Any, ...], dict[str, Any]]]
 
 @dataclass
 class SetAside:
-    """Adapters that are not in use."""
+    """Holds inactive adapters."""
 
     config: LoRAConfig
     removed: Removed
@@ -41,19 +41,19 @@ class SetAside:
 
 
 def adapter_names(module: nn.Module) -> list[str]:
-    """Return the names of all adapters that are loaded. The first is the one in use."""
+    """Return the names of all adapters. The first one is active."""
     attachment = attachment_of(module)
     return [attachment.name, *attachment.others]
 
 
 def set_adapter(module: nn.Module, name: str) -> None:
-    """Put the adapters of this name to use. Those in use so far are set aside, with all that they have learned.
+    """Activate the adapters with this name. The adapters that were active become inactive and keep their values.
 
-    Adapters that are set aside are not part of the module: they cost only memory, and neither `state_dict` nor `parameters`
-    shows them. An optimizer that had their parameters still has them.
+    Inactive adapters only cost memory. They are not in `state_dict` or `parameters`. An optimizer that has their parameters
+    keeps them.
 
     Raises:
-        ValueError: If there are no adapters of this name.
+        ValueError: If there are no adapters with this name.
     """
     module = unwrapped(module)
     names = adapter_names(module)
@@ -64,17 +64,17 @@ def set_adapter(module: nn.Module, name: str) -> None:
 
 
 def add_weighted_adapter(module: nn.Module, weights: Mapping[str, float], name: str) -> None:
-    """Add adapters whose update is exactly the weighted sum of the updates of others, and put them to use.
+    """Add and activate adapters whose update is exactly the weighted sum of the updates of other adapters.
 
-    Σ w_i s_i B_i A_i is B A with the factors side by side, so the ranks add up.
+    Σ w_i s_i B_i A_i equals B A with the concatenated factors, so the ranks add up.
 
     Args:
         module: A module with adapters of all these names.
-        weights: The weight of each, by name.
-        name: The name of the sum.
+        weights: The weights by adapter name.
+        name: Name of the new adapters.
 
     Raises:
-        ValueError: If a name is missing or taken, or an adapter uses DoRA or modules trained in full.
+        ValueError: If a name does not exist, the new name exists, or an adapter uses DoRA or modules that are trained in full.
 
     Example::
 
@@ -130,7 +130,7 @@ def add_weighted_adapter(module: nn.Module, weights: Mapping[str, float], name: 
 
 
 def add_adapter(module: nn.Module, config: LoRAConfig, name: str) -> list[str]:
-    """Attach adapters to a module that has others, which are set aside."""
+    """Attach adapters to a module with other adapters, which become inactive."""
     if name in adapter_names(module):
         raise ValueError(
             f"This {type(module).__name__} has adapters already, on {[each.name for each in adapted_weights(module)]}. "
@@ -142,7 +142,7 @@ def add_adapter(module: nn.Module, config: LoRAConfig, name: str) -> list[str]:
 
 
 def add_selected(module: nn.Module, config: LoRAConfig, selected: list[AdaptedWeight], name: str) -> list[str]:
-    """Adapt weights that were selected before. Adapters that the module has are set aside."""
+    """Adapt weights that have been selected. Existing adapters of the module become inactive."""
     if not is_adapted(module):
         trainable = frozenset(key for key, value in module.named_parameters() if value.requires_grad)
         return adapt(module, selected, Attachment(config, name, trainable))
@@ -157,7 +157,7 @@ def add_selected(module: nn.Module, config: LoRAConfig, selected: list[AdaptedWe
 
 
 def set_aside(module: nn.Module) -> dict[str, SetAside]:
-    """Remove the adapters in use, and return them with those that were set aside before, by name."""
+    """Remove the active adapters and return all adapters by name."""
     attachment = attachment_of(module)
     if attachment.saved:
         attachment.saved.lora_active = False
@@ -168,7 +168,7 @@ def set_aside(module: nn.Module) -> dict[str, SetAside]:
 
 
 def _use(module: nn.Module, name: str, others: dict[str, SetAside]) -> None:
-    """Put the adapters of this name on a module that has none on."""
+    """Activate the adapters with this name on a module without active adapters."""
     others = dict(others)
     wanted = others.pop(name)
     trainable = attachment_of(module).was_trainable
@@ -180,7 +180,7 @@ def _use(module: nn.Module, name: str, others: dict[str, SetAside]) -> None:
 
 
 def restore_adapters(module: nn.Module, removed: Iterable[tuple[str, tuple[Any, ...], dict[str, Any]]]) -> None:
-    """Undo `remove_adapters`. The adapters come to where the module is by now."""
+    """Undo `remove_adapters`. The adapters are moved to the current device of the module."""
     modules, device = dict(module.named_modules()), next(module.parameters(), torch.zeros(())).device
     for name, mixins, held in removed:
         layer = modules[name]
@@ -199,7 +199,7 @@ def restore_adapters(module: nn.Module, removed: Iterable[tuple[str, tuple[Any, 
 
 @contextmanager
 def bare(module: nn.Module) -> Iterator[None]:
-    """Remove the adapters within this context, for a look at the plain layers."""
+    """Remove the adapters within this context to inspect the plain layers."""
     removed = remove_adapters(module)
     try:
         yield
@@ -208,7 +208,7 @@ def bare(module: nn.Module) -> Iterator[None]:
 
 
 def exactly(names: Iterable[str], among: Iterable[str]) -> str | list[str]:
-    """Return patterns that match these names and no others `among` those that there are: a list, if that is exact."""
+    """Return patterns that match exactly these names `among` all names: a list if possible, else an expression."""
     names = list(names)
     selected, is_named = set(names), Names(names)
     if all(name in selected for name in among if is_named(name)):

@@ -1,4 +1,4 @@
-"""Scales what adapters add: W + λ ΔW."""
+"""Scales the updates of adapters: W + λ ΔW."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_lightning.lora.model import adapted_weights, attachment_of
 
 @contextmanager
 def scaled(module: nn.Module, factor: float) -> Iterator[None]:
-    """Multiply what each adapter of `module` adds by `factor` within this context: 0 is the base, 1 changes nothing."""
+    """Multiply the update of each adapter of `module` by `factor` within this context. 0 gives the base, and 1 has no effect."""
     adapters = [each.adapter for each in adapted_weights(module)]
     before = [adapter.lora_scaling for adapter in adapters]
     try:
@@ -27,10 +27,10 @@ def scaled(module: nn.Module, factor: float) -> Iterator[None]:
 
 @torch.no_grad()
 def scale_adapter(module: nn.Module, factor: float) -> None:
-    """Multiply what each adapter of `module` adds by `factor`, for good: B becomes `factor` times B.
+    """Multiply the update of each adapter of `module` by `factor` permanently, by multiplying B.
 
     Raises:
-        ValueError: For adapters of PiSSA, which add the difference to a start.
+        ValueError: For PiSSA, where the update is the difference to the initial values.
     """
     if attachment_of(module).config.init == "pissa":
         raise ValueError("Adapters of PiSSA add the difference to their start, which no factor of B scales.")

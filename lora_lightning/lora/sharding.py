@@ -1,4 +1,4 @@
-"""Lets adapters live in modules that `fully_shard` (FSDP2) or tensor parallelism has distributed."""
+"""Supports adapters in modules that are distributed by `fully_shard` (FSDP2) or tensor parallelism."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_lightning.lora.model import adapted_weights
 
 
 def full(value: Tensor) -> Tensor:
-    """Return the whole of a distributed tensor, and any other tensor as it is. All processes have to call it."""
+    """Gather a distributed tensor, and return any other tensor as it is. All processes have to call this."""
     whole: Tensor = value.full_tensor() if is_distributed(value) else value  # type: ignore[attr-defined]
     return whole
 
@@ -22,24 +22,24 @@ def is_distributed(value: Tensor | None) -> bool:
 
 
 def local(value: Tensor) -> Tensor:
-    """Return what this process holds of a tensor."""
+    """Return the local shard of a tensor."""
     part: Tensor = value.to_local() if is_distributed(value) else value  # type: ignore[attr-defined]
     return part
 
 
 def settle(module: nn.Module, group: Any = None) -> None:
-    """Make adapters fit to weights that are distributed. Call it once adapters and shards are both in place.
+    """Prepare adapters for distributed weights. Call this after the adapters are attached and the weights are distributed.
 
-    Adapters that were attached before have been distributed with the weights. Those that were attached after it are replicated:
-    inside of `fully_shard` as plain tensors, whose gradients are averaged over the processes; else as distributed tensors. All
-    processes have to call it.
+    Adapters that were attached first have been distributed with the weights. Adapters that were attached later are replicated: inside
+    `fully_shard` as plain tensors, whose gradients are averaged over the processes, otherwise as distributed tensors. All
+    processes have to call this.
 
     Args:
         module: An adapted module.
-        group: The processes over which `fully_shard` distributes; `None` for all.
+        group: The processes that `fully_shard` distributes over; `None` for all.
 
     Raises:
-        ValueError: If adapters were attached to weights that are distributed both ways.
+        ValueError: If adapters were attached to weights that are distributed by both methods.
     """
     sharded = _inside_of_fully_shard(module)
     for each in adapted_weights(module):
@@ -70,7 +70,7 @@ def settle(module: nn.Module, group: Any = None) -> None:
 
 
 class _Average:
-    """Averages a gradient over processes. What was averaged before stays as it is, so that gradients may accumulate."""
+    """Averages a gradient over processes. Parts that were averaged before are kept, so gradients can be accumulated."""
 
     def __init__(self, group: Any) -> None:
         self.group = group

@@ -1,4 +1,4 @@
-"""Reads what training changes."""
+"""Reads the trained state of an adapted module."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from lora_lightning.lora.model import AdaptedWeight, adapted_weights, is_adapted
 
 
 def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return what an optimizer trains: the parameters of the adapters and of the modules trained in full."""
+    """Return the trained parameters: those of the adapters and of the modules that are trained in full."""
     module = unwrapped(module)
     saved = saved_keys(module)
     return [value for key, value in module.named_parameters() if is_adapter_key(key) or key in saved]
 
 
 def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """Return what training changes, by state-dict key: detached tensors that share memory with `module`."""
+    """Return the trained state by state-dict key, as detached tensors that share memory with `module`."""
     module = unwrapped(module)
     saved = saved_keys(module)
     return {key: value for key, value in module.state_dict().items() if is_adapter_key(key) or key in saved}
 
 
 def is_adapter_key(key: str) -> bool:
-    """Return whether a state-dict key belongs to an adapter and not to its base."""
+    """Return whether a state-dict key belongs to an adapter."""
     return key.rpartition(".")[2].startswith("lora_")
 
 
@@ -36,7 +36,7 @@ def saved_keys(module: nn.Module) -> set[str]:
 
 
 def is_untrained(module: nn.Module) -> bool:
-    """Return whether `module` has adapters, all of which change nothing yet."""
+    """Return whether `module` has adapters and none of them has an effect yet."""
     return is_adapted(module) and all(map(_is_untrained, adapted_weights(module)))
 
 

@@ -1,4 +1,4 @@
-"""Adapts layers of the transformers library that are not those of PyTorch, and says which ones "all" means in its models."""
+"""Adapts layers of the transformers library that differ from PyTorch's, and defines `target_modules="all"` for its models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_lightning.lora.model import EXTENSIONS, AdaptedWeight, some_of
 
 
 class LoRATransposedLinear(LoRALinear):
-    """Adapts `Conv1D`, a linear layer whose weight is of shape (in, out)."""
+    """Adapts `Conv1D`, a linear layer whose weight has the shape (in, out)."""
 
     lora_transposed = True
 
@@ -27,7 +27,7 @@ class LoRATransposedLinear(LoRALinear):
 
 
 class LoRAFalconLinear(LoRALinear):
-    """Adapts Falcon's linear layer, which adds the bias in an operation of its own."""
+    """Adapts Falcon's linear layer, which adds the bias in a separate operation."""
 
     def lora_base(self, input: Tensor) -> Tensor:
         y = input @ cast(Tensor, self._parameters["weight"]).T
@@ -35,7 +35,7 @@ class LoRAFalconLinear(LoRALinear):
 
 
 class LoRAScaledEmbedding(LoRAEmbedding):
-    """Adapts an embedding that multiplies what it looks up by `embed_scale`, as those of Gemma and BART do."""
+    """Adapts an embedding that multiplies its output by `embed_scale`, as in Gemma and BART."""
 
     def lora_base(self, input: Tensor) -> Tensor:
         return super().lora_base(input) * self._lora_scale()
@@ -59,14 +59,14 @@ LAYERS.update({("transformers", f"{name}ScaledWordEmbedding"): LoRAScaledEmbeddi
 
 
 def left_out_of_all(hosts: Iterable[nn.Module], known: Mapping[str, AdaptedWeight], config: LoRAConfig) -> set[str]:
-    """Return what `target_modules="all"` leaves out in models of the transformers library: all but PEFT's `all-linear`.
+    """Return the weights that `target_modules="all"` excludes in models of the transformers library: all but PEFT's `all-linear`.
 
-    These are the layers that are not linear, and the output head. A log line names them.
+    These are the non-linear layers and the output head. A log line names them.
 
     Args:
         hosts: The models.
         known: The weights that can be adapted, by name.
-        config: Its `target_parameters` are not left out.
+        config: Its `target_parameters` are not excluded.
     """
     inside: set[nn.Module] = set()
     heads: set[nn.Module | None] = set()

@@ -13,9 +13,9 @@ from lora_lightning.lora.low_rank import low_rank_factors
 
 
 class PiSSA(LoRALayer):
-    """Starts A and B from the largest singular values of W and adds the difference to the start, s (B A - B0 A0).
+    """Initializes A and B from the largest singular values of W and adds the difference to the initial values, s (B A - B0 A0).
 
-    PiSSA (https://arxiv.org/abs/2404.02948, section 3) subtracts s B0 A0 from W. Here W keeps its value.
+    PiSSA (https://arxiv.org/abs/2404.02948, section 3) subtracts s B0 A0 from W. Here W is not modified.
     """
 
     lora_A_initial: Tensor
@@ -39,7 +39,7 @@ class PiSSA(LoRALayer):
             self.register_buffer(key, self.get_parameter(name).detach().clone())
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
-        """Return factors of twice the rank: B A - B0 A0 = (B - B0) A + B0 (A - A0), which is exactly zero at the start."""
+        """Return factors of twice the rank for B A - B0 A0 = (B - B0) A + B0 (A - A0), which is exactly zero initially."""
         a, b = super().lora_factors()
         return torch.cat((a, a - self.lora_A_initial)), torch.cat((b - self.lora_B_initial, self.lora_B_initial), dim=1)
 
@@ -47,7 +47,7 @@ class PiSSA(LoRALayer):
 class DoRA(LoRALayer):
     """Trains the norm of each row of the effective weight: W' = m (W + s B A) / ||W + s B A||.
 
-    The norm is a constant in the backward pass (DoRA, https://arxiv.org/abs/2402.09353, equation 5 and section 4.3).
+    The norm is treated as a constant in the backward pass (DoRA, https://arxiv.org/abs/2402.09353, equation 5 and section 4.3).
     """
 
     lora_magnitude_vector: nn.Parameter
@@ -81,9 +81,9 @@ class DoRA(LoRALayer):
 
     @torch.no_grad()
     def _lora_norms(self, weight: Tensor) -> Tensor:
-        """Return the norm of each row of W + s B A without forming B A.
+        """Return the norm of each row of W + s B A without computing B A.
 
-        ||w + s b A||² = ||w||² + 2 s b·(A w) + s² (b A)·(b A), the last as b (A Aᵀ) bᵀ.
+        ||w + s b A||² = ||w||² + 2 s b·(A w) + s² (b A)·(b A), with the last term computed as b (A Aᵀ) bᵀ.
         """
         a, b = (factor.detach().flatten(1) for factor in self.lora_factors())
         with full_precision(a):
@@ -94,9 +94,9 @@ class DoRA(LoRALayer):
 
 
 class QKV(LoRALayer):
-    """Adapts some of query, key and value, where one layer computes all three, one after the other in its output.
+    """Adapts some of query, key and value in a layer whose output is their concatenation.
 
-    B has rows for all three, as PEFT's folders do. Those of the others are multiplied by zero: they have no effect and no gradient.
+    B has rows for all three, as in PEFT's folders. The rows of the others are multiplied by zero, so they have no effect and no gradient.
     """
 
     lora_kept: tuple[float, float, float]
@@ -123,7 +123,7 @@ class QKV(LoRALayer):
 
 
 def magnitude_shape(b: Tensor) -> tuple[int, ...]:
-    """Return the shape of DoRA's m beside a B of this shape: (out,), or (1, out, 1, ...) for a convolution."""
+    """Return the shape of DoRA's m for a B of this shape: (out,), or (1, out, 1, ...) for a convolution."""
     return (len(b),) if b.dim() == 2 else (1, len(b), *b.shape[2:])
 
 

@@ -1,4 +1,4 @@
-"""A probe for adapters that do nothing: `verify_adapters`."""
+"""Defines `verify_adapters`, which finds adapters without any effect."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _DRAWS = 8
 
 
 class InertAdapterError(RuntimeError):
-    """An adapter that would be trained, and change nothing."""
+    """Raised for adapters that have no effect on the output."""
 
 
 def verify_adapters(module: nn.Module, *inputs: Any, **keywords: Any) -> None:
-    """Check that every adapter has an effect on the module's output: in training, in evaluation, without gradients.
+    """Check that every adapter has an effect on the output of the module: in training, in evaluation, and without gradients.
 
-    An adapter is inert if no B, zero or not, changes the output, for example because some code reads the layer's
-    weight in a way that escapes `attach`, or because nothing calls the layer. Costs five forward and three backward
-    passes, and more only where something is suspicious. Module, random state and gradients are left as they were.
+    An adapter is inert if no value of B changes the output, for example because code reads the weight of the layer in a way that
+    `attach` does not cover, or because nothing calls the layer. The check takes five forward and three backward passes, and more only
+    if it finds something suspicious. The module, the random state and the gradients are not changed.
 
     Args:
         module: A module with adapters.
-        inputs: What to call it with, as in `module(*inputs, **keywords)`.
-        keywords: See `inputs`.
+        inputs: Positional arguments of the call `module(*inputs, **keywords)`.
+        keywords: Keyword arguments of the call.
 
     Raises:
-        InertAdapterError: If an adapter is inert; the message names all that are, and in which mode.
+        InertAdapterError: If an adapter is inert. The message names all inert adapters and the mode.
         ValueError: If the module has no adapters, or they are disabled or merged.
     """
     found = adapted_weights(module)
@@ -77,7 +77,7 @@ def verify_adapters(module: nn.Module, *inputs: Any, **keywords: Any) -> None:
 
 @torch.no_grad()
 def _stir(module: nn.Module) -> None:
-    """Move all that trains: a head that starts at zero would hide what shows after a few steps."""
+    """Perturb all trained parameters, since a head that is initialized to zero would hide effects that appear after a few steps."""
     torch.manual_seed(0)
     for parameter in adapter_parameters(module):
         parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -95,7 +95,7 @@ def _is_random(call: Callable[[], list[Tensor]]) -> bool:
 def _without_gradient(
     call: Callable[[], list[Tensor]], suspects: list[AdaptedWeight], seed: int
 ) -> list[AdaptedWeight]:
-    """Return those of the adapters whose B gets no gradient, or zeros, from a random function of the output."""
+    """Return the adapters whose B gets no gradient, or a zero gradient, from a random function of the output."""
     if not suspects:
         return []
     gradients = _gradients(call, suspects, seed)
@@ -113,7 +113,7 @@ def _gradients(call: Callable[[], list[Tensor]], among: list[AdaptedWeight], see
 
 @torch.no_grad()
 def _changes(call: Callable[[], list[Tensor]], each: AdaptedWeight, seed: int) -> bool:
-    """Return whether the output changes with a large change of B: what a gradient of zero in one point does not rule out."""
+    """Return whether a large change of B changes the output, which a zero gradient at one point does not rule out."""
     b = _b(each)
     kept = b.clone()
     torch.manual_seed(seed)
@@ -126,10 +126,10 @@ def _changes(call: Callable[[], list[Tensor]], each: AdaptedWeight, seed: int) -
 
 
 def _lost_without_gradients(call: Callable[[], list[Tensor]], live: list[AdaptedWeight]) -> list[AdaptedWeight]:
-    """Return those adapters that evaluation passes by when no gradients are asked for, as fast paths of PyTorch may.
+    """Return the adapters without effect in evaluation without gradients, where PyTorch may use fast paths.
 
-    Every B is moved by as much as it takes to change the output about equally, so that one that is lost would show in
-    the sum; only then they are looked at one by one.
+    Each B is changed such that all adapters affect the output about equally. A missing adapter then shows in the total effect, and
+    only in this case are the adapters checked one by one.
     """
     if not live:
         return []

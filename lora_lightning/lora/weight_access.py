@@ -1,7 +1,7 @@
-"""Adapts weights that a module computes with itself, without calling a layer: reading one gives the effective weight.
+"""Adapts weights that a module reads itself instead of calling a layer. Reading such a weight returns the effective weight.
 
-`nn.MultiheadAttention` and `nn.LSTM` do so, and subclasses of layers with a `forward` of their own. The adapter is a module
-`lora_<parameter>` inside the reading one. `experts.py` adapts any other parameter by name in the same way.
+Examples are `nn.MultiheadAttention`, `nn.LSTM`, and subclasses of layers with their own `forward`. The adapter is a submodule
+`lora_<parameter>` of the module. `experts.py` adapts any other parameter by name in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lora_lightning.lora.layers import LAYERS, LoRALayer, compose, mixins_of
 
 
 class AdaptedParameter(LoRALayer):
-    """Holds the adapter of a parameter, whichever module the parameter is in."""
+    """Holds the adapter of a parameter of any module."""
 
     lora_is_inside = True
     lora_weights: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class AdaptedParameter(LoRALayer):
 
 
 class OwnWeight(AdaptedParameter):
-    """Adapts a subclass of a known layer that has a `forward` of its own."""
+    """Adapts a subclass of a supported layer with its own `forward`."""
 
     lora_weights = ("weight",)
 
@@ -62,7 +62,7 @@ class AttentionWeight(AdaptedParameter):
 
 
 class Recurrent:
-    """Mixed into adapted recurrent modules, which keep a list of their weights: it is rebuilt for each use."""
+    """Mixin for adapted recurrent modules. They keep a list of their weights, which is rebuilt for each use."""
 
     _flat_weights_names: list[str]
     _parameters: dict[str, Tensor]
@@ -77,7 +77,7 @@ class Recurrent:
         vars(self)["_flat_weights"] = [self._parameters[name] for name in self._flat_weights_names]
 
     def flatten_parameters(self) -> None:
-        """Do nothing: effective weights are not parameters that one block of memory could hold."""
+        """Do nothing, since effective weights are not parameters in one block of memory."""
 
 
 class RecurrentWeight(AdaptedParameter):
