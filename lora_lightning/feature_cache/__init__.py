@@ -1,1 +1,1 @@
-"""Computes what is frozen once a sample."""
+"""Computes the frozen part of a network once per sample."""

@@ -1,4 +1,4 @@
-"""`PrefixCache`: the features of a frozen prefix, computed once a sample."""
+"""Defines `PrefixCache`, which computes the features of a frozen prefix once per sample."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ class _Features:
     """This describes what the steps return, without the values."""
 
     def knows(self, digests: list[bytes]) -> bool:
-        """Return whether everything was kept of these samples."""
+        """Return whether the features of all these samples are stored."""
         complete = len(self.prefix.kept)
         return all(len(self.of_sample.get(digest, ())) == complete for digest in digests)
 
 
 class PrefixCache:
-    """Remembers what the frozen prefix of a network computes of each sample, and skips it when the sample comes again.
+    """Stores the outputs of the frozen prefix of a network for each sample, and skips the prefix if the sample occurs again.
 
-    A sample is known by its content (BLAKE2b), so that shuffling does no harm; its features are used in batches of the size
-    that they were computed in, since kernels round otherwise in others. Outputs, and with them gradients, are bitwise
-    those without the cache. It acts on calls in training mode, with gradients, while `active`.
+    Samples are identified by their content (BLAKE2b), so their order may change. Features are only used in batches of the size in which
+    they were computed, since kernels may round differently in others. Outputs and gradients are bitwise those without the cache. The
+    cache applies to calls in training mode with gradients while `active`.
 
     Args:
-        module: Adapted. Inputs are tensors whose first dimension counts the samples.
-        samples: How many different samples there are, if known: more than that are an error.
+        module: An adapted module. The first dimension of its input tensors is the batch.
+        samples: Number of different samples, if known. More samples than this raise an error.
 
     Example::
 
@@ -75,7 +75,7 @@ class PrefixCache:
         ]
 
     def remove(self) -> None:
-        """Leave the module as it was, and forget all features."""
+        """Restore the module and delete all features."""
         for hook in self._hooks:
             hook.remove()
         self._plan.close()  # still open if the last call was interrupted
@@ -83,12 +83,12 @@ class PrefixCache:
 
     @property
     def prefix(self) -> Prefix | None:
-        """Return what is skipped, as found with the first batch; `None` before."""
+        """Return the skipped prefix, which is found with the first batch, or `None` before."""
         return next((features.prefix for features in self._features.values()), None)
 
     @property
     def bytes_per_sample(self) -> int:
-        """Return the memory that the features of one sample take."""
+        """Return the memory for the features of one sample, in bytes."""
         kept = [steps for features in self._features.values() for steps in features.of_sample.values()]
         return sum(row.numel() * row.element_size() for rows in kept[0].values() for row in rows) if kept else 0
 
@@ -118,7 +118,7 @@ class PrefixCache:
             )
 
     def _find(self, args: Any, kwargs: Any, size: int) -> Prefix:
-        """Find the prefix, in which every sample is independent of the others."""
+        """Find the prefix and check that each sample is independent of the others."""
         self._probing = True
         try:
             prefix = find_prefix(self.module, lambda: self.module(*args, **kwargs), size)
@@ -130,7 +130,7 @@ class PrefixCache:
             self._probing = False
 
     def _refuse_if_mixing(self, prefix: Prefix, args: Any, kwargs: Any, size: int) -> None:
-        """Raise an error if a sample's features depend on its place in the batch, or on the other samples."""
+        """Raise an error if the features of a sample depend on its position in the batch or on other samples."""
         rows = (torch.arange(size) // 2).flip(0).tolist()
         mixed = tree_map_only(Tensor, lambda value: value[rows], (args, kwargs))
         usual, other = self._kept_of(prefix, args, kwargs), self._kept_of(prefix, *mixed)
@@ -142,7 +142,7 @@ class PrefixCache:
                 )
 
     def _kept_of(self, prefix: Prefix, args: Any, kwargs: Any) -> dict[Step, Any]:
-        """Return what the kept steps return for a batch."""
+        """Return the stored outputs for a batch."""
         outputs: dict[Step, Any] = {}
 
         def answer(step: Step, forward: Forward) -> Any:
@@ -163,7 +163,7 @@ class _Reached(Exception):
 
 
 def _taken_apart(args: Any, kwargs: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """Return the tensors of a call, and what else there is to tell two calls apart: the batch's size first."""
+    """Return the tensors of a call, and everything else that distinguishes two calls, starting with the batch size."""
     leaves, structure = tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     sizes = {len(tensor) if tensor.dim() else None for tensor in tensors}
@@ -190,7 +190,7 @@ def _digests(tensors: list[Tensor]) -> list[bytes]:
 
 
 def _record(features: _Features, digests: list[bytes]) -> Callable[[Step, Forward], Any]:
-    """Computes everything, and keeps what is to be kept."""
+    """Compute the complete output and store the features."""
 
     def answer(step: Step, forward: Forward) -> Any:
         output = forward()
@@ -205,7 +205,7 @@ def _record(features: _Features, digests: list[bytes]) -> Callable[[Step, Forwar
 
 
 def _replay(features: _Features, digests: list[bytes]) -> Callable[[Step, Forward], Any]:
-    """Computes nothing, and has the steps return what was kept."""
+    """Compute the output from the stored features."""
 
     def answer(step: Step, forward: Forward) -> Any:
         output = features.outputs[step]

@@ -1,8 +1,8 @@
-"""The frozen prefix of a network: what it computes of a sample, always the same, before anything that trains.
+"""Finds the frozen prefix of a network: the part before anything that is trained, whose output for a sample never changes.
 
-A network is run once with hooks on all of its modules. The prefix are the modules that returned before the first output that
-requires a gradient, the first random number and the first buffer that changed; of nested ones the outermost. Of what they
-return, only that has to be kept which the rest of the network uses: without which, NaN in its place, its output is another.
+The network runs once with hooks on all of its modules. The prefix consists of the outermost modules that returned before the first output that
+requires a gradient, the first random number, and the first change of a buffer. Only outputs that the rest of the network uses have to be
+stored. To find them, outputs are replaced with NaN, and the output of the network is compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Forward = Callable[..., Any]
 
 @dataclass(eq=False)
 class Step:
-    """One call of a module in the prefix."""
+    """Describes one call of a module in the prefix."""
 
     name: str
     module: nn.Module
@@ -37,14 +37,14 @@ class Step:
 
 @dataclass
 class Prefix:
-    """The calls in their order, and what comes after them."""
+    """Holds the calls of the prefix in order, and what follows them."""
 
     steps: list[Step]
     ended_by: str
 
     @property
     def kept(self) -> list[Step]:
-        """Return the calls whose outputs are kept."""
+        """Return the calls whose outputs are stored."""
         return [step for step in self.steps if step.kept]
 
 
@@ -52,12 +52,12 @@ def find_prefix(module: nn.Module, call: Callable[[], Any], samples: int) -> Pre
     """Find the prefix of `module`.
 
     Args:
-        module: Adapted, in the mode in which it trains.
-        call: Calls it with a batch. Random numbers are left as they were.
-        samples: How many samples the batch has. Modules of whose output the first dimension does not count them are left out.
+        module: An adapted module in training mode.
+        call: Calls the module with a batch. The random state is restored afterwards.
+        samples: Number of samples in the batch. Modules with another first dimension in their output are excluded.
 
     Raises:
-        ValueError: If there is no prefix with parameters; the message says what comes first.
+        ValueError: If there is no prefix with parameters. The message names the first operation that prevents it.
     """
     with same_random_numbers():
         trace = _Trace(module)
@@ -84,9 +84,9 @@ def find_prefix(module: nn.Module, call: Callable[[], Any], samples: int) -> Pre
 
 @contextmanager
 def replaced(steps: list[Step], answer: Callable[[Step, Forward], Any]) -> Iterator[None]:
-    """Within this context, return `answer(step, forward)` from the module of a step, in that call of it.
+    """Replace the output of each step with `answer(step, forward)` in this context.
 
-    `forward()` computes what the module would have returned.
+    `forward()` computes the original output of the module.
     """
     calls: dict[nn.Module, int] = {}
     by_module: dict[nn.Module, dict[int, Step]] = {}
@@ -114,7 +114,7 @@ def replaced(steps: list[Step], answer: Callable[[Step, Forward], Any]) -> Itera
 
 
 def placeholders(output: Any) -> Any:
-    """Return what stands for an output, given as `Like`s, that must not be used."""
+    """Return placeholders for an output that must not be used, given as `Like`s."""
     return tree_map_only(Like, Like.placeholder, output)
 
 
@@ -135,7 +135,7 @@ def copied(output: Any) -> Any:
 
 
 def equal(first: Any, second: Any) -> bool:
-    """Return whether two outputs are the same, bit for bit."""
+    """Return whether two outputs are bitwise equal."""
     pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
     return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
@@ -151,21 +151,21 @@ class Like:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Like:
-        """Return what describes this tensor."""
+        """Return the description of a tensor."""
         return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
     def empty(self) -> Tensor:
-        """Return an uninitialized tensor with the same order in memory, on which kernels depend."""
+        """Return an uninitialized tensor with the same memory layout, which affects kernels."""
         return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
 
     def placeholder(self) -> Tensor:
-        """Return a tensor that shows wherever it is used: NaN, or zero where there is no NaN."""
+        """Return a tensor whose use changes the output: NaN, or zero for dtypes without NaN."""
         return self.empty().fill_(float("nan") if self.dtype.is_floating_point else 0)
 
 
 @dataclass
 class _Entered:
-    """A module that has been called and has not returned."""
+    """Holds a module that was called and is still running."""
 
     steps_before: int
     versions: list[int]
@@ -178,7 +178,7 @@ class _Trace:
     ended_by: str = ""
 
     def run(self, call: Callable[[], Any]) -> Any:
-        """Call the module with hooks everywhere, and return a copy of the output."""
+        """Call the module with hooks on all submodules and return a copy of the output."""
         self._names = {module: name for name, module in self.root.named_modules() if name}
         self._calls: dict[nn.Module, int] = {}
         self._entered: list[_Entered] = []
@@ -218,7 +218,7 @@ class _Trace:
 
 
 def _is_enough(steps: list[Step], call: Callable[[], Any], expected: Any) -> bool:
-    """Return whether the network's output is the same with what the kept steps returned, and without what the others did."""
+    """Return whether the stored outputs alone reproduce the output of the network."""
     with same_random_numbers(), torch.no_grad(), replaced(steps, _found_answer):
         try:
             return equal(call(), expected)

@@ -1,4 +1,4 @@
-"""Whether the adapters in a folder belong to the base that they are loaded onto."""
+"""Checks whether the adapters in a folder belong to the base that they are loaded onto."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _BASE, _SAMPLE = "lora_lightning_base_sha256", "lora_lightning_base_sample"
 
 
 def base_metadata(module: nn.Module) -> dict[str, str]:
-    """Return what a folder says of the base that its adapters were trained on."""
+    """Return the metadata that identify the base in an adapter folder."""
     digest, sample = fingerprint_and_sample(module)
     return {_BASE: digest, _SAMPLE: sample}
 
 
 def base_of(metadata: Mapping[str, str]) -> str | None:
-    """Return the fingerprint of that base; `None` if another program wrote the folder."""
+    """Return the fingerprint of the base, or `None` if another program wrote the folder."""
     return metadata.get(_BASE)
 
 
@@ -32,18 +32,18 @@ def check_base(
     but: Container[str],
     strict: bool,
 ) -> str | None:
-    """Return a warning if the adapters in `folder` were trained on another base than `module`, or on it in another precision.
+    """Return a warning if the adapters in `folder` were trained on another base, or on the same base in another precision.
 
     Args:
         module: The base, plain or adapted.
-        folder: For the message.
-        metadata: Of the file with the adapters.
-        saved: Weights of the base that the folder holds, by state-dict key, as PEFT saves those of adapted embeddings.
-        but: State-dict keys that adapters come with, and are no part of the base.
-        strict: Refuse another base. One in another precision, or quantized, is never refused.
+        folder: The folder, for the message.
+        metadata: Metadata of the file with the adapters.
+        saved: Weights of the base in the folder by state-dict key. PEFT saves those of adapted embeddings.
+        but: State-dict keys of the adapters, which are not part of the base.
+        strict: Whether to refuse another base. The same base in another precision, or quantized, is never refused.
 
     Raises:
-        ValueError: If it is another one, and `strict`.
+        ValueError: If `strict` is set and the base is a different one.
     """
     what = _difference(module, metadata, saved, but)
     if what is None:

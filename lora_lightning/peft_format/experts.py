@@ -1,8 +1,8 @@
-"""Gives adapters of experts the form that PEFT has for them, and back.
+"""Converts adapters of experts to PEFT's format and back.
 
-PEFT wraps the module that holds the parameters, once for each adapted one in the order of the module: the last is the outermost,
-and each further inside has `.base_layer` in its name once more. Its A has the shape (experts * r, in), expert by expert. Its B
-has the shape (out, r * experts), with the experts of each rank side by side.
+PEFT wraps the module that holds the parameters, once per adapted parameter in the order of the module. The last one is the outermost, and
+each inner one has one more `.base_layer` in its name. PEFT's A has the shape (experts * r, in), expert by expert. Its B has the shape
+(out, r * experts), where the experts of each rank are adjacent.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _INSIDE = ".base_layer"
 
 
 def is_experts(each: AdaptedWeight) -> bool:
-    """Return whether this is a parameter with an adapter for each expert."""
+    """Return whether this parameter has one adapter per expert."""
     return issubclass(each.kind, ExpertsParameter)
 
 
 def experts_to_peft(each: AdaptedWeight, prefix: str) -> dict[str, Tensor]:
-    """Return the adapters' tensors by PEFT's keys."""
+    """Return the tensors of the adapters by PEFT's keys."""
     adapted = [key for key in each.layer._parameters if f"lora_{key}" in each.layer._modules]
     name = prefix + each.layer_name + _INSIDE * (len(adapted) - 1 - adapted.index(each.parameter))
     a, b = each.adapter.lora_factors()
@@ -32,15 +32,15 @@ def experts_to_peft(each: AdaptedWeight, prefix: str) -> dict[str, Tensor]:
 
 
 def experts_from_peft(tensors: dict[str, Tensor], wanted: Iterable[str], module: nn.Module) -> list[str]:
-    """Rename the tensors of parameters that PEFT adapted by name to our keys, in place, and give them our shapes.
+    """Convert the tensors of parameters that PEFT adapted by name to our keys and shapes, in place.
 
     Args:
-        tensors: Those of a folder, by our keys for layers.
-        wanted: PEFT's `target_parameters`, each the whole name of a parameter or the end of it after a dot.
+        tensors: The tensors of a folder, by our keys for layers.
+        wanted: PEFT's `target_parameters`, each the full name of a parameter or a suffix of it after a dot.
         module: The plain base.
 
     Returns:
-        The whole names of the parameters.
+        The full names of the parameters.
     """
     modules: dict[str, Any] = dict(module.named_modules())
     ends = tuple(f".{name}" for name in wanted)

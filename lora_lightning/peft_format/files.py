@@ -1,4 +1,4 @@
-"""The two files of an adapter folder: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Reads and writes the two files of an adapter folder: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_files(
 ) -> None:
     """Write both files of a folder.
 
-    Each file appears whole or not at all. The configuration, without which the folder is no adapter, comes last.
+    Each file is written atomically. The configuration, which makes the folder an adapter, is written last.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(description, indent=2) + "\n"
@@ -59,7 +59,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Content:
-    """The tensors of a folder."""
+    """Holds the tensors of a folder."""
 
     adapters: dict[str, Tensor]
     """Holds the tensors of adapters, by our own keys."""
@@ -98,19 +98,19 @@ def read_content(path: Path, description: dict[str, Any], module: nn.Module) -> 
 
 
 def _is_saved(key: str, description: dict[str, Any]) -> bool:
-    """Return whether a key is that of a module in `modules_to_save`: PEFT means all modules whose names end so, dot or no dot."""
+    """Return whether a key belongs to a module in `modules_to_save`. PEFT matches any suffix of the name, with or without a dot."""
     wanted = tuple(description.get("modules_to_save") or [])
     return key.startswith(PREFIX) and any(parent.endswith(wanted) for parent in parents_of(key.removeprefix(PREFIX)))
 
 
 def parents_of(key: str) -> list[str]:
-    """Return the names of the modules that a state-dict key is inside of."""
+    """Return the names of the modules that contain a state-dict key."""
     parts = key.split(".")
     return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def is_edited(folder: Path) -> bool:
-    """Return whether the configuration is not the one that was written with the weights."""
+    """Return whether the configuration differs from the one that was written with the weights."""
     digest = hashlib.sha256((folder / CONFIG_NAME).read_bytes()).hexdigest()
     return read_metadata(folder).get(_CONFIG_DIGEST, digest) != digest
 

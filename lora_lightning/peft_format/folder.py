@@ -1,4 +1,4 @@
-"""Adapters on disk, in PEFT's folder format: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Saves and loads adapters in PEFT's folder format: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -50,31 +50,31 @@ from lora_lightning.peft_format.model_card import CARD_NAME, model_card
 
 
 def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write the adapters of `module` to `folder`, in PEFT's format with a model card, and modules trained in full with them.
+    """Write the adapters of `module` and the modules that are trained in full to `folder`, in PEFT's format with a model card.
 
-    Adapters made by PiSSA are written as the difference that they make to the base as it is, of twice their rank. Where an
-    adapter sits in a layer that PEFT does not know, or gets wrong, `peft_type` says `LORA_LIGHTNING`, and PEFT refuses it.
+    Adapters of PiSSA are written as the difference to the original base, with twice their rank. If PEFT does not support an adapted
+    layer or computes it incorrectly, `peft_type` is `LORA_LIGHTNING`, which PEFT refuses.
 
     Args:
-        module: A module that `attach` was called with. Layer names in the files are relative to it.
-        folder: Made if missing.
+        module: The module that `attach` was called with. The layer names in the files are relative to it.
+        folder: The folder to write. It is created if necessary.
 
     Raises:
         ValueError: If `module` is not adapted.
-        FileExistsError: If the folder holds an adapter already.
+        FileExistsError: If the folder already contains an adapter.
     """
     AdapterFolder(module).write(folder)
 
 
 class AdapterFolder:
-    """Holds what an adapter folder of `module` has. It is a copy: the module may change before it is written.
+    """Holds the content of an adapter folder of `module`. It is a copy, so the module may change before the folder is written.
 
-    What is distributed over processes is gathered: all of them have to make one, and one of them writes it.
+    Tensors that are distributed over processes are gathered. All processes have to create this object, and one of them writes it.
 
     Args:
-        module: A module that `attach` was called with.
-        data: Name of the data that `metrics` were measured on, for the folder's README.md.
-        metrics: Figures for that file, by their names.
+        module: The module that `attach` was called with.
+        data: Name of the data that `metrics` were measured on, for the README.md in the folder.
+        metrics: Metrics for this file, by name.
     """
 
     def __init__(self, module: nn.Module, data: str | None = None, metrics: Mapping[str, float] | None = None) -> None:
@@ -85,7 +85,7 @@ class AdapterFolder:
         self._card = model_card(description, sum(each.numel() for each in tensors.values()), data, metrics)
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """Write the folder, as `save_adapter` does."""
+        """Write the folder as `save_adapter` does."""
         folder = Path(folder)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if (folder / name).exists():
@@ -100,15 +100,15 @@ class AdapterFolder:
 def load_adapter(
     module: nn.Module, folder: str | os.PathLike[str], name: str = "default", *, strict: bool = False
 ) -> list[str]:
-    """Load the adapters in `folder`, written by `save_adapter` or by PEFT; attaches them if `module` has none.
+    """Load the adapters in `folder`, which `save_adapter` or PEFT wrote. They are attached if `module` has none.
 
-    Adapters that were trained on another base are loaded with a warning.
+    A warning says if they were trained on another base.
 
     Args:
         module: The base, plain or adapted.
-        folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
-        name: What to call them. If adapters of this name are there, they get the numbers in the folder, and have to have the
-            same layers, ranks and scales. If only others are, those are set aside, for `set_adapter`.
+        folder: The folder with `adapter_config.json` and `adapter_model.safetensors`.
+        name: Name of the adapters. If adapters with this name exist, they get the values in the folder, and must have the same
+            layers, ranks and scales. Adapters with other names become inactive until `set_adapter`.
         strict: Whether to refuse adapters of another base. The same base in another precision is accepted.
 
     Returns:
@@ -116,8 +116,8 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
-        ValueError: If a file is damaged, holds another kind of adapter, or does not fit `module`, or by `strict`; `module` is
-            then unchanged.
+        ValueError: If a file is damaged, contains another kind of adapter, or does not fit `module`, or because of `strict`. `module`
+            is then unchanged.
     """
     module, folder = unwrapped(module), Path(folder)
     description = read_description(folder / CONFIG_NAME)
@@ -143,7 +143,7 @@ def load_adapter(
 
 
 def trained_on(folder: str | os.PathLike[str]) -> str | None:
-    """Return the `fingerprint` of the base that the adapters in a folder were saved with; `None` if PEFT wrote it."""
+    """Return the fingerprint of the base of the adapters in a folder, or `None` if PEFT wrote the folder."""
     return base_of(read_metadata(Path(folder)))
 
 
@@ -153,7 +153,7 @@ def _what_is_adapted(
     description: dict[str, Any],
     content: Content,
 ) -> tuple[LoRAConfig, list[AdaptedWeight]]:
-    """Return the configuration in our terms, and the weights that it adapts; renames the tensors to our keys."""
+    """Return our configuration and the weights that it adapts, and rename the tensors to our keys."""
     tensors = content.adapters
     with bare(module):
         if description["peft_type"] != OWN_TYPE and (wanted := description.get("target_parameters")):
@@ -220,7 +220,7 @@ def _check_shapes(
 def _use_if_alike(
     module: nn.Module, config: LoRAConfig, selected: list[AdaptedWeight], folder: Path, name: str
 ) -> None:
-    """Put adapters of this name to use if they are the ones that the folder describes; else raise an error."""
+    """Activate the adapters with this name if the folder describes the same ones. Otherwise raise an error."""
     in_use = attachment_of(module).name
     set_adapter(module, name)
     attached = {each.name: each.adapter.lora_scaling for each in adapted_weights(module)}

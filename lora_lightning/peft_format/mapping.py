@@ -1,9 +1,9 @@
-"""PEFT's adapter folder: how its configuration and its keys say what ours do.
+"""Maps our configuration and state-dict keys to those of PEFT's adapter folders, and back.
 
-The format is that of PEFT 0.21 (https://huggingface.co/docs/peft/developer_guides/checkpoint). Tensors are called
+The format is that of PEFT 0.21 (https://huggingface.co/docs/peft/developer_guides/checkpoint). Tensors are named
 `base_model.model.<layer>.lora_A.weight` and `.lora_B.weight` (`.lora_embedding_A`, `.lora_embedding_B`, and with DoRA
-`.lora_magnitude_vector`); a list entry of `target_modules` matches a layer's whole name or the end of it after a dot, a
-string is a regular expression for the whole name.
+`.lora_magnitude_vector`); an entry of a list `target_modules` matches the full name of a layer or a suffix of it
+after a dot, and a string is a regular expression for the full name.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ _SUFFIXES = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
-    """Return the configuration of the module's adapters, as `adapter_config.json` holds it.
+    """Return the configuration of the adapters for `adapter_config.json`.
 
-    PiSSA's difference to the start is plain LoRA of twice the rank, at the same scale.
+    PiSSA's difference to the initial values is plain LoRA with twice the rank and the same scale.
     """
     attachment, found = attachment_of(module), adapted_weights(module)
     config, doubled = attachment.config, 2 if attachment.config.init == "pissa" else 1
@@ -100,9 +100,9 @@ def describe(module: nn.Module) -> dict[str, Any]:
 
 
 def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
-    """Return the values that differ from `default`, by expressions for the names.
+    """Return the values that differ from `default`, by regular expressions for the names.
 
-    An expression also matches names that end like it: such a layer gets its own, and the longest come first.
+    An expression also matches longer names with this suffix. Such a layer gets its own expression, and the longest ones come first.
     """
     names = {name for name, value in values.items() if value != default}
     names |= {name for name in values if any(ending in names for ending in endings(name))}
@@ -110,12 +110,12 @@ def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
 
 
 def unknown_to_peft(module: nn.Module) -> list[str]:
-    """Return the names of what is adapted where PEFT computes something else than we do, or nothing.
+    """Return the names of the adapters that PEFT computes differently or ignores.
 
-    It drops a convolution's dilation and padding mode (https://github.com/huggingface/peft/issues/3697), mixes the
-    channels of its groups, and passes by adapters on weights that are read instead of called (or adds them twice,
-    https://github.com/huggingface/peft/issues/3774). In some mixtures of experts of the transformers library it takes linear
-    layers for the experts that had their names in an older version, and drops their adapters.
+    PEFT drops the dilation and padding mode of a convolution (https://github.com/huggingface/peft/issues/3697), mixes the channels of its
+    groups, and ignores adapters on weights that are read instead of called, or adds them twice
+    (https://github.com/huggingface/peft/issues/3774). In some mixtures of experts from the transformers library, it treats linear layers
+    as experts because experts had the same names in an older version, and drops their adapters.
     """
     experts, read = _taken_for_experts(module), _read_by_others(module)
     return [
@@ -143,7 +143,7 @@ _READERS = {
 
 
 def _read_by_others(module: nn.Module) -> set[str]:
-    """Return the names of layers whose weights other known modules read."""
+    """Return the names of layers whose weights other supported modules read."""
     return {
         f"{name}.{child}".lstrip(".")
         for name, layer in module.named_modules()
@@ -168,7 +168,7 @@ _OLD_NAMES_OF_EXPERTS = {
 
 
 def _taken_for_experts(module: nn.Module) -> tuple[str, ...]:
-    """Return the last names of targets that PEFT renames, by the table of the transformers library that it takes for it."""
+    """Return the last components of the target names that PEFT renames, according to the table of the transformers library that it uses."""
     library = sys.modules.get("transformers.conversion_mapping")
     patterns = {**getattr(library, "_MODEL_TO_CONVERSION_PATTERN", {}), "mixtral": "mixtral"}
     kind = getattr(getattr(module, "config", None), "model_type", None)
@@ -176,12 +176,12 @@ def _taken_for_experts(module: nn.Module) -> tuple[str, ...]:
 
 
 def conv_is_plain(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
-    """Return whether PEFT knows all arguments of this convolution."""
+    """Return whether PEFT supports all arguments of this convolution."""
     return layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
 
 
 def exported(module: nn.Module) -> dict[str, Tensor]:
-    """Return the adapters' tensors by the format's keys; those of PiSSA as a difference, of twice the rank."""
+    """Return the tensors of the adapters by PEFT's keys. Those of PiSSA are the difference to the initial values, with twice the rank."""
     tensors: dict[str, Tensor] = {}
     to_peft = not unknown_to_peft(module)
     for each in adapted_weights(module):
@@ -202,7 +202,7 @@ def exported(module: nn.Module) -> dict[str, Tensor]:
 
 
 def own_key(key: str) -> str | None:
-    """Return our state-dict key for one of the format, `None` if it is none of an adapter."""
+    """Return our state-dict key for a key of the format, or `None` if it does not belong to an adapter."""
     name = key.removeprefix(PREFIX)
     if name == key:
         return None
@@ -215,16 +215,16 @@ def own_key(key: str) -> str | None:
 
 
 def base_key(key: str) -> str | None:
-    """Return the state-dict key of a weight of the base that is saved beside adapters; `None` if the key is none of the format."""
+    """Return the state-dict key of a weight of the base that PEFT saves with adapters, or `None` for other keys."""
     name = key.removeprefix(PREFIX)
     return None if name == key or is_adapter_key(key) else name.replace(".base_layer.", ".")
 
 
 def check_method(description: dict[str, Any], where: object) -> None:
-    """Refuse other methods than LoRA, and LoRA with parts that are not known here.
+    """Refuse methods other than LoRA, and LoRA with unsupported options.
 
     Raises:
-        ValueError: Naming what is not known.
+        ValueError: If the method or an option is not supported. The message names it.
     """
     kind = description.get("peft_type")
     if kind not in (PEFT_TYPE, OWN_TYPE):
@@ -241,10 +241,10 @@ def check_method(description: dict[str, Any], where: object) -> None:
 def configuration(
     description: dict[str, Any], where: object, module: nn.Module, targets: list[str], whole: list[str]
 ) -> LoRAConfig:
-    """Return our configuration for PEFT's, with targets that are exactly the layers in the file.
+    """Return our configuration for PEFT's, with exactly the layers in the file as targets.
 
     Raises:
-        ValueError: If it has values that make no sense.
+        ValueError: If it has invalid values.
     """
     by_name = description.get("target_parameters") or []
     bypass = description.get("bypass")
@@ -273,7 +273,7 @@ def configuration(
 
 
 def expected_shapes(each: AdaptedWeight, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of one adapter, by our state-dict keys."""
+    """Return the shapes of the tensors of an adapter by our state-dict keys."""
     out_features, in_features = each.shape
     a, b = each.kind.lora_reshape(
         torch.empty(each.rank, in_features, device="meta"),
@@ -287,11 +287,11 @@ def expected_shapes(each: AdaptedWeight, config: LoRAConfig) -> dict[str, tuple[
 
 
 def _target_modules(module: nn.Module, names: list[str]) -> list[str] | str:
-    """Return the full names where a list of them is exact for PEFT, else an expression that is."""
+    """Return the full names if PEFT matches exactly these, else a regular expression that does."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention, LoRATransposedLinear)
     return exactly(names, (name for name, layer in module.named_modules() if isinstance(layer, kinds)))
 
 
 def _holder_name(each: AdaptedWeight) -> str:
-    """Return the dotted name of what holds A and B."""
+    """Return the dotted name of the module that holds A and B."""
     return f"{each.layer_name}.lora_{each.parameter}".lstrip(".") if each.kind.lora_is_inside else each.layer_name

@@ -1,4 +1,4 @@
-"""The README.md of an adapter folder, in the form that the Hugging Face hub shows."""
+"""Writes the README.md of an adapter folder as a model card for the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CARD_NAME = "README.md"
 
 
 def base_name(module: nn.Module) -> str | None:
-    """Return the hub name or folder that the base came from, as models of the transformers library keep it."""
+    """Return the hub name or folder of the base, which models of the transformers library store."""
     names = (getattr(each, "name_or_path", None) for each in module.modules())
     return next((name for name in names if isinstance(name, str) and name), None)
 
@@ -26,10 +26,10 @@ def model_card(
     """Return the text of a model card (https://huggingface.co/docs/hub/model-cards).
 
     Args:
-        description: What `adapter_config.json` holds.
-        parameters: How many numbers the adapters have.
+        description: The content of `adapter_config.json`.
+        parameters: Number of parameters of the adapters.
         data: Name of the data that `metrics` were measured on.
-        metrics: Figures for the card's `model-index`, by their names.
+        metrics: Metrics for the `model-index` of the card, by name.
     """
     own = description["peft_type"] != "LORA"
     base = description["base_model_name_or_path"]

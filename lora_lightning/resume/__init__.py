@@ -1,4 +1,4 @@
-"""Makes a stopped run go on bitwise: random states, data loaders, checkpoint files."""
+"""Resumes stopped runs bitwise: random states, data loaders, checkpoint files."""
 
 from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO, NotFiniteError
 from lora_lightning.resume.atomic_checkpoint import AtomicCheckpointIO

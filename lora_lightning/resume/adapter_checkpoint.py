@@ -1,4 +1,4 @@
-"""Checkpoints of adapters alone, through Lightning's own machinery."""
+"""Saves and loads checkpoints that contain adapters without their base, through Lightning's CheckpointIO."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from lora_lightning.resume.packed_layers import packed_keys
 _STATES = ("state_dict", "current_model_state", "average_model_state")
 """Entries that hold the model's state.
 
-Weight averaging saves the averaged one as the first, the other one beside it; stochastic weight averaging saves the averaged one as the
-third, among the states of callbacks.
+`WeightAveraging` saves the averaged state under the first key and the current one under the second. `StochasticWeightAveraging` saves the
+averaged state under the third key, among the states of callbacks.
 """
 
 
 class NotFiniteError(RuntimeError):
-    """Adapters hold NaN or infinity, from which no training comes back."""
+    """Raised if adapters contain NaN or infinity, from which training cannot recover."""
 
 
 class AdapterContent:
-    """Says what a checkpoint of adapters has: what of the model's state, and which description.
+    """Determines the content of a checkpoint of adapters: the part of the model's state, and a description.
 
-    The entry `lora_lightning` has the adapters' configuration and scales, the SHA-256 fingerprint of the base, and the
-    base's path as a hint.
+    The entry `lora_lightning` contains the configuration and the scales of the adapters, the SHA-256 fingerprint of the base, and the
+    path of the base as a hint.
 
     Args:
-        pl_module: The model, adapted.
-        adapted: The part of it that `attach` was called with.
-        base_fingerprint: `base_fingerprint` of that part.
-        base_path: Where the base came from, if from a file.
+        pl_module: The adapted model.
+        adapted: The part of the model that `attach` was called with.
+        base_fingerprint: The `base_fingerprint` of this part.
+        base_path: The file of the base, if any.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class AdapterContent:
         }
 
     def check(self, path: object, description: dict[str, Any] | None) -> None:
-        """Compare a checkpoint's description with the model.
+        """Compare the description in a checkpoint with the model.
 
         Raises:
             ValueError: If the checkpoint has none, has other adapters, or adapters of another base.
@@ -94,10 +94,9 @@ class AdapterContent:
             )
 
     def base_keys(self) -> set[str]:
-        """Return the names of the frozen base's parameters and buffers, which do not belong into a checkpoint.
+        """Return the names of the parameters and buffers of the frozen base, which checkpoints omit.
 
-        Parameters that still train do belong there, and so do buffers outside the adapted part, which may change, and those
-        inside it that have.
+        Checkpoints include trained parameters, buffers outside the adapted part, and buffers inside it that have changed.
         """
         prefix = next(name for name, module in self.pl_module.named_modules() if module is self.adapted)
         whole = saved_keys(self.pl_module)
@@ -114,28 +113,28 @@ class AdapterContent:
         )
 
     def _adapters(self) -> dict[str, str]:
-        """Describe each adapter, by the name of what it adapts: `rank 1, scale 1`; and the modules trained in full."""
+        """Describe each adapter by name, for example `rank 1, scale 1`, and the modules that are trained in full."""
         described = {each.name: _describe(each) for each in adapted_weights(self.pl_module)}
         whole = {key.rpartition(".")[0] for key in saved_keys(self.pl_module)}
         return described | dict.fromkeys(sorted(whole), "trained in full")
 
 
 class AdapterCheckpointIO(CheckpointIO):
-    """Leaves the frozen base out of the checkpoints that are saved, and fills it in from the model when loading.
+    """Omits the frozen base when saving a checkpoint, and takes it from the model when loading one.
 
-    Every route of Lightning goes through it: `ModelCheckpoint` in all modes, `save_weights_only`,
-    `Trainer.save_checkpoint`, `ckpt_path` in `fit`, `validate`, `test` and `predict`, strict loading included. Once the
-    adapters are merged or detached, or the trainer has another model, it passes everything on as it is.
+    This applies everywhere in Lightning: `ModelCheckpoint` in all modes, `save_weights_only`, `Trainer.save_checkpoint`, and
+    `ckpt_path` in `fit`, `validate`, `test` and `predict`, including strict loading. After the adapters are merged or detached, or if
+    the trainer has another model, checkpoints are passed on unchanged.
 
-    A checkpoint made on another base, or with other adapters, is refused.
+    A checkpoint with another base or other adapters is refused.
 
     Args:
-        checkpoint_io: What reads and writes the files.
-        strategy: Tells which model the trainer has.
-        content: Says what a checkpoint of the adapted model has.
+        checkpoint_io: The CheckpointIO that reads and writes the files.
+        strategy: The strategy, which knows the model of the trainer.
+        content: The content of a checkpoint of the adapted model.
 
     Attributes:
-        closed: Whether nothing is saved or removed any more, since the adapters are not finite.
+        closed: Whether saving and removing are disabled because the adapters are not finite.
     """
 
     def __init__(self, checkpoint_io: CheckpointIO, strategy: Strategy, content: AdapterContent) -> None:
@@ -194,7 +193,7 @@ class AdapterCheckpointIO(CheckpointIO):
 
 
 def _with_states(checkpoint: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """Return the checkpoint with each state of the model in it changed, also those among the states of callbacks."""
+    """Apply `change` to each state of the model in a checkpoint, including those in the states of callbacks."""
     changed = {name: change(checkpoint[name]) for name in _STATES if isinstance(checkpoint.get(name), dict)}
     if isinstance(callbacks := checkpoint.get("callbacks"), dict):
         changed["callbacks"] = {
@@ -213,5 +212,5 @@ def _describe(each: AdaptedWeight) -> str:
 
 
 def _summary(adapters: dict[str, str]) -> str:
-    """Return the adapters in words: `linear1 (rank 1, scale 1), ...`."""
+    """Return a description of the adapters: `linear1 (rank 1, scale 1), ...`."""
     return ", ".join(f"{name} ({what})" for name, what in adapters.items())

@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or not there."""
+"""Writes checkpoint files atomically."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lora_lightning.resume.checkpoints import check_file, explain_damage, paths_
 
 
 def write_atomically(files: CheckpointIO) -> CheckpointIO:
-    """Return a CheckpointIO that writes the files of this one whole or not at all.
+    """Return a CheckpointIO that writes the files of `files` atomically.
 
-    One that writes in the background gets it inside: there the file is finished, not where it is ordered.
+    A CheckpointIO that writes in the background is wrapped on the inside, where the file is completed.
     """
     if isinstance(files, _WrappingCheckpointIO):
         inner = files.checkpoint_io
@@ -29,13 +29,13 @@ def write_atomically(files: CheckpointIO) -> CheckpointIO:
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes a checkpoint beside its place, then renames it; reads none that is damaged.
+    """Writes a checkpoint to a temporary file in the same folder and renames it. Refuses to read damaged checkpoints.
 
-    A run that is killed while it saves leaves the previous checkpoint, or none, under the final name. Lightning alone writes
-    to the system's temporary folder and copies, if that is on another disk.
+    If a run is killed while it saves, the previous checkpoint, or none, remains under the final name. Lightning itself writes to the
+    temporary folder of the system and copies the file if that is on another disk.
 
     Args:
-        checkpoint_io: What reads and writes the files.
+        checkpoint_io: The CheckpointIO that reads and writes the files.
     """
 
     def __init__(self, checkpoint_io: CheckpointIO) -> None:

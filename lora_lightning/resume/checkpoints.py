@@ -1,4 +1,4 @@
-"""Finding and reading checkpoints: a file, or a log folder whose newest checkpoint is meant."""
+"""Finds and reads checkpoints."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lora_lightning.lora import some_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 STARTED_FROM = "started_from.txt"
-"""File in the log folder of a training: the checkpoint that it started from, if any."""
+"""File in a log folder that names the checkpoint which the run started from, if any."""
 ADAPTER_KEY = "lora_lightning"
-"""Entry of a checkpoint that holds adapters: their configuration, and the base's fingerprint and path."""
+"""Entry of a checkpoint with the configuration of the adapters, and the fingerprint and path of the base."""
 
 
 def newest_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """Return the checkpoint that `path` means: itself if it is a file, else the newest `*.ckpt` in or below the folder.
+    """Return `path` if it is a file, else the newest `*.ckpt` in or below this folder.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -43,7 +43,7 @@ def newest_checkpoint(path: str | os.PathLike[str]) -> Path:
 
 
 def newest_adapter(path: str | os.PathLike[str]) -> Path:
-    """Return the adapter folder that `path` means: itself if it is one, else the newest one below.
+    """Return `path` if it is an adapter folder, else the newest adapter folder below.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -61,10 +61,10 @@ def newest_adapter(path: str | os.PathLike[str]) -> Path:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint with which the last training in `folder` goes on: the newest one of its newest `version_N`.
+    """Return the checkpoint to resume the last run in `folder`: the newest one of the newest `version_N`.
 
-    A run that was itself resumed, and stopped before it saved, goes on with the checkpoint that it started from. `None` if the
-    last run has no checkpoint at all.
+    If that run was itself resumed and stopped before it saved a checkpoint, this is the checkpoint that it started from. Returns `None`
+    if there is no checkpoint.
     """
     versions = sorted(
         (path for path in folder.glob("version_*") if path.name.removeprefix("version_").isdecimal()),
@@ -81,7 +81,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint on the CPU, without running code from it.
+    """Read a Lightning checkpoint on the CPU without running code from it.
 
     Raises:
         ValueError: If the file is damaged, or not a Lightning checkpoint.
@@ -95,7 +95,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_file(path: Path) -> None:
-    """Compare a checkpoint's checksums, which `torch.load` does not.
+    """Verify the checksums of a checkpoint, which `torch.load` ignores.
 
     Raises:
         ValueError: If the file is damaged.
@@ -117,14 +117,14 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def paths_are_safe() -> Iterator[None]:
-    """Let `torch.load` read `pathlib`'s paths with `weights_only` within this context; hyper-parameters often are paths."""
+    """Allow `torch.load` to read paths of `pathlib` with `weights_only` in this context, since hyper-parameters often are paths."""
     with torch.serialization.safe_globals([PosixPath, PurePosixPath, PureWindowsPath, WindowsPath]):
         yield
 
 
 @contextmanager
 def explain_damage(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what a damaged checkpoint raises into one clear message."""
+    """Convert the errors of a damaged checkpoint to one clear message."""
     try:
         yield
     except (FileNotFoundError, PermissionError, IsADirectoryError):
@@ -155,10 +155,10 @@ def explain_damage(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def load_base(pl_module: LightningModule, path: Path) -> None:
-    """Load a full checkpoint into the model, strictly.
+    """Load a full checkpoint into the model strictly.
 
     Raises:
-        ValueError: If the file is damaged, holds adapters, or does not fit; the model is then as it was.
+        ValueError: If the file is damaged, contains adapters, or does not fit. The model is then unchanged.
     """
     checkpoint = read_checkpoint(path)
     if ADAPTER_KEY in checkpoint:
@@ -177,7 +177,7 @@ def load_base(pl_module: LightningModule, path: Path) -> None:
 
 
 def misfits(found: dict[str, Any], expected: dict[str, Any]) -> str:
-    """Return which names and shapes of a state dict are not the ones expected, in words; empty if all are."""
+    """Return a description of the unexpected names and shapes in a state dict, which is empty if there are none."""
     shapes = {key: tuple(getattr(value, "shape", ())) for key, value in found.items()}
     wanted = {key: tuple(getattr(value, "shape", ())) for key, value in expected.items()}
     wrong = [key for key in {**wanted, **shapes} if shapes.get(key) != wanted.get(key)]
@@ -186,10 +186,10 @@ def misfits(found: dict[str, Any], expected: dict[str, Any]) -> str:
 
 
 def holds_adapters_alone(description: Mapping[str, Any]) -> str:
-    """Return the message for a plain model that was given a checkpoint of adapters: what it holds, and what to call.
+    """Return the error message for loading a checkpoint of adapters into a plain model.
 
     Args:
-        description: What the checkpoint has under `ADAPTER_KEY`.
+        description: The entry `ADAPTER_KEY` of the checkpoint.
     """
     base = description.get("base_path") or "the base"
     return (

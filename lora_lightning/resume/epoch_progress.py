@@ -1,6 +1,6 @@
-"""Two repairs of Lightning's count of epochs, without which a run that resumes at an epoch's end is not the run that it was.
+"""Corrects Lightning's count of epochs for runs that resume at the end of an epoch.
 
-Both touch what Lightning 2.6 keeps of its progress, and nothing else; a later version is left alone.
+Both functions only change the progress that Lightning 2.6 tracks. They do nothing for later versions.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ _NEEDED = tuple(map(int, version("lightning").split(".")[:2])) < (2, 7)
 
 
 def begin_the_next_epoch(trainer: Trainer) -> None:
-    """Go on after an epoch that was finished when the checkpoint was written; to be called in `on_train_start`.
+    """Continue after an epoch that was complete when the checkpoint was written. Call this in `on_train_start`.
 
-    With `max_steps`, Lightning takes every checkpoint for one of an unfinished epoch
-    (https://github.com/Lightning-AI/pytorch-lightning/pull/12821): it runs the finished one again, without a batch, and counts
-    it twice. The next epoch's data are then left out, and `max_epochs` is reached too early.
+    With `max_steps`, Lightning treats every checkpoint as one of an incomplete epoch
+    (https://github.com/Lightning-AI/pytorch-lightning/pull/12821). It repeats the complete epoch without a batch and counts it twice. The
+    data of the next epoch are then skipped, and `max_epochs` is reached too early.
     """
     loop = trainer.fit_loop
     current, total = loop.epoch_progress.current, loop.epoch_progress.total
@@ -33,10 +33,10 @@ def begin_the_next_epoch(trainer: Trainer) -> None:
 
 
 def count_the_epoch(trainer: Trainer) -> None:
-    """Count the epoch that began after a checkpoint of an epoch's last batch; to be called when its first batch starts.
+    """Count the epoch that starts after a checkpoint at the last batch of an epoch. Call this when its first batch starts.
 
-    Lightning forgets it, so that a checkpoint of that epoch would be resumed with a wrong number of batches. While a batch is
-    trained, one more epoch has begun than ended.
+    Lightning omits this, so a checkpoint of that epoch would resume with a wrong number of batches. During a batch, the number of
+    started epochs exceeds the number of completed ones by one.
     """
     progress = trainer.fit_loop.epoch_progress
     if _NEEDED and progress.current.ready == progress.current.processed:  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A loader that goes on in the middle of an epoch."""
+"""Defines a data loader that resumes in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A `DataLoader` whose place in the epoch is saved in checkpoints, by Lightning's interface for that.
+    """A `DataLoader` that saves its position in the epoch in checkpoints, through Lightning's interface.
 
-    The order of samples has to be a function of the sampler's epoch. A resumed epoch goes on with the batch after the last one
-    that was handed out; those before it are not loaded. It draws no random numbers but its own, so that
-    validating or resuming does not change what training draws.
+    The order of the samples must be a function of the epoch of the sampler. A resumed epoch continues with the batch after the last one
+    that was returned, and does not load the earlier ones. The loader has its own random number generator, so validation and resuming do
+    not affect the random numbers in training.
 
     Args:
-        dataset: See `DataLoader`, as for all others.
-        sampler: Its order is a function of its epoch and a seed. By default samples come in the order of the data set.
-        batch_size: Samples a batch.
-        batch_sampler: Those of another `ResumableLoader`, with another sampler: Lightning makes such a copy for `overfit_batches`.
-        arguments: Passed on.
+        dataset: The data set.
+        sampler: A sampler whose order is a function of its epoch and a seed. By default, samples are in the order of the data set.
+        batch_size: Number of samples in a batch.
+        batch_sampler: The batch sampler of another `ResumableLoader`. Lightning makes such a copy for `overfit_batches`.
+        arguments: Further arguments of `DataLoader`.
 
     Attributes:
-        most: How many batches of an epoch are used at most: `RandomState` sets it to what `limit_train_batches` leaves of them.
+        most: Maximum number of batches in an epoch. `RandomState` sets it according to `limit_train_batches`.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class ResumableLoader(DataLoader[Any]):
         self.batches.skip = self.handed_out = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch, how many of its batches were handed out, and what makes them the batches that they are."""
+        """Return the epoch, the number of batches that were returned, and the settings that determine the batches."""
         epoch = getattr(self.batches.sampler, "epoch", 0)
         if self.handed_out >= min(len(self), self.most):
             return {"epoch": epoch + 1, "handed_out": 0, "batches": self._description()}
         return {"epoch": epoch, "handed_out": self.handed_out, "batches": self._description()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` says, with the next iteration. In an epoch of other batches, continue after as many samples, and warn."""
+        """Continue at the position in `state` in the next iteration. If the batches differ, continue after the same number of samples and warn."""
         skip, before, now = state["handed_out"], state["batches"], self._description()
         if skip and before != now:
             samples = skip * before["batch_size"] * before["devices"]
@@ -95,7 +95,7 @@ class ResumableLoader(DataLoader[Any]):
 
 
 class _Batches(BatchSampler):
-    """Batches of indices, of which the next iteration skips some."""
+    """Yields batches of indices, of which the next iteration skips some."""
 
     def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool) -> None:
         super().__init__(sampler, batch_size, drop_last)

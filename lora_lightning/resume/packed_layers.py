@@ -1,7 +1,6 @@
-"""Leaves layers of bitsandbytes out of checkpoints of adapters, and out of what is loaded from them.
+"""Omits layers of bitsandbytes when saving and loading checkpoints of adapters.
 
-Such a layer loads its weight only in the form that it is in itself, packed or not, and its state dict has more entries than
-parameters.
+Such a layer can load its weight only in its current form, packed or not, and its state dict has more entries than parameters.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from lora_lightning.lora import is_adapter_key
 
 
 def packed_keys(module: nn.Module) -> set[str]:
-    """Return the state-dict keys of the module's layers of bitsandbytes, those of adapters left out."""
+    """Return the state-dict keys of the layers of bitsandbytes in a module, without those of adapters."""
     return {
         f"{name}.{key}".lstrip(".")
         for name, layer in module.named_modules()
@@ -25,7 +24,7 @@ def packed_keys(module: nn.Module) -> set[str]:
 
 
 def let_packed_keys_be_missing(module: nn.Module) -> RemovableHandle:
-    """Let `module` load state dicts without these keys, also strictly, until the handle is removed."""
+    """Allow `module` to load state dicts without these keys, also strictly, until the handle is removed."""
 
     def forgive(module: nn.Module, incompatible: _IncompatibleKeys) -> None:
         packed = packed_keys(module)

@@ -1,4 +1,4 @@
-"""Random numbers that go on where they were: for runs that are resumed bitwise."""
+"""Saves and restores random states, for bitwise resuming."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _SEED_OFFSET = 1_000_003
 class RandomState(Callback):
     """Saves the state of all random number generators with a checkpoint, and restores it when training resumes.
 
-    PyTorch's on the CPU and on this process's GPU, NumPy's and Python's; each process of a run has its own. They are
-    restored just before the first training batch. Validation is kept from drawing any: so what training draws depends on
-    neither how often it is done nor when a run was stopped. A run goes on with the epoch that it would have had, also with
-    `max_steps`. `LoRAFinetuning` includes this; add it to runs without that.
+    This covers PyTorch on the CPU and on the GPU of this process, NumPy and Python, separately for each process of a run. The states are
+    restored just before the first training batch. Validation does not affect them, so the random numbers in training depend neither on
+    the number of validations nor on the moment when a run stopped. A run continues with the correct epoch, also with `max_steps`.
+    `LoRAFinetuning` includes this callback. Add it to runs without LoRA.
 
-    Data loaders draw a number whenever they are iterated, from PyTorch's unless they have a `generator`: give them one, as
-    this project's have, or an epoch's end is not resumed bitwise.
+    Data loaders draw a random number whenever they are iterated, from PyTorch's generator unless they have a `generator` of their own.
+    Pass one, as the data modules of this project do. Otherwise the end of an epoch is not resumed bitwise.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class RandomState(Callback):
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of all generators, in types that `torch.load` reads with `weights_only`."""
+    """Return the states of all generators, in types that `torch.load` reads with `weights_only`."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -95,7 +95,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Undo everything that was drawn since `random_state`."""
+    """Restore the states that `random_state` returned."""
     torch.set_rng_state(state["torch"].cpu())
     random.setstate((3, tuple(state["python"]), state["python_gauss"]))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -106,10 +106,10 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def own_random_numbers() -> Iterator[None]:
-    """Make what is drawn a function of the run's seed alone.
+    """Make the random numbers in this context a function of the seed of the run.
 
-    How many random numbers came before depends on the strategy (`ddp` seeds again), and one device has to get the adapters
-    that several get. They must not be the numbers that the base was initialized with either, hence the offset.
+    The number of earlier draws depends on the strategy (`ddp` seeds again), but adapters must be the same on one device and on several.
+    The offset prevents reusing the numbers that initialized the base.
     """
     seed = os.environ.get("PL_GLOBAL_SEED")
     if seed is None:

@@ -1,4 +1,4 @@
-"""Checkpoints of adapters alone, for a strategy that writes them past its CheckpointIO."""
+"""Saves and loads checkpoints of adapters for a strategy that does not use its CheckpointIO."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lora_lightning.resume.checkpoints import ADAPTER_KEY
 
 
 class ShardedCheckpoints:
-    """Leaves the frozen base out of the state that `ModelParallelStrategy` saves and loads.
+    """Omits the frozen base from the state that `ModelParallelStrategy` saves and loads.
 
-    That strategy gathers or shards `state_dict()` itself. While this object is in place, the model's state dict has no base, so that
-    nothing of the base is gathered on one process, and loading does not miss it.
+    This strategy gathers or shards `state_dict()` itself. While this object is active, the state dict of the model has no base, so the
+    base is not gathered on one process and not expected when loading.
 
     Args:
-        content: Says what a checkpoint of the adapted model has.
+        content: The content of a checkpoint of the adapted model.
     """
 
     def __init__(self, content: AdapterContent) -> None:
@@ -38,7 +38,7 @@ class ShardedCheckpoints:
         module.on_load_checkpoint = check_first  # type: ignore[method-assign]
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         self._hook.remove()
         self.content.pl_module._strict_loading = self._strict
         del self.content.pl_module.on_load_checkpoint

@@ -1,4 +1,4 @@
-"""Records which checkpoint a training started from."""
+"""Records the checkpoint that a run started from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_lightning.resume.checkpoints import STARTED_FROM
 
 
 class StartedFrom(Callback):
-    """Write the checkpoint that a training starts from into its log folder, where `--ckpt_path last` looks for it."""
+    """Write the path of the checkpoint that a run starts from to its log folder, for `--ckpt_path last`."""
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment from which a run can go on bitwise."""
+"""Handles Ctrl-C such that a run can resume bitwise."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing_extensions import override
 
 
 class StopAfterBatch(Callback):
-    """Lets a first Ctrl-C end training after the batch that is under way; a second one ends it at once.
+    """Stops training after the current batch at the first Ctrl-C, and immediately at the second one.
 
-    An interrupt in the middle of an optimizer step leaves a state that no undisturbed run ever had. The command line adds
-    this to `fit` on a single device; SIGTERM is treated so by Lightning itself.
+    An interrupt in the middle of an optimizer step would leave a state that an uninterrupted run never has. The command line adds this
+    callback to `fit` on a single device. Lightning itself handles SIGTERM in the same way.
     """
 
     def __init__(self) -> None:
