@@ -1,4 +1,4 @@
-"""Callbacks that join a Trainer."""
+"""Callbacks for the Trainer."""
 
 from lora_lightning.callbacks.confusion import ConfusionReport
 from lora_lightning.callbacks.feature_cache import FeatureCache

@@ -1,4 +1,4 @@
-"""Writes the adapter folder at the end of a training: of the best checkpoint where a metric was monitored."""
+"""Writes the adapter folder at the end of training, from the best checkpoint if a metric was monitored."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from lora_lightning.report import free_name, write_to
 def write_adapter_folder(
     trainer: Trainer, pl_module: LightningModule, adapted: nn.Module
 ) -> tuple[Path | str | None, str]:
-    """Write the adapters of a training to its folder. All devices have to call it.
+    """Write the trained adapters to the folder of the run. All devices have to call this.
 
     Returns:
-        The folder, `None` if the run has none, and in words which checkpoint's adapters these are, empty for the last ones.
+        The folder (`None` if the run has none), and a description of the checkpoint (empty for the last state).
     """
     folder = None if trainer.fast_dev_run else _run_folder(trainer)  # type: ignore[attr-defined] # set from elsewhere
     if folder is None:
@@ -42,7 +42,7 @@ def write_adapter_folder(
 
 
 def _run_folder(trainer: Trainer) -> str | None:
-    """Return the folder of a run's files: the log folder, or else that of the checkpoints. All devices have to ask."""
+    """Return the folder of the run: the log folder, or else the folder of the checkpoints. All devices have to call this."""
     if trainer.loggers:
         return trainer.log_dir
     folder = getattr(trainer.checkpoint_callback, "dirpath", None)
@@ -51,12 +51,12 @@ def _run_folder(trainer: Trainer) -> str | None:
 
 @dataclass(frozen=True)
 class _Best:
-    """Names a checkpoint, and the metric by which it is the best.
+    """Holds the best checkpoint and its metric.
 
     Args:
         path: The checkpoint.
         monitor: Name of the metric.
-        score: Its value there.
+        score: Value of the metric.
     """
 
     path: str
@@ -65,16 +65,16 @@ class _Best:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Return the metric by its name without the stage."""
+        """Return the metric under its name without the stage."""
         return {self.monitor.removeprefix("val/").removeprefix("val_"): self.score}
 
     def in_words(self) -> str:
-        """Return where it comes from: `of epoch=3-step=40.ckpt, the best by val/accuracy: 0.97`."""
+        """Return a description: `of epoch=3-step=40.ckpt, the best by val/accuracy: 0.97`."""
         return f"of {Path(self.path).name}, the best by {self.monitor}: {self.score:.4g}"
 
 
 def _best_of(trainer: Trainer) -> _Best | None:
-    """Return the best checkpoint of a training; `None` if nothing was monitored or saved, or if checkpoints are sharded."""
+    """Return the best checkpoint of a run, or `None` if no metric was monitored, nothing was saved, or checkpoints are sharded."""
     files = trainer.checkpoint_callback
     if not isinstance(files, ModelCheckpoint) or isinstance(trainer.strategy, ModelParallelStrategy):
         return None
@@ -85,7 +85,7 @@ def _best_of(trainer: Trainer) -> _Best | None:
 
 @contextmanager
 def _trained_as_in(best: _Best | None, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Give the adapters, and what is trained in full, the values in a checkpoint within this context."""
+    """Load the trained values from a checkpoint within this context."""
     if best is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Lightning's weight averaging beside adapters: it averages what trains, and leaves the frozen base alone."""
+"""Supports Lightning's weight averaging with adapters: only trained parameters are averaged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_lightning.lora.freeze import FrozenStatistics
 
 
 def average_with_adapters(trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-    """Make callbacks that copied the model before it had adapters copy it again."""
+    """Let callbacks that copied the model before it was adapted copy it again."""
     for callback, averaged in _averaged(trainer):
         if not is_adapted(averaged):
             callback.setup(trainer, pl_module, stage)
@@ -23,10 +23,10 @@ def average_with_adapters(trainer: Trainer, pl_module: LightningModule, stage: s
 
 @torch.no_grad()
 def restore_averaged_base(trainer: Trainer, pl_module: LightningModule, adapted: nn.Module) -> None:
-    """Give averaged copies the frozen values again.
+    """Restore the frozen values in averaged copies of the model.
 
-    The mean of a number with itself, computed as `d x + (1 - d) x`, may be another number. Called before each time that the
-    averaged model takes the place of the one in training, so that the base is never but itself.
+    The average of a number with itself, computed as `d x + (1 - d) x`, can differ from the number. Call this before the averaged
+    parameters replace those of the model, so that the base does not change.
     """
     for _, averaged in _averaged(trainer):
         frozen = {id(buffer) for buffer in adapted.buffers()} | {
@@ -40,9 +40,9 @@ def restore_averaged_base(trainer: Trainer, pl_module: LightningModule, adapted:
 
 @torch.no_grad()
 def restore_statistics(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Give frozen norm layers their statistics again, which `StochasticWeightAveraging` resets before its last epoch.
+    """Restore the statistics of frozen norm layers, which `StochasticWeightAveraging` resets before its last epoch.
 
-    It means to estimate them anew there, with the averaged weights. Frozen layers keep them: its copy of the model has them still.
+    The callback would estimate new statistics for the averaged weights. Its copy of the model still has the original ones.
     """
     for callback, averaged in _averaged(trainer):
         if isinstance(callback, StochasticWeightAveraging):
@@ -53,7 +53,7 @@ def restore_statistics(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def _averaged(trainer: Trainer) -> Iterator[tuple[WeightAveraging | StochasticWeightAveraging, nn.Module]]:
-    """Yield the callbacks that average weights, with their copies of the model."""
+    """Yield the callbacks that average weights and their copies of the model."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:
             yield callback, callback._average_model.module

@@ -1,4 +1,4 @@
-"""Defines `ConfusionReport`, which counts a model class by class, with its base beside it."""
+"""Defines `ConfusionReport`, which reports the confusion matrix of a model and its base."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ _MOST_CLASSES = 4096
 
 
 class ConfusionReport(Callback):
-    """Counts, class by class, what a model takes for what; with adapters attached, its base beside it.
+    """Reports the confusion matrix of a model. If the model has adapters, it also reports that of the base.
 
-    In `test` and `validate` one pass over the data gives a table in the terminal, figures in the loggers, and in the run's log folder
-    `confusion.json`, `confusion.csv`, images of them, the samples that changed, and the page `report.html`. Loggers other than
-    TensorBoard's get recall and precision of each class as numbers. During `fit`, each validation logs the recall of every class as
-    `val/recall/<class>`, or of more than 20 their mean as `val/mean_recall`; `metrics.csv`, `curves.png` and the page come at the
-    end. Of more than 20 classes the table, the figures and the scalars have the 20 of lowest recall. Counts are exact, on any
-    number of devices. Each of several loaders has a report of its own.
+    In `test` and `validate`, one pass over the data produces a table in the terminal, figures in the loggers, and files in the log
+    folder of the run: `confusion.json`, `confusion.csv`, images of the matrices, the samples that changed, and `report.html`. Loggers other
+    than TensorBoard receive the recall and precision of each class as numbers. During `fit`, each validation logs the recall of every class
+    as `val/recall/<class>`, or for more than 20 classes their mean as `val/mean_recall`. `metrics.csv`, `curves.png` and the report are
+    written at the end. For more than 20 classes, the table, the figures and the scalars contain the 20 with the lowest recall. Counts are
+    exact on any number of devices. Each data loader has its own report.
 
-    It asks nothing of the module. The logits are what the module's `forward` returned in the step, or else one of its
-    children: a tensor, or an object, mapping or tuple that holds them. The base's logits come from the same call with adapters
-    disabled; the step runs once. The targets come from the batch: the second element, or what has the key `labels`, `label`,
-    `targets`, `target`, `y` or `mask`. Logits of shape (B, C, ...), for example of pixels, count one by one. One
-    logit a sample stands for two classes. A warning says what could not be found.
+    The module does not need to return or log anything. The logits are the output of `forward` of the module in the step, or of one of its
+    children: a tensor, or an object, mapping or tuple with a tensor. The logits of the base come from the same call with the adapters
+    disabled, and the step runs once. The targets are the second element of the batch, or its entry `labels`, `label`, `targets`,
+    `target`, `y` or `mask`. Logits of shape (B, C, ...), for example for pixels, are counted individually. A single logit per sample means
+    two classes. A warning says what could not be found.
 
     Args:
-        class_names: Names of the C classes; by default the data module's `class_names`, the data set's `classes`, or their numbers.
+        class_names: Names of the C classes. The default is `class_names` of the data module, `classes` of the data set, or numbers.
         verbose: Whether to print the table.
-        target_key: Key or position of the targets in a batch, if it is another one.
-        ignore_index: Target that does not count, besides -100. By default the module's hyper-parameter of this name, if it has one.
+        target_key: Key or position of the targets in a batch, if it differs from the above.
+        ignore_index: Target to ignore in addition to -100. The default is the hyper-parameter of this name of the module, if any.
 
     Attributes:
-        reports: The latest `Report` of `test` or `validate` of each loader, on every device.
-        report: The first of them; `None` before.
+        reports: The latest `Report` of each data loader in `test` or `validate`, on every device.
+        report: The first of these reports, or `None` before.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ConfusionReport(Callback):
         self.ignore_index = ignore_index
         self.reports: list[Report] = []
         self._counts: dict[tuple[int, bool], Counts] = {}
-        """Holds the counts by number of the loader, and whether it is the base that is counted."""
+        """Counts by the number of the loader and whether they are those of the base."""
         self._changes: dict[int, Changes] = {}
         self._recorded: RecordedCalls | None = None
         self._metrics = RecordedMetrics()
@@ -72,7 +72,7 @@ class ConfusionReport(Callback):
 
     @property
     def report(self) -> Report | None:
-        """Return the latest report, of the first loader."""
+        """Return the latest report of the first data loader."""
         return self.reports[0] if self.reports else None
 
     @override
@@ -204,7 +204,7 @@ class ConfusionReport(Callback):
     def _find(
         self, pl_module: LightningModule, calls: list[Call], batch: Any
     ) -> tuple[Call, Tensor, Tensor, int] | None:
-        """Return the call that gave the logits, the logits, the targets and the number of samples; warn if there are none."""
+        """Return the call with the logits, the logits, the targets and the number of samples, or warn if there are none."""
         targets = find_targets(batch, self.target_key)
         if targets is None:
             what = f" under {self.target_key!r}" if self.target_key is not None else ""
@@ -258,7 +258,7 @@ class ConfusionReport(Callback):
             write_facts(trainer, pl_module, folder)
 
     def _gathered(self, trainer: Trainer, stage: str, loaders: Any) -> list[Report]:
-        """Return the reports of all devices together. Every device has to call it, also one that had no samples."""
+        """Return the reports over all devices. Every device has to call this, even without samples."""
         found = sum_over_devices(self._counts, trainer.strategy.root_device, data_parallel_group(trainer))
         pairs = pairs_of_devices(self._changes, data_parallel_group(trainer))
         numbers = sorted({loader for loader, _ in found})
@@ -296,7 +296,7 @@ class ConfusionReport(Callback):
 
 
 def _holds_all_adapters(call: Call, calls: list[Call], pl_module: LightningModule) -> bool:
-    """Return whether nothing that the call was given can depend on adapters."""
+    """Return whether the inputs of the call are independent of adapters."""
     inside = {id(parameter) for parameter in call.module.parameters()}
     first = next(each for each in calls if each.module is call.module) is call
     return first and all(id(parameter) in inside for parameter in adapter_parameters(pl_module))

@@ -1,4 +1,4 @@
-"""Distils the frozen base into the adapted model while it trains: the teacher is the model itself with its adapters disabled."""
+"""Distils the frozen base into the adapted model during training. The teacher is the model with disabled adapters."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from lora_lightning.report.found import tensors_of
 
 
 class Distillation:
-    """Adds the gradient of `weight * T² KL(base || model)` to that of the training loss, from the logits on.
+    """Adds the gradient of `weight * T² KL(base || model)` to the gradient of the training loss at the logits.
 
-    KL is the divergence of the softmax of z / T from that of the base's z₀ / T, the mean over samples (Hinton, Vinyals, Dean 2015,
-    https://arxiv.org/abs/1503.02531, section 2). Its gradient by z is T (softmax(z / T) - softmax(z₀ / T)) / N. It is added where
-    the loss's own gradient arrives at the logits, so there is one backward pass, in any strategy and precision.
+    KL is the divergence between the softmax of z₀ / T of the base and that of z / T of the model, averaged over samples (Hinton, Vinyals,
+    Dean 2015, https://arxiv.org/abs/1503.02531, section 2). The gradient of T² KL with respect to z is
+    T (softmax(z / T) - softmax(z₀ / T)) / N. It is added when the gradient of the loss reaches the logits, so there is a single backward
+    pass in any strategy and precision.
 
-    The logits are what `forward` returned in the step, or one of the module's children: a tensor of shape (N, C), (N, C, H, W), or
-    (N, L, C), or an object that holds it.
+    The logits are the output of `forward` of the module in the step, or of one of its children: a tensor of shape (N, C), (N, C, H, W), or
+    (N, L, C), or an object with such a tensor.
 
     Args:
         weight: Weight of the term.
-        temperature: T.
+        temperature: Temperature T.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -43,17 +44,17 @@ class Distillation:
         self._warned = False
 
     def record(self, pl_module: LightningModule) -> None:
-        """Record the calls of the step that begins."""
+        """Record the calls of the next step."""
         self.stop()
         self._recorded = RecordedCalls(pl_module)
 
     def stop(self) -> list[Call]:
-        """Leave the module as it was, and return the calls that were recorded."""
+        """Restore the module and return the recorded calls."""
         recorded, self._recorded = self._recorded, None
         return recorded.stop() if recorded else []
 
     def add_gradient(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the gradient be added in the backward pass that begins."""
+        """Add the gradient in the next backward pass."""
         calls = self.stop()
         own = [call for call in calls if call.module is pl_module]
         found = next(((call, each) for call in own or reversed(calls) for each in _with_gradient(call.output)), None)
@@ -79,7 +80,7 @@ class Distillation:
         return (logits.float() / self.temperature).softmax(classes)
 
     def _of_base(self, trainer: Trainer, pl_module: LightningModule, call: Call) -> Tensor:
-        """Return the base's logits of the same call, without dropout and without a trace in norm statistics."""
+        """Return the logits of the base for the same call, without dropout and without changing norm statistics."""
         modes = {module: module.training for module in call.module.modules()}
         call.module.eval()
         try:
@@ -99,7 +100,7 @@ def _class_logits(output: Any) -> Iterator[Tensor]:
 
 
 def _scale_of_loss(trainer: Trainer, pl_module: LightningModule) -> float:
-    """Return what the loss is multiplied by before the backward pass: one over the accumulated batches, and by a gradient scaler."""
+    """Return the factor of the loss before the backward pass, from gradient accumulation and a gradient scaler."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     scale = 1.0 if scaler is None else float(scaler.get_scale())
     return scale / trainer.accumulate_grad_batches if pl_module.automatic_optimization else scale

@@ -1,4 +1,4 @@
-"""Says what an evaluation goes over: which devices have different samples, whether some are repeated, and how to read texts."""
+"""Describes the data of an evaluation: processes with different samples, repeated samples, and how to decode texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def decoder(trainer: Trainer) -> Callable[[Tensor], list[str]] | None:
-    """Return what makes texts of token ids: the tokenizer of the data module or of a part of the model, if there is one."""
+    """Return a function that decodes token ids, from the tokenizer of the data module or of a part of the model, if any."""
     holders = [getattr(trainer, "datamodule", None), *trainer.lightning_module.modules()]
     found = [tokenizer for each in holders if each is not None and (tokenizer := vars(each).get("tokenizer"))]
     decoders = [each.batch_decode for each in found if hasattr(each, "batch_decode")]
@@ -20,13 +20,13 @@ def decoder(trainer: Trainer) -> Callable[[Tensor], list[str]] | None:
 
 
 def data_parallel_group(trainer: Trainer) -> Any:
-    """Return the processes that have different samples: with tensor parallelism several have the same."""
+    """Return the group of processes with different samples. With tensor parallelism, several processes have the same ones."""
     mesh = getattr(trainer.strategy, "_device_mesh", None)
     return None if mesh is None else mesh["data_parallel"].get_group()
 
 
 def warn_of_repeated_samples(trainer: Trainer, samples: int, dataset: Any) -> None:
-    """Warn if samples were repeated, as Lightning's default sampler does to give each device as many."""
+    """Warn if samples were repeated, which Lightning's default sampler does to give each device the same number."""
     if trainer.world_size == 1 or trainer.limit_test_batches != 1.0 or trainer.limit_val_batches != 1.0:
         return
     size = len(dataset) if hasattr(dataset, "__len__") else 0

@@ -1,4 +1,4 @@
-"""`FeatureCache`: trains without computing what is always the same."""
+"""Defines `FeatureCache`, which stores the output of the frozen part of a network."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lora_lightning.lora import backbone_of
 
 
 class FeatureCache(Callback):
-    """Keeps the features that the frozen part of a network computes of each training sample before anything trains.
+    """Stores the features that the frozen part of a network computes for each training sample before the first trained layer.
 
-    From the second epoch on, training skips that part: adapters in the last layers train many times faster, and end bitwise as
-    they would have. Validation computes everything, as always. It needs memory for the features, on the model's device; the first batch says how much. To be used
-    beside `LoRAFinetuning`, or with layers frozen in another way.
+    From the second epoch on, training skips this part. Adapters in the last layers train many times faster, and the result is bitwise the
+    same. Validation computes the complete network. The features need memory on the device of the model, and a log line after the first
+    batch says how much. Use this callback with `LoRAFinetuning` or with other frozen layers.
 
     Raises:
-        ValueError: In `fit`, if nothing is frozen and deterministic before the first layer that trains, if training data are
-            augmented or inputs turn out to change, or if features depend on the batch that a sample is in.
+        ValueError: In `fit`, if there is no frozen and deterministic part before the first trained layer, if the training data are
+            augmented or the inputs change, or if features depend on the other samples in a batch.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""Whether the frozen base is what it was."""
+"""Verifies that the frozen base has not changed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lora_lightning.lora.freeze import FrozenStatistics
 
 
 class FrozenBase:
-    """Compares the base with what it was at the start of a training.
+    """Compares the base with its state at the start of training.
 
-    Parameters and the statistics of norm layers must not change by a bit. Other buffers are the user's own: code that updates
-    one (the centre of DINO's teacher, the counts of a metric) is named in a warning, and they go into checkpoints.
+    Parameters and the statistics of norm layers must not change by a single bit. The user's code may update other buffers (the centre of
+    DINO's teacher, the counts of a metric). A warning names these buffers, and checkpoints include them.
 
     Args:
         adapted: The module that `attach` was called with.
@@ -26,14 +26,14 @@ class FrozenBase:
         self._warned = False
 
     def changed(self) -> tuple[list[str], list[str]]:
-        """Return the keys of parameters and norm statistics that changed, and those of other buffers."""
+        """Return the keys of the parameters and norm statistics that changed, and of the other buffers that changed."""
         own = self._buffers_of_the_users()
         now = digests(self.adapted)
         changed = [key for key, digest in self.at_start.items() if now.get(key) != digest]
         return [key for key in changed if key not in own], [key for key in changed if key in own]
 
     def warn_of_buffers(self) -> None:
-        """Names, once, the buffers that the user's code has changed."""
+        """Warn once about the buffers that the user's code has changed."""
         if self._warned:
             return
         own = self._buffers_of_the_users()

@@ -1,4 +1,4 @@
-"""Adapters that were trained in processes of their own, for those that come after them."""
+"""Passes adapters from the processes that trained them to later ones."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lora_lightning.lora import adapter_state_dict
 
 
 class Handover:
-    """Carries what `fit` trained over to a later `test` or `predict` of the same trainer.
+    """Passes the trained adapters from `fit` to a later `test` or `predict` of the same trainer.
 
-    With `ddp_spawn`, `ddp_fork` and `ddp_notebook` each of these runs in processes of its own. Lightning brings the weights
-    home to the main process, but the model there never had adapters to take theirs. So they wait in a temporary file, whose
-    name all of these processes know, as long as the main process has the callback.
+    With `ddp_spawn`, `ddp_fork` and `ddp_notebook`, each of these runs in separate processes. Lightning returns the weights to the main
+    process, but the model there has no adapters. The adapters are therefore kept in a temporary file, whose name all processes know, as
+    long as the callback exists in the main process.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Handover:
         weakref.finalize(self, _remove, self.path, os.getpid())
 
     def put(self, trainer: Trainer, adapted: nn.Module, folder: object) -> None:
-        """Write the adapters to the temporary file, at the end of `fit`."""
+        """Write the adapters to the temporary file at the end of `fit`."""
         if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) or not trainer.is_global_zero:
             return
         torch.save({key: value.detach().cpu() for key, value in adapter_state_dict(adapted).items()}, self.path)
@@ -42,7 +42,7 @@ class Handover:
         )
 
     def take(self, adapted: nn.Module) -> None:
-        """Read the adapters from the temporary file, once others were attached."""
+        """Read the adapters from the temporary file after new ones were attached."""
         if self.path.exists():
             state = adapted.state_dict(keep_vars=True)
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Attaches adapters once the layers of a `LightningModule` exist."""
+"""Attaches adapters as soon as the layers of a `LightningModule` exist."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from lora_lightning.lora import disabled
 
 
 def convert_layers(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Let `BitsandbytesPrecision` replace the linear layers now, which it would do after they were adapted. It does so once."""
+    """Let `BitsandbytesPrecision` replace the linear layers now. Otherwise it would do so after they were adapted."""
     precision = trainer.strategy.precision_plugin
     if isinstance(precision, BitsandbytesPrecision):
         precision.convert_module(pl_module)
 
 
 class AfterLayers:
-    """Attaches adapters once the layers of a module exist, and settles them once these are distributed.
+    """Attaches adapters as soon as the layers of a module exist, and settles them after the layers are distributed.
 
-    The last hook of a module that may make layers is `configure_model`, or else `setup`. Both run after the `setup` of callbacks:
-    the hook is replaced on the module itself, until it has run. A module with neither has its layers already. So has one
-    whose `configure_model` distributes layers that are there: adapters are attached before it, to be distributed with them.
+    The last hook in which a module can create layers is `configure_model`, or else `setup`. Both run after the `setup` of callbacks, so the
+    hook is replaced on the module until it has run. A module without these hooks already has its layers. If `configure_model`
+    distributes existing layers, the adapters are attached before it, so that they are distributed as well.
 
     Args:
         trainer: The trainer that runs the module.
         pl_module: The module.
-        attach: Attaches the adapters, if there are none yet.
-        settle: Is called after it, in the last of these hooks.
+        attach: A function that attaches the adapters if there are none.
+        settle: A function that is called afterwards, at the end of the last hook.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class AfterLayers:
         setattr(pl_module, self.hook, then)
 
     def remove(self) -> None:
-        """Give the module its hook back, if it did not run."""
+        """Restore the hook of the module if it did not run."""
         if self.hook is not None:
             delattr(self._pl_module, self.hook)
             if self._own is not None:

@@ -1,4 +1,4 @@
-"""Gives results to the loggers, each by what its interface takes."""
+"""Logs results in the form that each logger supports."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _SETTINGS = ("rank", "alpha", "dropout", "target_modules", "init", "use_rslora",
 
 
 def log_report(trainer: Trainer, pl_module: LightningModule, report: Report, figures: dict[str, Figure]) -> None:
-    """Log a report: figures for all loggers that take them; for TensorBoard the settings beside the errors, for others numbers by class.
+    """Log a report: figures for all loggers that support them, the settings with the errors for TensorBoard, and numbers per class for others.
 
-    In TensorBoard the numbers of single classes are one figure, since as scalars each would be a card with one dot. The figures are
-    those of `report_figures`.
+    TensorBoard gets the numbers per class as a single figure, since each scalar would be a chart with one point. `figures` is the result
+    of `report_figures`.
     """
     for logger in trainer.loggers:
         names = _FIGURES
@@ -41,7 +41,7 @@ def log_report(trainer: Trainer, pl_module: LightningModule, report: Report, fig
 
 
 def show_classes_as_one_chart(trainer: Trainer) -> None:
-    """Let TensorBoard draw the recall of all classes, validation by validation, in one chart of its tab of custom scalars."""
+    """Let TensorBoard draw the recall of all classes after each validation in one chart, under custom scalars."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             experiment: Any = logger.experiment
@@ -49,7 +49,7 @@ def show_classes_as_one_chart(trainer: Trainer) -> None:
 
 
 def log_settings(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Log the settings of a run as its hyper-parameters."""
+    """Log the settings of a run as hyper-parameters."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.log_hyperparams(settings(trainer, pl_module), {})  # without a metric of -1
@@ -58,7 +58,7 @@ def log_settings(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def settings(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """Return what a run was asked for: settings of the adapters, the classes in focus, and the seed."""
+    """Return the settings of a run: those of the adapters, the classes in focus, and the seed."""
     found: dict[str, Any] = {"seed": os.environ.get("PL_GLOBAL_SEED")}
     callbacks = trainer.callbacks  # type: ignore[attr-defined] # Trainer sets it from elsewhere
     configs = [each.config for each in callbacks if isinstance(each, LoRAFinetuning)]

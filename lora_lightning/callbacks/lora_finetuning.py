@@ -1,4 +1,4 @@
-"""Defines `LoRAFinetuning`, which turns any training of a LightningModule into LoRA fine-tuning."""
+"""Defines `LoRAFinetuning`, which turns the training of any LightningModule into LoRA fine-tuning."""
 
 from __future__ import annotations
 
@@ -46,34 +46,34 @@ from lora_lightning.resume.sharded_checkpoints import ShardedCheckpoints
 
 
 class LoRAFinetuning(Callback):
-    """Freeze a trained model, attach adapters before the optimizer exists, and train those alone.
+    """Freezes a trained model, attaches adapters before the optimizer is created, and trains only the adapters.
 
-    It works with any `LightningModule` whose layers exist after `__init__`, `setup` or `configure_model`, and whose
-    `configure_optimizers` takes the parameters that require gradients, or all of them. Checkpoints hold the adapters and not the
-    base, and `ckpt_path` takes them. At the end of `fit` the adapters are written to `<log folder>/adapter` in PEFT's format, or
-    without a logger to `<checkpoints>/adapter`: those of the best checkpoint if `ModelCheckpoint` monitors a metric, else the last.
-    Random states travel in checkpoints, as with `RandomState`.
+    The callback works with any `LightningModule` whose layers exist after `__init__`, `setup` or `configure_model`, and whose
+    `configure_optimizers` uses all parameters or those that require gradients. Checkpoints contain the adapters without the base, and
+    can be passed as `ckpt_path`. At the end of `fit`, the adapters are written in PEFT's format to `<log folder>/adapter`, or without a
+    logger to `<checkpoints>/adapter`. They are those of the best checkpoint if `ModelCheckpoint` monitors a metric, else the last ones.
+    Checkpoints include random states, as with `RandomState`.
 
     Args:
-        base_checkpoint: Lightning checkpoint of the model that is adapted: a file, or a log folder, whose newest
-            checkpoint is taken. `None` adapts the model as it is.
-        adapter: Folder of adapters to start from, as `fit` or PEFT wrote it, or a log folder, whose newest one is taken. It says
-            what is adapted, and `config` does not count. `None` draws new adapters.
-        lr_ratio: Learning rate of B over that of A (LoRA+, https://arxiv.org/abs/2402.12354, about 16 there). It holds under any
-            scheduler and after resuming.
-        verify: Whether to warn, after the first epoch, of adapters that training has not changed.
-        distillation: Weight of distillation to the frozen base, on the samples that are trained on: it keeps what the base says of
-            classes that these do not show. It costs a forward pass of the base a step.
+        base_checkpoint: Lightning checkpoint of the base: a file, or a log folder, whose newest checkpoint is used. `None` adapts
+            the model as it is.
+        adapter: Folder of adapters to start from, written by `fit` or PEFT, or a log folder, whose newest adapter is used. The folder
+            determines the adapted layers, and `config` is ignored. `None` creates new adapters.
+        lr_ratio: Ratio of the learning rates of B and A (LoRA+, https://arxiv.org/abs/2402.12354, which recommends about 16). It applies
+            with any scheduler and after resuming.
+        verify: Whether to warn after the first epoch about adapters that training has not changed.
+        distillation: Weight of the distillation from the frozen base on the training samples. It preserves the predictions for classes
+            without training samples, and costs a forward pass of the base per step.
         temperature: Temperature T of the distillation (https://arxiv.org/abs/1503.02531, section 2).
-        config: The arguments of `LoRAConfig`. Names may be those of the adapted child, or of the whole module. New last layers of
-            `image_backbone` and `text_backbone` are added to a list of `modules_to_save`.
+        config: The arguments of `LoRAConfig`. Names can be relative to the adapted child or to the whole module. New last layers of
+            `image_backbone` and `text_backbone` are added to `modules_to_save` if this is a list.
 
     Raises:
-        ValueError: If a value is out of its range. In `setup`, as `attach` does, or if a checkpoint or folder does not fit. In
-            `fit`, if the optimizer does not have the adapters, or has other parameters.
-        FileNotFoundError: In `setup`, if there is no such checkpoint or folder.
-        NotFiniteError: In `fit`, if the adapters hold NaN or infinity.
-        RuntimeError: At the end of `fit`, if the frozen base changed.
+        ValueError: If a value is out of range. In `setup`, for the reasons of `attach`, or if a checkpoint or folder does not fit. In
+            `fit`, if the optimizer lacks the adapters or has other parameters.
+        FileNotFoundError: In `setup`, if a checkpoint or folder does not exist.
+        NotFiniteError: In `fit`, if the adapters contain NaN or infinity.
+        RuntimeError: At the end of `fit`, if the frozen base has changed.
 
     Example::
 
@@ -238,7 +238,7 @@ class LoRAFinetuning(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the adapter folder, and check that the base is what it was."""
+        """Write the adapter folder and check that the base has not changed."""
         assert self.adapted is not None
         assert self._frozen is not None
         self.adapter_folder, of_best = write_adapter_folder(trainer, pl_module, self.adapted)
@@ -265,7 +265,7 @@ class LoRAFinetuning(Callback):
             rank_zero_info("The adapters are as they began, and change nothing: ckpt_path gives them what was trained.")
 
     def _load_base(self, pl_module: LightningModule) -> None:
-        """Load `base_checkpoint`, if there is one, into a model without adapters."""
+        """Load `base_checkpoint`, if any, into a model without adapters."""
         if self.base_checkpoint is not None:
             self.base_path = newest_checkpoint(self.base_checkpoint)
             rank_zero_info(f"Base: {self.base_path}")
@@ -296,7 +296,7 @@ class LoRAFinetuning(Callback):
         rank_zero_info(what_trains(self.adapted))
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prepare what belongs to a run, once the module is adapted."""
+        """Prepare the run after the module is adapted."""
         assert self.adapted is not None
         average_with_adapters(trainer, pl_module, stage)
         files = trainer.strategy.checkpoint_io
@@ -312,12 +312,12 @@ class LoRAFinetuning(Callback):
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(write_atomically(files), trainer.strategy, content)
 
     def trained_parameters(self) -> str:
-        """Return how many parameters train: `6,794 of 2,813,804 parameters, 0.242% of the base`."""
+        """Return the number of trained parameters: `6,794 of 2,813,804 parameters, 0.242% of the base`."""
         return trained_parameters(self._the_adapted)
 
 
 def _save_no_more(trainer: Trainer) -> None:
-    """Keep a `ModelCheckpoint` that saves on exceptions from replacing the last finite checkpoint."""
+    """Prevent a `ModelCheckpoint` that saves on exceptions from replacing the last finite checkpoint."""
     files = trainer.strategy.checkpoint_io
     if isinstance(files, AdapterCheckpointIO):
         files.closed = True

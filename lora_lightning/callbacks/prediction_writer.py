@@ -1,4 +1,4 @@
-"""`PredictionWriter`: what a model takes each sample for."""
+"""Defines `PredictionWriter`, which prints and saves predictions."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class _Prediction:
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Prints one line a sample, its likeliest classes, and writes `predictions.csv` to the run's log folder.
+    """Prints the most likely classes of each sample and writes `predictions.csv` to the log folder of the run.
 
-    Samples are those of all devices, in the order of the data set, each once. The module's `predict_step` has to return
-    logits of shape (B, C), as that of `Classifier` does, or probabilities. Files are named by the data module's `predict_files`, classes by its
-    `class_names`; without these, by their numbers.
+    The output contains each sample of all devices once, in the order of the data set. `predict_step` of the module must return logits of
+    shape (B, C), as in `Classifier`, or probabilities. The names of files and classes come from `predict_files` and `class_names` of the data
+    module. Without these, they are numbers.
 
     Args:
-        top_k: How many classes a sample gets, the likeliest first.
+        top_k: Number of classes per sample, in order of decreasing probability.
 
     Raises:
-        ValueError: If `top_k` is below 1; in `predict`, if there are not as many names as classes.
+        ValueError: If `top_k` is below 1. In `predict`, if the number of names differs from the number of classes.
     """
 
     def __init__(self, top_k: int = 5) -> None:
@@ -92,7 +92,7 @@ class PredictionWriter(BasePredictionWriter):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write what was predicted so far."""
+        """Write the predictions so far."""
         if trainer.predicting and trainer.world_size == 1:
             self._report(trainer)
 
@@ -121,7 +121,7 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def _probabilities(output: Tensor) -> Tensor:
-    """Return the output itself if it is probabilities already, else its softmax; of log-probabilities that is what they are of."""
+    """Return the output if it contains probabilities, else its softmax, which also converts log-probabilities."""
     values = output.float()
     tolerance = min(32 * torch.finfo(output.dtype).eps, 0.02)
     if bool((values >= 0).all()) and bool(((values.sum(1) - 1).abs() <= tolerance).all()):

@@ -1,4 +1,4 @@
-"""Records how a step calls its model."""
+"""Records the calls of a model in a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 @dataclass
 class Call:
-    """One call of a module, by the step and not by another recorded module."""
+    """Describes a call of a module by the step, not by another recorded module."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -22,10 +22,10 @@ class Call:
 
 
 class RecordedCalls:
-    """Records the calls of a `LightningModule`'s `forward`, and of its children that hold parameters, until `stop`.
+    """Records the calls of `forward` of a `LightningModule` and of its children with parameters, until `stop`.
 
-    `forward` is replaced on the module itself: many steps call `self.forward(x)`, which no hook sees, and under `ddp` the
-    hooks of the module see the arguments of the step.
+    `forward` is replaced on the module, since many steps call `self.forward(x)`, which no hook observes. With `ddp`, the hooks of the
+    module would receive the arguments of the step.
 
     Args:
         pl_module: The module whose step is about to run.
@@ -56,7 +56,7 @@ class RecordedCalls:
         pl_module.forward = recorded  # type: ignore[method-assign]
 
     def stop(self) -> list[Call]:
-        """Leave the module as it was, and return its calls in their order."""
+        """Restore the module and return its calls in order."""
         if not self._stopped:
             self._stopped = True
             for handle in self._handles:

@@ -1,4 +1,4 @@
-"""Lets a configuration name layers as the whole `LightningModule` sees them."""
+"""Supports names of layers relative to the `LightningModule` in a configuration."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lora_lightning.lora.named_adapters import exactly
 
 
 def relative_names(config: LoRAConfig, pl_module: LightningModule, adapted: nn.Module) -> LoRAConfig:
-    """Return the configuration with names relative to the adapted child: `net.0` becomes `0` where `net` is adapted.
+    """Return the configuration with names relative to the adapted child: `net.0` becomes `0` if `net` is adapted.
 
-    A name that matches as it is stays as it is.
+    A name that already matches is not changed.
     """
     prefix = next(name for name, module in pl_module.named_modules() if module is adapted)
     if not prefix:

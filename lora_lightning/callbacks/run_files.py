@@ -1,4 +1,4 @@
-"""Writes what a run leaves in its folder beside checkpoints: reports, curves, facts about the run, and the page of all of them."""
+"""Writes the files of a run except checkpoints: reports, curves, facts about the run, and `report.html`."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from lora_lightning.report.layers import layer_changes
 
 
 class RecordedMetrics:
-    """Records what a training logs, as often as the loggers get it, and the learning rate."""
+    """Records the logged metrics of a run as often as the loggers receive them, and the learning rate."""
 
     def __init__(self) -> None:
         self.history = History()
 
     def after_batch(self, trainer: Trainer) -> None:
-        """Record the metrics of this step, if it is one whose metrics are logged."""
+        """Record the metrics of this step if they are logged."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         if every and trainer.global_step % every == 0:
             metrics: dict[str, Any] = dict(trainer.logged_metrics)
@@ -47,7 +47,7 @@ class RecordedMetrics:
         self._record(trainer, dict(trainer.callback_metrics))
 
     def after_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the metrics of a training epoch, and log the norm of the adapters' ΔW, of all layers together."""
+        """Record the metrics of a training epoch, and log the norm of ΔW over all layers."""
         metrics: dict[str, Any] = dict(trainer.callback_metrics)
         if trainer.is_global_zero and (layers := layer_changes(pl_module, with_base=False)):
             self._log(trainer, metrics, "delta_norm", sum(each["norm"] ** 2 for each in layers) ** 0.5)
@@ -63,7 +63,7 @@ class RecordedMetrics:
             self.history.record(trainer.global_step, {name: float(value) for name, value in metrics.items()})
 
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `metrics.csv`, `curves.png` and the page of the run to the log folder."""
+        """Write `metrics.csv`, `curves.png` and the report of the run to the log folder."""
         folder = log_folder(trainer)
         if folder is None or not trainer.is_global_zero or not self.history.rows:
             return
@@ -79,13 +79,13 @@ class RecordedMetrics:
 
 
 def log_folder(trainer: Trainer) -> str | None:
-    """Return where the run's files belong, if it writes any. Every device has to ask."""
+    """Return the folder for the files of the run, if any. Every device has to call this."""
     folder = trainer.log_dir if trainer.loggers else None
     return None if trainer.fast_dev_run else folder  # type: ignore[attr-defined] # Trainer sets it from elsewhere
 
 
 def write_facts(trainer: Trainer, pl_module: LightningModule, folder: str) -> None:
-    """Write `run.json`, if it is not there, and the page of the run."""
+    """Write `run.json` if it does not exist, and the report of the run."""
     packages: tuple[Any, ...] = (lora_lightning, torch, lightning)
     trained, total = trained_and_total(pl_module)
     checkpoint = trainer.ckpt_path if trainer.state.fn != "fit" else None

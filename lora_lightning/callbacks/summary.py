@@ -1,4 +1,4 @@
-"""Says in words which parameters a training of adapters trains."""
+"""Describes the trained parameters and metrics of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_lightning.lora.merging import shared_memory
 
 
 def what_trains(adapted: nn.Module) -> str:
-    """Return one line for each adapter, a line for each adapted weight that another layer shares, and the sum."""
+    """Return one line per adapter, one line per adapted weight that another layer shares, and the total."""
     lines = ["LoRA adapters on:"]
     for each in adapted_weights(adapted):
         size = sum(value.numel() for key, value in each.adapter._parameters.items() if key.startswith("lora_"))
@@ -39,20 +39,20 @@ def _sizes(each: AdaptedWeight) -> str:
 
 
 def trained_parameters(adapted: nn.Module) -> str:
-    """Return how many parameters train: `6,794 of 2,813,804 parameters, 0.242% of the base`."""
+    """Return the number of trained parameters: `6,794 of 2,813,804 parameters, 0.242% of the base`."""
     trained = sum(parameter.numel() for parameter in adapter_parameters(adapted))
     total = sum(parameter.numel() for parameter in adapted.parameters())
     return f"{trained:,} of {total:,} parameters, {trained / (total - trained):.3%} of the base"
 
 
 def trained_and_total(module: nn.Module) -> tuple[int, int]:
-    """Return how many parameters of a module train, and how many it has."""
+    """Return the number of trained parameters of a module, and of all parameters."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 
 def stage_metrics(trainer: Trainer, stage: str) -> dict[str, float]:
-    """Return what the last `"val"` or `"test"` logged, by its names without `val/` or `val_`; not what it logged of each class."""
+    """Return the metrics of the last `"val"` or `"test"` by their names without `val/` or `val_`, except those of single classes."""
     found = {
         name[len(stage) + 1 :]: float(value) for name, value in trainer.callback_metrics.items() if _is_of(stage, name)
     }

@@ -1,4 +1,4 @@
-"""Checks a training of adapters without touching the model."""
+"""Checks the training of adapters without changing the model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lora_lightning.resume.adapter_checkpoint import NotFiniteError
 
 
 def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.Module) -> None:
-    """Compare what the optimizers hold with what is to be trained.
+    """Compare the parameters of the optimizers with those that should be trained.
 
     Raises:
-        ValueError: If adapters are in no optimizer, or something else is that would train whole; the message names them.
+        ValueError: If adapters are in no optimizer, or if an optimizer has other trained parameters. The message names them.
     """
     if not pl_module.automatic_optimization and not any(optimizer.param_groups for optimizer in trainer.optimizers):
         return  # the module steps with optimizers of its own
@@ -46,10 +46,10 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.M
 
 
 def refuse_strategy(strategy: Strategy) -> None:
-    """Refuse strategies that replace the parameters which adapters belong to.
+    """Refuse strategies that replace the parameters that adapters belong to.
 
     Raises:
-        ValueError: For FSDP1 and DeepSpeed's stage 3; the message names what to use.
+        ValueError: For FSDP1 and DeepSpeed stage 3. The message names an alternative.
     """
     stage_3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
     if isinstance(strategy, FSDPStrategy) or stage_3:
@@ -61,7 +61,7 @@ def refuse_strategy(strategy: Strategy) -> None:
 
 
 class Untouched:
-    """Finds adapters that an epoch of training has left as they were."""
+    """Finds adapters that an epoch of training has not changed."""
 
     def __init__(self, adapted: nn.Module, step: int) -> None:
         self.adapted = adapted
@@ -69,7 +69,7 @@ class Untouched:
         self.before = {name: full(up.detach()).clone() for name, up in _ups(adapted).items()}
 
     def warn(self, trainer: Trainer) -> None:
-        """Name those adapters in a warning."""
+        """Warn about these adapters."""
         if trainer.global_step == self.step:
             return
         names = [
@@ -85,9 +85,9 @@ class Untouched:
 
 
 class Finite:
-    """Ends a training whose adapters are not finite any more.
+    """Stops training if the adapters are no longer finite.
 
-    A loss that is not finite makes it look at the adapters: a mixed precision may skip such a step, and nothing is lost then.
+    The adapters are only checked after a loss that is not finite. Mixed precision may skip such a step without any harm.
     """
 
     def __init__(self, adapted: nn.Module) -> None:
@@ -95,7 +95,7 @@ class Finite:
         self.losses: list[tuple[int, Tensor]] = []
 
     def look(self, trainer: Trainer, outputs: Any) -> None:
-        """Check the loss after each batch; on an accelerator, which must not wait for it, with each step that is logged."""
+        """Check the loss after each batch, or on an accelerator after each logged step to avoid synchronization."""
         found = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         loss = found if isinstance(found, Tensor) and found.numel() == 1 else None
         if loss is not None and loss.device.type == "cpu":
@@ -110,10 +110,10 @@ class Finite:
             self._check_losses(trainer)
 
     def check(self, trainer: Trainer, began: int | None = None) -> None:
-        """Look at the adapters.
+        """Check the adapters.
 
         Raises:
-            NotFiniteError: Naming those that are not finite, since when, and the last checkpoint that is.
+            NotFiniteError: If adapters are not finite. The message names them, the batch, and the last finite checkpoint.
         """
         names = [
             key for key, value in adapter_state_dict(self.adapted).items() if not bool(local(value).isfinite().all())
