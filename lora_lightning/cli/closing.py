@@ -1,4 +1,4 @@
-"""Says at the end of a command what it measured, where its results are, and what the next command is."""
+"""Prints the metrics, the location of the results and the next command at the end of a command."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _STAGES = {"fit": "val", "validate": "val", "test": "test"}
 
 
 def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
-    """Print one block of lines: metrics, the run's folder, what is in it, and the next command.
+    """Print the metrics, the folder of the run, its files, and the next command.
 
     Args:
-        trainer: What ran the command.
+        trainer: The trainer that ran the command.
         command: `fit`, `validate`, `test` or `predict`.
-        words: The words of the command line, of which the next command is made.
+        words: The command-line arguments, from which the next command is made.
     """
     if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         return
@@ -50,14 +50,14 @@ def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
 
 
 def show_lines(lines: Mapping[str, str]) -> None:
-    """Print lines with their names before them, without those that are empty."""
+    """Print the non-empty lines after their names."""
     for name, text in lines.items():
         if text:
             show(f"{name:<11}{escape(text)}", soft_wrap=True, highlight=False)
 
 
 def _test_of(words: list[str], checkpoint: str) -> list[str]:
-    """Return the command that tests what `fit` with these words trained."""
+    """Return the command that tests the result of `fit` with these arguments."""
     kept = ["lora-lightning"]
     first = words.index("fit") if "fit" in words else len(words)
     rest = iter([*words[:first], "test", *words[first + 1 :]])

@@ -1,4 +1,4 @@
-"""Defines the repair of a model and data that a configuration names."""
+"""Defines the repair of a model and data from a configuration."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _SHARE = 0.2
 
 
 class Configured:
-    """A `Classifier` and the data module of a configuration, trained as it says. It is a `Task`.
+    """Provides the `Classifier`, the data module and the training recipe of a configuration. This is a `Task`.
 
     Args:
-        words: Words of the command line: `--config`, and options of `fit` that change it.
+        words: Command-line arguments: `--config`, and options of `fit` that override it.
         seed: Seed of the weights and of the order of the data.
 
     Raises:
-        ValueError: If the model is no `Classifier`, if the data module has no `focus`, or if it does not have different samples to
-            validate and to test.
+        ValueError: If the model is not a `Classifier`, if the data module has no `focus`, or if its validation and test samples are not
+            different.
     """
 
     noun = "class"
@@ -63,7 +63,7 @@ class Configured:
         self._callback = _finetuning(cli)
 
     def model(self, way: Way = "adapters") -> Classifier:
-        """Return the configured model. The full network learns at a tenth of the configured rate, which is that of adapters."""
+        """Return the configured model. Full fine-tuning uses a tenth of the configured learning rate, which is meant for adapters."""
         model: Classifier = self._read().model
         vars(model.backbone)["new_head"] = None  # the base has trained it
         if way == "full network":
@@ -94,7 +94,7 @@ class Configured:
         return data  # type: ignore[no-any-return]
 
     def adapters(self, rank: int, base: Path) -> LoRAFinetuning:
-        """Return the configured callback with this rank and this base, or a new one. It keeps the scale of its adapters."""
+        """Return the configured callback, or a new one, with this rank and this base. The scale of the adapters is kept."""
         if self._callback is None:
             return LoRAFinetuning(rank=rank, base_checkpoint=base)
         config, distillation = self._callback.config, self._callback.distillation
@@ -105,7 +105,7 @@ class Configured:
         return LoRAFinetuning(base_checkpoint=base, lr_ratio=self._callback.lr_ratio, **settings)
 
     def train_base(self, runs: Runs) -> Path:
-        """Run the configured `fit`, and fold adapters into its best checkpoint."""
+        """Run the configured `fit`, and merge adapters into the best checkpoint."""
         cli = self._read()
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
         best = getattr(cli.trainer.checkpoint_callback, "best_model_path", "")
@@ -114,7 +114,7 @@ class Configured:
         return self.plain_base(Path(best), runs.folder / "base")
 
     def plain_base(self, checkpoint: Path, folder: Path) -> Path:
-        """Return the checkpoint; if it holds adapters, one in `folder` with them folded in."""
+        """Return the checkpoint. If it contains adapters, return one in `folder` with merged adapters."""
         if read_checkpoint(checkpoint).get(ADAPTER_KEY) is None:
             return checkpoint
         folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ class Configured:
 
 
 def _set_up(cli: LoRALightningCLI) -> None:
-    """Read the data as a trainer does, for this model: its backbone may have the tokenizer."""
+    """Set up the data as a trainer does for this model, whose backbone may have the tokenizer."""
     cli.trainer.strategy.connect(cli.model)
     cli.datamodule.trainer = cli.trainer
     cli.datamodule.prepare_data()

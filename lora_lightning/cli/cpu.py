@@ -1,4 +1,4 @@
-"""Two settings of the process without which training small models on a CPU is several times slower."""
+"""Sets two options of the process that make training small models on a CPU several times faster."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 
 def tune_for_cpu() -> None:
-    """Make training on a CPU as fast as it can be; to be called before anything else is done with PyTorch.
+    """Speed up training on a CPU. Call this before using PyTorch.
 
-    - Denormal numbers become zero. Adam's moments of weights that get no gradient (pixels that are always black, units
-      that are always off) decay into them, and arithmetic with them is several times slower.
-    - Where there is no GPU, PyTorch stops looking for one in a slow way: `torch.optim` asks in every step, and Lightning
-      has that asked of the NVIDIA management library, which is then searched for on disk, 0.1 ms a step.
+    - Denormal numbers are set to zero. Adam's moments of weights without gradients (pixels that are always black, units that are always
+      off) decay to denormal numbers, and computing with these is several times slower.
+    - Without a GPU, PyTorch uses a faster check for one. `torch.optim` checks in every step, and Lightning configures this check to search
+      the disk for the NVIDIA management library, which takes 0.1 ms per step.
     """
     torch.set_flush_denormal(True)
     if not torch.cuda.is_available():

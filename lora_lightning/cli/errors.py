@@ -1,4 +1,4 @@
-"""One clear message for the command line, out of an error that may be wrapped in several others."""
+"""Extracts one clear message for the command line from nested errors."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _UNION = "Does not validate against any of the Union subtypes"
 
 
 def explain(error: BaseException, words: Sequence[str] = ()) -> str:
-    """Return the message of the error that matters, on one line.
+    """Return the message of the relevant error on one line.
 
-    jsonargparse wraps what it finds in one error a level of the configuration, each of which repeats all others and
-    the whole configuration: the first one below that says more than "none of these types" is the one to read.
+    jsonargparse wraps an error once per level of the configuration, and each level repeats the others and the whole configuration. The
+    first inner error that says more than "none of these types" is the relevant one.
 
     Args:
-        error: What a command raised.
-        words: The words of the command line, which name the configuration files.
+        error: The error of a command.
+        words: The command-line arguments, which name the configuration files.
     """
     found: BaseException | None = error
     key = ""
@@ -46,7 +46,7 @@ def explain(error: BaseException, words: Sequence[str] = ()) -> str:
 
 
 def _with_settings(text: str) -> str:
-    """Name the setting that asked for what is not there, and what makes it."""
+    """Add the setting that caused the error, and the command that creates a missing file."""
     if match := re.search(r"`(\w+)Accelerator` can not run on your system.*: (\[.*\])", text):
         kind = match[1].lower()
         return (
@@ -61,7 +61,7 @@ def _with_settings(text: str) -> str:
 
 
 def _with_file(text: str, words: Sequence[str]) -> str:
-    """Name the configuration file that the YAML library could not read."""
+    """Add the configuration file that the YAML library could not read."""
     if _NO_NAME not in text:
         return text
     for before, word in pairwise(["", *words]):
@@ -77,7 +77,7 @@ def _with_file(text: str, words: Sequence[str]) -> str:
 
 
 def _accepted_options(text: str) -> str:
-    """Return, for an option that a class does not have, the ones that it has, the most similar first."""
+    """Return the options of a class for an unknown option, sorted by similarity."""
     if match := re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
         owner, option = named_class(match[1]), match[2]
     elif match := re.search(r"does not accept option 'trainer\.(\w+)'", text):
@@ -91,6 +91,6 @@ def _accepted_options(text: str) -> str:
 
 
 def named_class(path: str) -> Any:
-    """Return the class of this import path."""
+    """Return the class with this import path."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)

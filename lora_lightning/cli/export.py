@@ -1,4 +1,4 @@
-"""A model as an ONNX file."""
+"""Exports a model to ONNX."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _TOLERANCE = 1e-4
 
 
 def export(model: LightningModule, example: Tensor, path: Path, datamodule: LightningDataModule | None = None) -> None:
-    """Write the model's forward as ONNX, for batches of any size, and run the file once to compare.
+    """Export the forward pass of the model to ONNX for batches of any size, and run the file once to compare.
 
-    The input is called `input`, the output `logits`. The file's metadata have what `datamodule` says of its data: `class_names`, as a
-    JSON list, and `preprocessing` in words.
+    The input is named `input` and the output `logits`. The metadata of the file contain `class_names` as a JSON list and a description of
+    the `preprocessing`, if `datamodule` provides them.
 
     Raises:
-        ValueError: If what it needs is not installed, or the outputs differ.
+        ValueError: If a required package is not installed, or if the outputs differ.
     """
     try:
         import onnxruntime
@@ -66,7 +66,7 @@ def _metadata(datamodule: LightningDataModule | None) -> dict[str, str]:
 
 
 def example_input(model: LightningModule, datamodule: LightningDataModule | None) -> Tensor:
-    """Return two inputs as the model's forward takes them."""
+    """Return a batch of two inputs for the forward pass of the model."""
     example: Any = model.example_input_array
     if isinstance(example, Tensor):
         return example.expand(2, *example.shape[1:]) if len(example) == 1 else example

@@ -1,4 +1,4 @@
-"""Sizes the head of a model by the classes that the data have."""
+"""Sets the size of the head of a model from the classes in the data."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _BACKBONES = (".image_backbone", ".text_backbone")
 
 
 def size_head(settings: Namespace) -> None:
-    """Set `num_classes` of a model and of its backbone, where neither has one, to the number of classes of the data.
+    """Set `num_classes` of a model and of its backbone to the number of classes in the data, unless it is configured.
 
-    These are the class folders of an `ImageFolderDataModule`, or the labels of a `TextDataModule`'s training file.
+    These are the class folders of an `ImageFolderDataModule`, or the labels in the training file of a `TextDataModule`.
     """
     model, data = settings.get("model"), settings.get("data")
     arguments = _arguments(model)

@@ -1,4 +1,4 @@
-"""Writes configurations to begin with, without importing PyTorch."""
+"""Writes example configurations without importing PyTorch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TOPICS = {
 
 
 def init(words: list[str]) -> int:
-    """Copy the files of a topic to the working directory, and print the commands that they are for.
+    """Copy the files of a topic to the working directory and print the commands that use them.
 
     Args:
         words: The topic.
 
     Returns:
-        The exit code: 0, or 2 if there is no such topic or one of the files is there already, which is then not touched.
+        The exit code: 0, or 2 if the topic does not exist or a file already exists, which is then not changed.
     """
     if len(words) != 1 or words[0] not in TOPICS:
         print("usage: lora-lightning init <topic>\n")

@@ -1,4 +1,4 @@
-"""Gives the settings of `LoRAFinetuning` options of their own, `--lora.rank 4`, wherever a configuration lists the callback."""
+"""Adds command-line options for the settings of `LoRAFinetuning`, such as `--lora.rank 4`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OWN = {
 
 
 def add_lora_options(parser: LightningArgumentParser) -> None:
-    """Add an option for each argument of `LoRAFinetuning`. One that is not given leaves the configuration as it is."""
+    """Add an option for each argument of `LoRAFinetuning`. Options that are not given do not change the configuration."""
     group = parser.add_argument_group("LoRA: settings of the LoRAFinetuning callback, which is added if there is none")
     described = {
         each.arg_name: each.description for each in [*parse(LoRAConfig.__doc__ or "").params, *_own_parameters()]
@@ -45,9 +45,9 @@ def _help(description: str | None) -> str:
 
 
 def apply_lora_options(settings: Namespace) -> None:
-    """Give the options to the callback in the configuration, and say there which files its paths mean now.
+    """Apply the options to the callback in the configuration, and resolve its paths to files.
 
-    The configuration that a run keeps in its folder then means the same files later.
+    The configuration in the folder of the run then refers to the same files later.
     """
     options: Any = settings.pop("lora", Namespace())  # type: ignore[no-untyped-call]
     given = {name: value for name, value in vars(options).items() if value is not None}

@@ -72,11 +72,11 @@ _ADAPTER_HELP = (
 
 
 class LoRALightningCLI(LightningCLI):
-    """`LightningCLI` with a fixed default seed, which takes a log folder for the newest checkpoint in it.
+    """`LightningCLI` with a fixed default seed, which accepts a log folder for the newest checkpoint in it.
 
     Args:
-        args: The words of the command line.
-        run: Whether the first of them is a command to run. If not, the options are those of `merge`.
+        args: The command-line arguments.
+        run: Whether the first argument is a command to run. If not, the options are those of `merge`.
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
@@ -98,7 +98,7 @@ class LoRALightningCLI(LightningCLI):
 
     @property
     def settings(self) -> Namespace:
-        """Return the configuration, of the command if there is one."""
+        """Return the configuration of the command, if any."""
         settings: Namespace = self.config.get(str(self.config.get("subcommand")), self.config)
         return settings
 
@@ -110,11 +110,11 @@ class LoRALightningCLI(LightningCLI):
         return commands | {name: commands[name] | {"verbose"} for name in ("validate", "test")}
 
     def validate(self, *args: Any, **options: Any) -> None:
-        """Run the trainer's `validate` without its table of metrics, which the end of the run shows rounded."""
+        """Run `validate` of the trainer without its table of metrics, since the closing lines show them."""
         self.trainer.validate(*args, **options | {"verbose": False})
 
     def test(self, *args: Any, **options: Any) -> None:
-        """Run the trainer's `test` without its table of metrics, which the end of the run shows rounded."""
+        """Run `test` of the trainer without its table of metrics, since the closing lines show them."""
         self.trainer.test(*args, **options | {"verbose": False})
 
     @override
@@ -131,7 +131,7 @@ class LoRALightningCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Let `enable_progress_bar: false`, `--lora` and `--adapter` act on the configured callbacks, and size the head."""
+        """Apply `enable_progress_bar: false`, `--lora` and `--adapter` to the configured callbacks, and set the size of the head."""
         trainer = self.settings.trainer
         off = tuple(kind for option, kind in _SWITCHED_BY.items() if trainer.get(option) is False)
         if off and isinstance(trainer.callbacks, list):
@@ -180,7 +180,7 @@ class LoRALightningCLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Read the model's hyper-parameters from the checkpoint, as Lightning does, unless it is damaged."""
+        """Read the hyper-parameters of the model from the checkpoint as Lightning does, unless it is damaged."""
         path = self.settings.get("ckpt_path")
         if not _is_local_file(path):
             super()._parse_ckpt_path()
@@ -220,7 +220,7 @@ def _is_local_file(path: Any) -> bool:
 
 
 def _log_folder(logger: Any) -> Path:
-    """Return where a configured logger makes its `version_N`."""
+    """Return the folder in which a configured logger creates `version_N`."""
     settings = getattr(logger, "init_args", None) or {}
     return Path(settings.get("save_dir") or ".") / (settings.get("name") or "lightning_logs")
 
@@ -229,7 +229,7 @@ def main(args: list[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        args: The words after `lora-lightning`; by default those of this process.
+        args: The arguments after `lora-lightning`. By default those of this process.
 
     Returns:
         The exit code: 0, or 1 if the command failed or was interrupted, or 2 for an error in the arguments.

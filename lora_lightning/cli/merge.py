@@ -22,23 +22,23 @@ def merge_checkpoint(
     output: Path | None = None,
     onnx: Path | None = None,
 ) -> Path:
-    """Fold trained adapters into their base and write a plain checkpoint.
+    """Merge trained adapters into their base and write a plain checkpoint.
 
     Args:
-        trainer: One with a `LoRAFinetuning`, configured as in the training.
-        model: The model as it was trained.
-        datamodule: Gives the example with which an ONNX file is made and checked.
-        ckpt_path: The checkpoint that holds the adapters. With `LoRAFinetuning(adapter=...)` it is not needed.
-        output: The plain checkpoint to write, for `base_checkpoint` or `ckpt_path`. By default `merged.ckpt`, or the first of
-            `merged-v1.ckpt`, ... that does not exist.
-        onnx: An ONNX file to write as well.
+        trainer: A trainer with the `LoRAFinetuning` of the training.
+        model: The model of the training.
+        datamodule: Provides the example input for an ONNX file.
+        ckpt_path: The checkpoint with the adapters. It is not needed with `LoRAFinetuning(adapter=...)`.
+        output: The plain checkpoint to write, for `base_checkpoint` or `ckpt_path`. By default `merged.ckpt`, or the first unused one of
+            `merged-v1.ckpt`, ....
+        onnx: An ONNX file to write in addition.
 
     Returns:
-        Where the checkpoint is.
+        The path of the checkpoint.
 
     Raises:
-        ValueError: If there is nothing to merge, or the ONNX file does not agree with the model.
-        FileExistsError: If a file to write exists.
+        ValueError: If there is nothing to merge, or if the outputs of the ONNX file differ from the model.
+        FileExistsError: If a file to write already exists.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined] # Trainer sets it from elsewhere
     callback = next((each for each in callbacks if isinstance(each, LoRAFinetuning)), None)

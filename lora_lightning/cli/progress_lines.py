@@ -1,4 +1,4 @@
-"""Progress for a pipe or a log file, where a bar cannot be redrawn."""
+"""Prints progress for a pipe or a log file, where a bar cannot be redrawn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SECONDS = 10.0
 
 
 class ProgressLines(ProgressBar):
-    """Print a plain line every ten seconds: the stage, the epoch, the batch, and what the module shows in its progress bar."""
+    """Prints a plain line every ten seconds: the stage, the epoch, the batch, and the metrics for the progress bar."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class ProgressLines(ProgressBar):
 
     @override
     def disable(self) -> None:
-        """Print nothing, as on all devices but the first."""
+        """Disable printing, as on all devices except the first."""
         self._last = float("inf")
 
     @override

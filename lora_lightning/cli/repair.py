@@ -1,4 +1,4 @@
-"""Implements `lora-lightning repair`: the whole story in one command."""
+"""Implements `lora-lightning repair`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _CONFIG_HELP = (
 
 
 def repair_command(words: list[str]) -> int:
-    """Run `repair` with the words after it, and return its exit code."""
+    """Run `repair` with its arguments and return the exit code."""
     of_config, own = divide(words)
     given = vars(repair_parser().parse_args(own))
     given.pop("config")  # which is in the help alone
@@ -44,7 +44,7 @@ def repair_command(words: list[str]) -> int:
 
 
 def repair_parser() -> ArgumentParser:
-    """Return the parser of the options that are not those of a configuration."""
+    """Return the parser for the options of `repair` itself."""
     description = parse(repair.__doc__ or "").short_description
     parser = ArgumentParser(prog="lora-lightning repair", description=description, exit_on_error=False)
     parser.add_argument("--config", help=_CONFIG_HELP)
@@ -53,7 +53,7 @@ def repair_parser() -> ArgumentParser:
 
 
 def divide(words: list[str]) -> tuple[list[str], list[str]]:
-    """Return the words of the configuration, options with their values, and all others."""
+    """Return the arguments for the configuration, and all others."""
     of_config: list[str] = []
     own: list[str] = []
     target = own
@@ -81,39 +81,40 @@ def repair(
     accelerator: str = "auto",
     of_config: Sequence[str] = (),
 ) -> int:
-    """Find the class that a classifier is poor at, repair that with LoRA, and say whether it is a repair.
+    """Find the class with the lowest recall, repair it with LoRA, and report whether this succeeded.
 
-    It pretrains an MLP on MNIST for that, unless a configuration names another model and its data. The class, the rank, the share
-    and the scale of the adapters (W + λ ΔW, λ from 0 to 1) are chosen on validation data: the fewest errors on the class with no
-    more errors on the others, and at most 1.5 times as many others taken for it. Test data serve the verdict alone: "repaired";
-    "traded", if other errors came for those that went; or "no repair found".
+    Without a configuration, this pretrains an MLP on MNIST. The class, the rank, the share and the scale of the adapters (W + λ ΔW with λ
+    from 0 to 1) are selected on validation data: the fewest errors on the class with no more errors on the others and at most 1.5 times
+    the false positives. The test data are only used for the verdict: "repaired", "traded" if other errors increased, or "no repair
+    found".
 
     Args:
         base_checkpoint: A trained model of configs/pretrain.yaml or configs/notebook/pretrain.yaml, or of the configuration: a
-            file, or a log folder, whose newest checkpoint is taken; adapters are folded in. Without it, a model is trained by the
-            recipe of configs/pretrain.yaml, or by the configuration.
-        adapter: Folder of adapters of that base, or a log folder, whose newest one is taken: nothing is trained, and only their
-            scale is chosen.
-        focus: The class to repair, or several as "4,9"; "worst" for the one of lowest recall on validation, "worst-pair" for the
-            two that are taken for each other most often.
-        source: "full" MNIST, the embedded "sample", or "auto": full where it is on disk or can be downloaded.
-        data_dir: Where the full MNIST is or goes.
-        rank: Rank of the adapters, or several to choose from.
-        share: Share of the focus in a batch, or several to choose from; by default 15 %, or 20 % on the sample and with a
-            configuration. All others fill the rest.
-        steps: Training steps of the adapters; by default 1,500 of 100 digits each, 500 on the sample, those of its fit with a
-            configuration.
-        baselines: Also train the full network and the last layer alone, adapters without focus, and on a random class, and choose
-            logit biases; show them in one table and one figure.
-        seeds: How many seeds to go through, each from a base of its own unless there is a base_checkpoint.
-        seed: The first seed, of the weights and of the order of the data.
-        log_dir: Where logs go, as <log_dir>/repair/version_N.
+            file, or a log folder, whose newest checkpoint is used. Its adapters are merged first. Without it, a model is trained as in
+            configs/pretrain.yaml, or as configured.
+        adapter: Folder of adapters for that base, or a log folder, whose newest adapter is used. Nothing is trained, and only their
+            scale is selected.
+        focus: The class to repair, or several as "4,9". "worst" selects the class with the lowest recall on validation data, and
+            "worst-pair" the two classes that are confused most often.
+        source: "full" for the full MNIST, "sample" for the embedded sample, or "auto" for the full one if it is on disk or can be
+            downloaded.
+        data_dir: Folder of the full MNIST.
+        rank: Rank of the adapters, or several ranks to select from.
+        share: Share of the focus in a batch, or several shares to select from. By default 15 %, or 20 % on the sample and with a
+            configuration. All other classes fill the rest.
+        steps: Training steps of the adapters. By default 1,500 steps of 100 digits, 500 steps on the sample, or those of the
+            configured fit.
+        baselines: Also train the full network, the last layer, adapters without focus, and adapters for a random class, select logit
+            biases, and show all of them in a table and a figure.
+        seeds: Number of seeds, each with its own base unless there is a base_checkpoint.
+        seed: The first seed, for the weights and the order of the data.
+        log_dir: Folder of the logs, which are written to <log_dir>/repair/version_N.
         accelerator: "auto", "cpu", "gpu", ...
-        of_config: Words that name a configuration and change it: `--config` and options of `fit`.
+        of_config: Arguments for a configuration: `--config` and options of `fit`.
 
     Returns:
-        The exit code: 0 if the errors on the class fell and no others came; 3 if others came; 4 if no repair was found; 1 if the base
-        changed, or does not come back when the adapters are off. Of several seeds, the highest.
+        The exit code: 0 if the errors on the class fell and others did not rise, 3 if others rose, 4 if no repair was found, and 1 if
+        the base changed or disabling the adapters does not restore it. For several seeds, the highest exit code.
     """
     ranks = rank if isinstance(rank, list) else [rank]
     shares = share if isinstance(share, list) else [] if share is None else [share]
@@ -170,7 +171,7 @@ def _configured(words: Sequence[str], seed: int, accelerator: str) -> Task:
 
 
 def _closing(one: Repair) -> dict[str, str]:
-    """Return where the results of a repair are, and the command that tests it again."""
+    """Return the location of the results, and the command that repeats the test."""
     folder = one.runs.folder
     lines = {"folder": str(folder)}
     for name, path in (
@@ -197,7 +198,7 @@ def _closing(one: Repair) -> dict[str, str]:
 
 
 def _summarize(verdicts: list[Verdict], noun: str) -> None:
-    """Say the median and range of several seeds."""
+    """Print the median and range over several seeds."""
     pairs = [(each.base, each.repaired or each.base) for each in verdicts]
     cut = [1 - after.focus_errors / max(before.focus_errors, 1) for before, after in pairs]
     others = [1 - after.other_errors / max(before.other_errors, 1) for before, after in pairs]
@@ -211,7 +212,7 @@ def _summarize(verdicts: list[Verdict], noun: str) -> None:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's information about machines and files, and that of transformers about new heads, which a base replaces."""
+    """Suppress log messages of Lightning about hardware and files, and of transformers about new heads, which a base replaces."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "transformers")]
     before = [logger.level for logger in loggers]
     for logger in loggers:

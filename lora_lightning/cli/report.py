@@ -1,4 +1,4 @@
-"""Makes the page of a run again, or one page that compares several."""
+"""Writes the report of a run, or one report that compares several runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_lightning.report.page import REPORTS
 
 
 def report(words: list[str]) -> int:
-    """Write the page of the runs that the words name, and print where it is.
+    """Write the report of the given runs, and print its path.
 
     Args:
         words: Log folders, and `--output` with the file to write.
@@ -21,8 +21,8 @@ def report(words: list[str]) -> int:
         The exit code.
 
     Raises:
-        FileNotFoundError: If a folder is missing or holds no run.
-        FileExistsError: If the file to write is there.
+        FileNotFoundError: If a folder is missing or contains no run.
+        FileExistsError: If the file to write already exists.
     """
     parser = argparse.ArgumentParser(
         "lora-lightning report", description="Make the page of a run again, or one page that compares several runs."
@@ -43,10 +43,10 @@ def report(words: list[str]) -> int:
 
 
 def newest_run(folder: Path) -> Path:
-    """Return the folder itself if it holds a report, else the folder of the newest one below, or else of the newest metrics.
+    """Return the folder if it contains a report, else the folder of the newest report below, or else of the newest metrics.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no run.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist; expected a log folder, as fit and test write it.")

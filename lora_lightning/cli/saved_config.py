@@ -1,4 +1,4 @@
-"""Saves the configuration of a run so that every command can read it later."""
+"""Saves the configuration of a run such that every command can read it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _OF_ONE_COMMAND = ("return_predictions",)
 
 
 class SaveSharedConfig(SaveConfigCallback):
-    """Save the run's configuration without settings that one command alone has.
+    """Saves the configuration of the run without settings of single commands.
 
-    Where there is one already, as in the working directory for a second run without a logger, it is `config-v1.yaml`.
+    If the file exists, for example in the working directory for a second run without a logger, it is named `config-v1.yaml`.
 
     Args:
         parser: See `SaveConfigCallback`.
         config: See `SaveConfigCallback`.
-        options: Those of `SaveConfigCallback`.
+        options: Options of `SaveConfigCallback`.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Starts the command line: answers what needs no PyTorch, and imports the rest only for a command."""
+"""Starts the command line. It only imports PyTorch if a command needs it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def main(args: list[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        args: The words after `lora-lightning`; by default those of this process.
+        args: The arguments after `lora-lightning`. By default those of this process.
 
     Returns:
-        The exit code: 1 if interrupted before the command begins, 2 for an unknown command, else that of `lora_lightning.cli.main.main`.
+        The exit code: 1 if interrupted before the command starts, 2 for an unknown command, else that of `lora_lightning.cli.main.main`.
     """
     words = sys.argv[1:] if args is None else args
     first = words[0] if words else "--help"

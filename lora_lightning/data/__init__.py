@@ -1,4 +1,4 @@
-"""Where batches come from."""
+"""Data modules, data sets and samplers."""
 
 from lora_lightning.data.image_folder import ImageFolderDataModule
 from lora_lightning.data.in_memory import InMemoryDataset, stratified_split

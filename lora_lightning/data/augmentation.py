@@ -1,4 +1,4 @@
-"""Random changes of training samples that leave their class as it is."""
+"""Random augmentations of training samples."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _ROTATION, _SHIFT, _SCALE = 6.0, 1.0, 0.05
 def jitter(images: Tensor) -> Tensor:
     """Rotate each image by up to 6 degrees, shift it by up to 1 pixel, and scale it by up to 5 %, uniformly at random.
 
-    The whole batch is changed at once, on its device, with the device's global random numbers. Pixels are interpolated
-    bilinearly; what comes in from outside repeats the border.
+    The whole batch is transformed at once on its device, with the global random generator of the device. Pixels are interpolated
+    bilinearly, and the border is repeated outside the image.
 
     Args:
-        images: Shape (B, C, H, W), floating-point.
+        images: Floating-point images of shape (B, C, H, W).
     """
     count, _, height, width = images.shape
     draws = torch.rand(4, count, device=images.device) * 2 - 1
@@ -34,20 +34,20 @@ def jitter(images: Tensor) -> Tensor:
 
 
 def seed_of_sample(epoch: int, index: int) -> int:
-    """Return a seed for the changes of one sample: a function of the run's seed, the epoch and the sample's number."""
+    """Return the seed for augmenting a sample, as a function of the seed of the run, the epoch and the index of the sample."""
     seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
     return ((seed * _PRIME + epoch) * _PRIME + index) % 2**63
 
 
 def drop_tokens(tokens: Tensor, special: Tensor, share: float, replacement: int, seed: int) -> Tensor:
-    """Replace each token by another with the probability `share`; special ones stay.
+    """Replace each token with the probability `share`. Special tokens are kept.
 
     Args:
-        tokens: Token ids, shape (T,), int64.
-        special: Which of them are special, such as the first and the last one: shape (T,), bool.
-        share: The probability, from 0 to 1.
-        replacement: The token that stands for a dropped one.
-        seed: Determines which are dropped.
+        tokens: Token ids of shape (T,), int64.
+        special: Mask of special tokens, such as the first and the last one, of shape (T,), bool.
+        share: Probability between 0 and 1.
+        replacement: The token that replaces a dropped one.
+        seed: Seed for choosing the dropped tokens.
     """
     drawn = torch.rand(len(tokens), generator=torch.Generator().manual_seed(seed))
     return torch.where((drawn < share) & ~special, replacement, tokens)

@@ -1,4 +1,4 @@
-"""Which class a folder stands for."""
+"""Maps the names of folders to classes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torchvision.models import get_weight
 
 
 def categories_of(classes: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the names of all classes, in the order of their indices.
+    """Return the names of all classes in the order of their indices.
 
     Args:
         classes: The names, or the name of torchvision's weights that were trained on them
             (`VGG19_Weights.IMAGENET1K_V1`, ImageNet's 1,000).
 
     Raises:
-        ValueError: If there are no such weights, or a name comes twice.
+        ValueError: If the weights do not exist, or if a name is duplicated.
     """
     if isinstance(classes, str):
         try:
@@ -34,15 +34,15 @@ def categories_of(classes: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def indices_of(folders: Sequence[str], categories: Sequence[str], where: str) -> list[int]:
-    """Return the class indices that folders of these names stand for; underscores stand for spaces.
+    """Return the class indices for the names of folders, where underscores can replace spaces.
 
     Args:
-        folders: Their names.
-        categories: See `categories_of`.
-        where: Where the folders are, for the message.
+        folders: Names of the folders.
+        categories: The classes, see `categories_of`.
+        where: Parent of the folders, for the message.
 
     Raises:
-        ValueError: If a folder has none of the names; the message lists those that come close.
+        ValueError: If a folder does not match any class. The message lists similar names.
     """
     index = {name: number for number, name in enumerate(categories)}
     found = {folder: index.get(folder, index.get(folder.replace("_", " "))) for folder in folders}

@@ -1,4 +1,4 @@
-"""Folders of images: which there are, and what lies in them."""
+"""Finds class folders and the images in them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Labelled = tuple[list[Path], list[int]]
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """Return the splits that have a folder of class folders; if there are none, the folder itself is the training split.
+    """Return the folders of the splits. If there are none, the folder itself is the training split.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If there are splits, but none to train on.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If there are splits, but no training split.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; expected one with a folder of images a class.")
@@ -34,7 +34,7 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """Return the folders in it, sorted by name; hidden ones do not count.
+    """Return the subfolders sorted by name, except hidden ones.
 
     Raises:
         ValueError: If there are none.
@@ -48,10 +48,10 @@ def class_folders(folder: Path) -> list[Path]:
 
 
 def labelled_images(folder: Path, class_names: Sequence[str]) -> Labelled:
-    """Return the images in a folder's class folders, with their class indices.
+    """Return the images in the class folders of a folder, with their class indices.
 
     Raises:
-        ValueError: If a folder is of no class or has no images, or a file is not an image.
+        ValueError: If a folder does not match any class or has no images, or if a file is not an image.
     """
     found = class_folders(folder)
     indices = indices_of([each.name for each in found], class_names, str(folder))
@@ -73,7 +73,7 @@ def labelled_images(folder: Path, class_names: Sequence[str]) -> Labelled:
 
 
 def images_to_predict(where: Path) -> list[Path]:
-    """Return the image that this is, those in and below the folder that this is, or those that this glob pattern matches.
+    """Return the images for a file, for a folder and its subfolders, or for a glob pattern.
 
     Raises:
         FileNotFoundError: If there are none.
@@ -102,7 +102,7 @@ def _has_folders(folder: Path) -> bool:
 
 
 def _refuse_damaged(files: Sequence[Path]) -> None:
-    """Raise an error that names all files that are not images, as far as headers tell."""
+    """Raise an error that names all files whose headers are not those of images."""
     complaints = []
     for file in files:
         try:

@@ -1,4 +1,4 @@
-"""A data set of images, decoded when they are asked for."""
+"""Defines a data set of images that are decoded on access."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Transform = Callable[[Any], Any]
 
 
 class ImageDataset(Dataset[Any]):
-    """Hands out full batches of preprocessed images: (B, C, H, W), and class indices (B,) where there are any.
+    """Returns full batches of preprocessed images of shape (B, C, H, W), and class indices of shape (B,) if available.
 
     Args:
-        files: The images.
-        targets: Class indices, one a file; `None` for images to predict.
-        preprocessing: From an image in RGB to a tensor (C, H, W), the same one every time.
-        augmentation: Applied to the image before that. What it draws is a function of the run's seed, the epoch and the
-            image's number.
-        in_memory: Whether to keep what was decoded; without augmentation, what was preprocessed.
+        files: The image files.
+        targets: Class index of each file, or `None` for images to predict.
+        preprocessing: A deterministic function from an RGB image to a tensor of shape (C, H, W).
+        augmentation: A transform that is applied first. Its random numbers are a function of the seed of the run, the epoch and the
+            index of the image.
+        in_memory: Whether to keep decoded images in memory. Without augmentation, preprocessed images are kept.
     """
 
     def __init__(
@@ -53,19 +53,19 @@ class ImageDataset(Dataset[Any]):
         return batch[0] if self.targets is None else (batch[0][0], batch[1][0])
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
-        """Return a full batch: `DataLoader` calls this instead of `__getitem__` for each sample."""
+        """Return a full batch. `DataLoader` calls this once instead of `__getitem__` for each sample."""
         # A device without samples gets a batch of the right shape with none in it.
         inputs = self._stack(indices) if indices else self._stack([0])[:0]
         return inputs if self.targets is None else (inputs, self.targets[torch.tensor(indices, dtype=torch.long)])
 
     def preprocess_by(self, preprocessing: Transform) -> None:
-        """Preprocess differently from now on, as another backbone wants it."""
+        """Change the preprocessing, for another backbone."""
         if preprocessing is not self.preprocessing:
             self.preprocessing = preprocessing
             self._kept = {}
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other augmentations from now on."""
+        """Set the epoch, which determines the augmentations."""
         self.epoch = epoch
 
     def _stack(self, indices: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""`ImageFolderDataModule`: images in folders, one a class."""
+"""Defines `ImageFolderDataModule`, for images in one folder per class."""
 
 from __future__ import annotations
 
@@ -35,40 +35,40 @@ _USUAL = ImageClassification(crop_size=224)
 
 
 class ImageFolderDataModule(ResumableDataModule):
-    """Images from `root/<class name>/*.{jpg,jpeg,png,webp,bmp}`, preprocessed for a backbone: (B, 3, H, W), float32.
+    """Loads images from `root/<class name>/*.{jpg,jpeg,png,webp,bmp}`, preprocessed for a backbone: (B, 3, H, W), float32.
 
-    If `root` holds `train/`, and perhaps `val/` and `test/`, with the class folders in them, those are taken; what is missing is
-    split off the training images. Images may be greyscale, have a palette, transparency (laid on white), 16 bits or an
-    orientation in their EXIF data; damaged, empty or huge ones are refused by name.
+    If `root` contains `train/`, and possibly `val/` and `test/`, with class folders, these splits are used. Missing splits are taken from the
+    training images. Images can be greyscale, have a palette, transparency (on white), 16 bits or an orientation in their EXIF data.
+    Damaged, empty or oversized images are refused by name.
 
     Args:
-        root: The folder; `sample` for the images that come with the package, if there is no folder of that name.
+        root: The folder, or `sample` for the images in the package if there is no folder with this name.
         classes: The names of all classes in the order of their indices, or the name of torchvision's weights that were
             trained on them (`VGG19_Weights.IMAGENET1K_V1`: a folder `goldfish` is class 1 of ImageNet's 1,000). By
-            default the training folders' names, sorted. Underscores in a folder's name may stand for spaces.
-        preprocessing: From an image to a tensor: the name of torchvision's weights (`VGG19_Weights.IMAGENET1K_V1`), or
-            any transform. By default that of the model's backbone, if `image_backbone` made it, or else ImageNet's
-            usual one (256 pixels on the shorter side, the central 224 x 224, normalized).
-        augmentation: A transform of torchvision.transforms.v2 that training images go through before that.
-        predict: What to predict: an image, a folder (with all below it), or a glob pattern. By default all images of `root`.
-        focus: Classes to show more often, for example one that the model is poor at.
-        focus_fraction: Share of these classes in each training batch; the rest is drawn from all others (replay).
-        batch_size: Training samples in a batch, on each device.
-        eval_batch_size: Samples in a batch of validation, test and prediction, on each device.
-        val_fraction: Part of the training images that is held out for validation, the same share of every class.
-        test_fraction: The same for the test. If it is 0 and there is no folder `test`, the test is on the images that validate, or
-            else on those that were trained on, and says so.
-        split_seed: Determines which are held out. It is not the seed of a run.
-        num_workers: Processes that decode images.
-        in_memory: Decode every image once, in the main process, and keep it: 0.6 MB each at 224 x 224.
+            default the sorted names of the training folders. Underscores in the name of a folder can replace spaces.
+        preprocessing: A transform from an image to a tensor, or the name of torchvision's weights
+            (`VGG19_Weights.IMAGENET1K_V1`). The default is that of the backbone if `image_backbone` created it, or else the
+            usual one for ImageNet (256 pixels on the shorter side, the central 224 x 224, normalized).
+        augmentation: A transform of torchvision.transforms.v2 for training images, applied before the preprocessing.
+        predict: Images to predict: a file, a folder with its subfolders, or a glob pattern. By default all images in `root`.
+        focus: Classes to over-represent, for example one with low recall.
+        focus_fraction: Share of these classes in each training batch. The rest is drawn from all others (replay).
+        batch_size: Batch size in training, per device.
+        eval_batch_size: Batch size in validation, test and prediction, per device.
+        val_fraction: Fraction of the training images that is held out for validation, equal for every class.
+        test_fraction: The same for testing. If it is 0 and there is no folder `test`, the test uses the validation images, or else the
+            training images, with a warning.
+        split_seed: Seed of the split, which is independent of the seed of the run.
+        num_workers: Number of processes that decode images.
+        in_memory: Whether to decode every image once in the main process and keep it: 0.6 MB each at 224 x 224.
 
     Attributes:
-        class_names: The names of all classes, once set up.
-        predict_files: The images to predict, once set up for that.
+        class_names: The names of all classes, after `setup`.
+        predict_files: The images to predict, after `setup`.
 
     Raises:
-        ValueError: If a value is out of its range; in `setup`, if a folder is of no class or empty, or a file is not an image.
-        FileNotFoundError: In `setup`, if there is no such folder or image.
+        ValueError: If a value is out of range. In `setup`, if a folder does not match any class or is empty, or if a file is not an image.
+        FileNotFoundError: In `setup`, if a folder or image does not exist.
 
     Example::
 
@@ -120,11 +120,11 @@ class ImageFolderDataModule(ResumableDataModule):
 
     @staticmethod
     def classes_in(root: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Return the names of the class folders of the training split, sorted.
+        """Return the sorted names of the class folders of the training split.
 
         Raises:
             ValueError: If there are fewer than two.
-            FileNotFoundError: If there is no such folder.
+            FileNotFoundError: If the folder does not exist.
         """
         folder = split_folders(_folder(root))["train"]
         names = [each.name for each in class_folders(folder)]
@@ -136,7 +136,7 @@ class ImageFolderDataModule(ResumableDataModule):
         return tuple(names)
 
     def preprocessing_in_words(self) -> str:
-        """Return how the model expects images: the transform that made them."""
+        """Return a description of the preprocessing: its transform."""
         return " ".join(str(self._preprocessing()).split())
 
     @override
@@ -237,7 +237,7 @@ class ImageFolderDataModule(ResumableDataModule):
         return of_backbone or _USUAL
 
     def _loading(self) -> dict[str, Any]:
-        """Return the arguments of a loader: images in memory need no workers, which would each keep their own."""
+        """Return the arguments of a data loader. Images in memory need no workers, which would each hold a copy."""
         return {**full_batches(), "num_workers": 0 if self.in_memory else self.num_workers}
 
 

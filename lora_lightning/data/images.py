@@ -1,4 +1,4 @@
-"""Images on disk: found by their names, and decoded to RGB or refused by name."""
+"""Finds image files and decodes them to RGB."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
 
 def read_image(path: Path) -> Image.Image:
-    """Return an image in RGB, turned as its EXIF data say; of an animation, the first frame.
+    """Return an image in RGB with the orientation of its EXIF data, or the first frame of an animation.
 
-    What is transparent lies on white; 16 bits a channel become 8.
+    Transparent pixels are blended with white, and 16 bits per channel are reduced to 8.
 
     Raises:
-        ValueError: If the file is damaged, no image, or one of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+        ValueError: If the file is damaged, not an image, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     with _opened(path) as image:
         upright = ImageOps.exif_transpose(image)
@@ -35,28 +35,28 @@ def read_image(path: Path) -> Image.Image:
 
 
 def check_image(path: Path) -> None:
-    """Read an image's header alone, which tells most files that are none.
+    """Check the header of an image, which detects most files that are not images.
 
     Raises:
-        ValueError: As `read_image`.
+        ValueError: For the reasons of `read_image`.
     """
     with _opened(path):
         pass
 
 
 def images_in(folder: Path, *, below: bool = False) -> tuple[list[Path], list[Path]]:
-    """Return the images in a folder by extension, and what else lies there.
+    """Return the images in a folder by extension, and the other files.
 
     Args:
-        folder: Where to look.
-        below: Whether to look in the folders inside too.
+        folder: The folder.
+        below: Whether to include subfolders.
     """
     found = folder.rglob("*") if below else folder.iterdir()
     return images_among(path for path in found if not (below and path.is_dir()))
 
 
 def images_among(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """Return the images among these paths by extension, and the others, both sorted; hidden files count as neither."""
+    """Return the images among these paths by extension and the other files, both sorted and without hidden files."""
     images: list[Path] = []
     others: list[Path] = []
     for path in sorted(path for path in paths if not path.name.startswith(".")):

@@ -1,4 +1,4 @@
-"""A data set that lies in memory and hands out full batches."""
+"""Defines a data set in memory that returns full batches."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.utils.data import Dataset
 
 
 class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Inputs and targets as two tensors, from which a batch is taken in one indexing operation.
+    """Holds inputs and targets as two tensors and returns a batch with one indexing operation.
 
     Args:
-        inputs: Of shape (N, ...), in their compact form (uint8 pixels).
+        inputs: Inputs of shape (N, ...) in a compact form (uint8 pixels).
         targets: Class indices of shape (N,), int64.
     """
 
@@ -31,17 +31,17 @@ class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
         return self.inputs[index], self.targets[index]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return a full batch: `DataLoader` calls this instead of `__getitem__` for each sample."""
+        """Return a full batch. `DataLoader` calls this once instead of `__getitem__` for each sample."""
         rows = torch.tensor(indices, dtype=torch.long)
         return self.inputs[rows], self.targets[rows]
 
     def select(self, rows: Tensor) -> InMemoryDataset:
-        """Return the data set of these rows alone."""
+        """Return a data set with these rows."""
         return InMemoryDataset(self.inputs[rows], self.targets[rows])
 
 
 def full_batches() -> dict[str, Any]:
-    """Return arguments of a loader for data sets that hand out full batches."""
+    """Return arguments of a data loader for data sets that return full batches."""
     return {"collate_fn": _as_it_is, "pin_memory": torch.cuda.is_available()}
 
 
@@ -50,15 +50,15 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def stratified_split(targets: Tensor, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Split rows at random so that every class keeps its share, as nearly as whole rows allow.
+    """Split rows at random such that every class keeps its share, up to rounding.
 
     Args:
-        targets: Class indices, shape (N,).
-        held_out: How many rows to hold out, from 0 to N.
-        seed: The split is a function of this and of `targets`.
+        targets: Class indices of shape (N,).
+        held_out: Number of rows to hold out, between 0 and N.
+        seed: Seed. The split is a function of it and of `targets`.
 
     Returns:
-        `(kept, held_out)`: row numbers, each in ascending order.
+        `(kept, held_out)`: row indices, each in ascending order.
     """
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(targets), generator=generator)

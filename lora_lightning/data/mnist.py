@@ -1,4 +1,4 @@
-"""`MNISTDataModule`: MNIST, whole or as a sample, filtered by digit or mixed."""
+"""Defines `MNISTDataModule`, for the full MNIST or a sample, with a filter or a focus on digits."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ MEAN, STD = 0.1307, 0.3081
 
 
 class MNISTDataModule(ResumableDataModule):
-    """MNIST as batches of images (B, 1, 28, 28), float32, normalized, and digits (B,), int64.
+    """Loads MNIST as batches of normalized images (B, 1, 28, 28), float32, and digits (B,), int64.
 
-    The images lie in memory as uint8; a batch is indexed at once, moved to the device and normalized there.
+    The images are in memory as uint8. A batch is indexed in one operation, moved to the device and normalized there.
 
     Args:
-        data_dir: Folder in which torchvision keeps MNIST (`<data_dir>/MNIST/raw`).
-        source: `"full"`, the 70,000 digits, downloaded by torchvision if missing; `"sample"`, 5,000 of them that come
-            with the package; `"auto"`, full where it is on disk or can be downloaded, else the sample. Once set up, the
-            attribute `source` says which of the two is in use.
-        digits: Train on these digits alone. Validation and test keep all ten.
-        focus: Train on batches that hold a fixed share of these digits, the rest from all others (replay).
-        focus_fraction: That share.
-        augment: Change training images at random, on the device: `lora_lightning.data.augmentation.jitter`.
-        eval_digits: Validate, test and predict on these digits alone.
-        batch_size: Training samples in a batch, on each device.
-        eval_batch_size: Samples in a batch of validation, test and prediction, on each device.
-        val_fraction: Part of the training digits that is held out for validation, the same share of every class;
-            0 trains on all of them and leaves nothing to validate on.
-        split_seed: Determines which. It is not the seed of a run, so that two runs agree on what was held out.
-        download: Whether a missing database may be downloaded.
+        data_dir: Folder of torchvision's MNIST files (`<data_dir>/MNIST/raw`).
+        source: `"full"` for all 70,000 digits, which torchvision downloads if necessary, `"sample"` for 5,000 of them that come with
+            the package, or `"auto"` for the full set if it is on disk or can be downloaded, else the sample. After `setup`, the
+            attribute `source` says which one is used.
+        digits: Digits to train on. Validation and test use all ten.
+        focus: Digits that have a fixed share of each training batch. The rest is drawn from all others (replay).
+        focus_fraction: Share of these digits.
+        augment: Whether to augment training images on the device with `lora_lightning.data.augmentation.jitter`.
+        eval_digits: Digits to validate, test and predict on.
+        batch_size: Batch size in training, per device.
+        eval_batch_size: Batch size in validation, test and prediction, per device.
+        val_fraction: Fraction of the training digits that is held out for validation, equal for every class. With 0, all of them are
+            used for training and there is no validation.
+        split_seed: Seed of the split. It is independent of the seed of the run, so that all runs hold out the same digits.
+        download: Whether to download a missing database.
 
     Raises:
-        ValueError: If a value is out of its range.
+        ValueError: If a value is out of range.
 
     Example::
 
@@ -169,11 +169,11 @@ class MNISTDataModule(ResumableDataModule):
 
     @staticmethod
     def preprocessing_in_words() -> str:
-        """Return how the model expects images."""
+        """Return a description of the preprocessing."""
         return f"Grey values of 28 x 28 pixels from 0 to 1, less {MEAN}, divided by {STD}; float32 of shape (B, 1, 28, 28)."
 
     def description(self) -> str:
-        """Return which digits these are and, if the sample stands in for the full database, why."""
+        """Return a description of the data and, if the sample replaces the full database, the reason."""
         if self.source == "sample":
             return f"the embedded sample ({self._why_sample})" if self._why_sample else "the embedded sample"
         return f"the full database in {self.data_dir}"

@@ -1,4 +1,4 @@
-"""The files of MNIST: found, downloaded by torchvision, checked and read; or the sample that comes with the package."""
+"""Finds, downloads, verifies and reads the files of MNIST, or reads the sample in the package."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _STALL_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class MNISTFiles:
-    """Both splits of the database, checked: images of shape (N, 28, 28), uint8, and their digits, int64."""
+    """Reads both splits of the database and verifies them: images of shape (N, 28, 28), uint8, and digits, int64."""
 
     train: InMemoryDataset
     test: InMemoryDataset
@@ -47,13 +47,13 @@ class MNISTFiles:
 
 
 def prepare(data_dir: Path, source: Source, download: bool) -> str:
-    """Download the full database where `source` asks for it and it is missing; for one process of a machine.
+    """Download the full database if `source` requires it and it is missing. One process per machine calls this.
 
     Returns:
-        Why the full database is not to be had where `"auto"` would have it, else nothing.
+        The reason if `"auto"` could not get the full database, else an empty string.
 
     Raises:
-        RuntimeError: If `source` is `"full"` and the database is neither there nor to be had.
+        RuntimeError: If `source` is `"full"` and the database is missing and cannot be downloaded.
     """
     if source == "sample" or _is_on_disk(data_dir):
         return ""
@@ -67,7 +67,7 @@ def prepare(data_dir: Path, source: Source, download: bool) -> str:
 
 
 def read(data_dir: Path, source: Source) -> MNISTFiles:
-    """Read the database that `source` stands for; call `prepare` before.
+    """Read the database for `source`. Call `prepare` first.
 
     Raises:
         FileNotFoundError: If `source` is `"full"` and a file is missing.
@@ -116,10 +116,10 @@ def _read_full(data_dir: Path, split: str) -> InMemoryDataset:
 
 
 def _check_size(path: Path, item: tuple[int, ...]) -> int:
-    """Return the number of items that an IDX file holds, if its header and its size agree.
+    """Return the number of items in an IDX file, after comparing its header with its size.
 
-    The header: two zero bytes, the type (8: unsigned byte), the number of dimensions, then each dimension as a
-    big-endian 32-bit number. torchvision looks at the file's name alone.
+    The header consists of two zero bytes, the type (8 for unsigned bytes), the number of dimensions, and each dimension as a
+    big-endian 32-bit number. torchvision only checks the name of the file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected the four files of MNIST in {path.parent}.")
@@ -144,7 +144,7 @@ def _check_size(path: Path, item: tuple[int, ...]) -> int:
 
 
 def _warn_of_other_contents(paths: list[Path]) -> None:
-    """Warn if files of the right form have other contents than MNIST's."""
+    """Warn if files in the right format have contents other than MNIST's."""
     for path in paths:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
@@ -161,7 +161,7 @@ def _check_digits(targets: Tensor, path: Path) -> None:
 
 
 def _download(data_dir: Path) -> str:
-    """Download by torchvision, with its checksums; return why not, or nothing."""
+    """Download the files with torchvision, including its checksums, and return the reason of a failure or an empty string."""
     if reason := _unreachable(MNIST.mirrors):
         return reason
     try:
@@ -173,7 +173,7 @@ def _download(data_dir: Path) -> str:
 
 
 def _unreachable(mirrors: list[str]) -> str:
-    """Return why none of the mirrors answers, or nothing if one does."""
+    """Return the reason why no mirror is reachable, or an empty string if one is."""
     reasons = []
     for url in mirrors:
         try:
@@ -189,7 +189,7 @@ def _unreachable(mirrors: list[str]) -> str:
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Set a timeout for the download of torchvision, which has none."""
+    """Set a timeout for torchvision's download, which has none."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -1,4 +1,4 @@
-"""`ResumableDataModule`: what the data modules have in common."""
+"""Defines `ResumableDataModule`, the common base of the data modules."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lora_lightning.resume.loader import ResumableLoader
 
 
 class ResumableDataModule(LightningDataModule):
-    """Trains on an order of samples that a stopped run goes on with, and evaluates every sample once, on any number of devices.
+    """Provides a resumable order of training samples, and evaluates every sample once on any number of devices.
 
     Args:
-        batch_size: Training samples in a batch, on each device.
-        eval_batch_size: Samples in a batch of validation, test and prediction, on each device.
+        batch_size: Batch size in training, per device.
+        eval_batch_size: Batch size in validation, test and prediction, per device.
 
     Raises:
-        ValueError: If one is below 1.
+        ValueError: If a batch size is below 1.
     """
 
     def __init__(self, batch_size: int, eval_batch_size: int) -> None:
@@ -41,7 +41,7 @@ class ResumableDataModule(LightningDataModule):
 
     @abstractmethod
     def make_train_loader(self) -> ResumableLoader:
-        """Return the loader of an epoch's training batches, from its beginning."""
+        """Return a loader for the training batches of an epoch, from its start."""
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
@@ -53,7 +53,7 @@ class ResumableDataModule(LightningDataModule):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the epoch, for checkpoints."""
+        """Return the position in the epoch, for checkpoints."""
         return {} if self._train_loader is None else self._train_loader.state_dict()
 
     @override
@@ -62,14 +62,14 @@ class ResumableDataModule(LightningDataModule):
         self._resume_from = state_dict
 
     def placement(self) -> dict[str, int]:
-        """Return the arguments of a sampler: the run's seed, the number of devices, and which of them this is."""
+        """Return arguments of a sampler: the seed of the run, the number of devices, and the rank of this device."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         if self.trainer is None:
             return {"seed": seed, "num_replicas": 1, "rank": 0}
         return {"seed": seed, "num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
 
     def eval_loader(self, dataset: Dataset[Any], **arguments: Any) -> DataLoader[Any]:
-        """Return a loader of every sample once, in order, that leaves the run's random numbers alone."""
+        """Return a loader of every sample once and in order, which does not affect the random state of the run."""
         size, batch_size = len(dataset), self.eval_batch_size  # type: ignore[arg-type]
         placement = self.placement()
         sampler: Sampler[int] = SequentialSampler(dataset)  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ class ResumableDataModule(LightningDataModule):
 
 
 class _EmptyBatch(BatchSampler):
-    """One batch without samples; of a class that Lightning can make again, as it does to predict."""
+    """Yields one batch without samples. Lightning can recreate the class, as it does for prediction."""
 
     def __iter__(self) -> Iterator[list[int]]:
         yield []

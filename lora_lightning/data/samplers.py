@@ -1,6 +1,6 @@
-"""Orders of samples: each a function of (seed, epoch) alone, on any number of devices.
+"""Samplers whose order is a function of the seed and the epoch on any number of devices.
 
-All are `DistributedSampler`s, so Lightning leaves them in place and calls `set_epoch` on them.
+All are subclasses of `DistributedSampler`, so Lightning keeps them and calls `set_epoch`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _WINDOW = 50
 
 
 class ShuffledSampler(DistributedSampler[int]):
-    """Every sample once an epoch, shuffled.
+    """Yields every sample once per epoch in random order.
 
-    On several devices, the global batch of one step is the batch that a single device would take with a batch size
-    as many times larger.
+    On several devices, the global batch of a step equals the batch of a single device with the corresponding larger batch
+    size.
 
     Args:
         size: Number of samples.
@@ -41,10 +41,10 @@ class ShuffledSampler(DistributedSampler[int]):
 
 
 class LengthGroupedSampler(DistributedSampler[int]):
-    """Every sample once an epoch, in batches of similar length, shuffled.
+    """Yields every sample once per epoch, in shuffled batches of similar length.
 
-    The shuffled order is cut into windows of 50 global batches, each of which is sorted by length; then the batches are
-    shuffled. The longest sample's padding is thus shared by others of nearly its length.
+    The shuffled order is split into windows of 50 global batches, and each window is sorted by length. Then the batches are
+    shuffled. This reduces padding, since the samples in a batch have similar lengths.
 
     Args:
         lengths: Length of each sample.
@@ -76,22 +76,22 @@ class LengthGroupedSampler(DistributedSampler[int]):
 
 
 class ReplaySampler(DistributedSampler[int]):
-    """Batches with a fixed share of focus samples, the rest drawn from all others (replay against forgetting).
+    """Yields batches with a fixed share of focus samples, where the rest is drawn from all others (replay against forgetting).
 
-    An epoch passes once over the others and takes as many focus samples as that needs, shuffled anew whenever all
-    have been seen. Batches that would stay incomplete are left out.
+    An epoch passes once over the other samples and uses as many focus samples as necessary, which are shuffled again after all of
+    them were used. Incomplete batches are dropped.
 
     Args:
-        is_focus: Which samples are in focus, a boolean tensor of shape (N,).
+        is_focus: Mask of the focus samples, a boolean tensor of shape (N,).
         batch_size: Samples in a batch on one device.
-        focus_fraction: Share of focus samples in a batch, rounded to whole samples, at least one of either kind.
+        focus_fraction: Share of focus samples in a batch, rounded to whole samples with at least one of each kind.
         seed: With the epoch, it determines the order.
         num_replicas: Number of devices.
         rank: This device's number.
-        lengths: Length of each sample, if batches are to hold samples of similar length.
+        lengths: Length of each sample, for batches of similar length.
 
     Raises:
-        ValueError: If either kind has no sample, or a batch can't hold both.
+        ValueError: If one kind has no sample, or if a batch cannot contain both.
     """
 
     def __init__(
@@ -146,9 +146,9 @@ class ReplaySampler(DistributedSampler[int]):
 
 
 class UnrepeatedSampler(DistributedSampler[int]):
-    """Every sample once, in order, on one of the devices: for counts that are exact, whatever the numbers of both.
+    """Yields every sample once and in order on one of the devices, for exact counts with any number of samples and devices.
 
-    Lightning's `UnrepeatedDistributedSampler` wants a sample for every device.
+    Lightning's `UnrepeatedDistributedSampler` needs at least one sample per device.
 
     Args:
         size: Number of samples.
@@ -168,7 +168,7 @@ class UnrepeatedSampler(DistributedSampler[int]):
 
 
 def _by_length(batches: Tensor, lengths: Tensor, window: int) -> Tensor:
-    """Sort the samples of each `window` batches by length, so that each batch has neighbours; shape (batches, samples)."""
+    """Sort the samples of each window of `window` batches by length. The result has the shape (batches, samples)."""
     parts = [part.flatten() for part in torch.split(batches, window)]
     return torch.cat([part[lengths[part].argsort(stable=True)] for part in parts]).view_as(batches)
 

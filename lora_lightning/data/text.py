@@ -1,4 +1,4 @@
-"""Defines `TextDataModule`: labelled texts from CSV and JSONL files."""
+"""Defines `TextDataModule`, for labelled texts in CSV, TSV and JSONL files."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ Labelled = tuple[list[str], list[int]]
 
 
 class TextDataModule(ResumableDataModule):
-    """Texts with a label each, from CSV, TSV or JSONL files, tokenized for the model's backbone.
+    """Loads labelled texts from CSV, TSV or JSONL files and tokenizes them for the backbone of the model.
 
-    Batches are `(inputs, targets)`: `inputs` maps `input_ids`, `attention_mask` and whatever else the tokenizer makes to tensors
-    of shape (B, T), padded to the longest text of the batch; `targets` has class indices of shape (B,). Training
-    batches hold texts of similar length. Every sample comes once an epoch, in an order that a stopped run goes on with.
+    Batches are `(inputs, targets)`. `inputs` maps `input_ids`, `attention_mask` and other outputs of the tokenizer to tensors of shape
+    (B, T), padded to the longest text of the batch. `targets` contains class indices of shape (B,). Training batches contain texts of
+    similar length. Every sample is used once per epoch, in an order that resumed runs continue.
 
     Args:
         train: The training file: `.csv`, `.tsv` or `.jsonl`.
-        test: The test file. Without it, the test is on what validates.
-        val: The validation file. Without it, `val_fraction` is held out of the training texts.
-        predict: A file of texts to predict, which needs no labels. By default the test file.
+        test: The test file. Without it, the test uses the validation texts.
+        val: The validation file. Without it, `val_fraction` of the training texts is held out.
+        predict: A file of texts to predict, without labels. By default the test file.
         text_column: Column of the texts.
         label_column: Column of the labels.
-        classes: The names of all classes in the order of their indices; by default the training labels, sorted.
-        tokenizer: Hub name or folder of a tokenizer of the transformers library. By default that of the model's backbone, if
-            `text_backbone` made it.
-        max_length: Longer texts are cut to this many tokens; by default the tokenizer's own limit.
-        focus: Classes to show more often, for example one that the model is poor at.
+        classes: The names of all classes in the order of their indices. By default the sorted training labels.
+        tokenizer: Hub name or folder of a tokenizer of the transformers library. By default that of the backbone if `text_backbone`
+            created it.
+        max_length: Maximum number of tokens, to which longer texts are truncated. By default the limit of the tokenizer.
+        focus: Classes to over-represent, for example one with low recall.
         focus_fraction: Share of these classes in each training batch.
-        token_dropout: Augmentation: probability that a token of a training text is replaced by the tokenizer's mask.
-        batch_size: Training samples in a batch, on each device.
-        eval_batch_size: Samples in a batch of validation, test and prediction, on each device.
-        val_fraction: Share of every class that is held out for validation where `val` is not given.
-        split_seed: Determines which are held out. It is not the seed of a run.
+        token_dropout: Probability of replacing a token of a training text with the mask token, as augmentation.
+        batch_size: Batch size in training, per device.
+        eval_batch_size: Batch size in validation, test and prediction, per device.
+        val_fraction: Fraction of every class that is held out for validation if `val` is not given.
+        split_seed: Seed of the split, which is independent of the seed of the run.
 
     Attributes:
-        class_names: The names of all classes, once set up.
+        class_names: The names of all classes, after `setup`.
 
     Raises:
-        ValueError: If a value is out of its range; in `setup`, if a file has no such column or labels of no class.
-        FileNotFoundError: In `setup`, if there is no such file.
+        ValueError: If a value is out of range. In `setup`, if a column does not exist or a label is not among the classes.
+        FileNotFoundError: In `setup`, if a file does not exist.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""A data set of tokenized texts."""
+"""Defines a data set of tokenized texts."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lora_lightning.data.augmentation import drop_tokens, seed_of_sample
 
 
 class TextDataset(Dataset[Any]):
-    """Hands out full batches of token ids, padded to the longest text of the batch.
+    """Returns full batches of token ids, padded to the longest text of the batch.
 
-    A batch is `(inputs, targets)`: `inputs` has what the tokenizer makes, `input_ids` and `attention_mask` of shape (B, T);
-    `targets` has class indices of shape (B,). Without targets, a batch is `inputs` alone.
+    A batch is `(inputs, targets)`. `inputs` contains the outputs of the tokenizer, such as `input_ids` and `attention_mask` of shape (B, T).
+    `targets` contains class indices of shape (B,). Without targets, a batch is `inputs`.
 
     Args:
         texts: The texts.
-        targets: Class indices, one a text; `None` for texts to predict.
+        targets: Class index of each text, or `None` for texts to predict.
         tokenizer: A tokenizer of the transformers library.
-        max_length: Longer texts are cut to this many tokens; `None` for the tokenizer's own limit.
-        token_dropout: Share of the tokens that are replaced by the tokenizer's mask, other ones in every epoch.
+        max_length: Maximum number of tokens, to which longer texts are truncated. `None` uses the limit of the tokenizer.
+        token_dropout: Share of the tokens that are replaced with the mask token, chosen again in every epoch.
 
     Raises:
-        ValueError: If tokens are to be dropped and the tokenizer has neither a mask nor an unknown token.
+        ValueError: If `token_dropout` is not 0 and the tokenizer has neither a mask token nor an unknown token.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TextDataset(Dataset[Any]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
-        """Return a full batch: `DataLoader` calls this instead of `__getitem__` for each sample."""
+        """Return a full batch. `DataLoader` calls this once instead of `__getitem__` for each sample."""
         samples = [self._sample(index) for index in indices or [0]]
         padded = self.tokenizer.pad(samples, return_tensors="pt")
         # A device without samples gets a batch of the right shape with none in it.
@@ -63,7 +63,7 @@ class TextDataset(Dataset[Any]):
         return inputs if self.targets is None else (inputs, self.targets[torch.tensor(indices, dtype=torch.long)])
 
     def set_epoch(self, epoch: int) -> None:
-        """Drop other tokens from now on."""
+        """Set the epoch, which determines the dropped tokens."""
         self.epoch = epoch
 
     def _sample(self, index: int) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class TextDataset(Dataset[Any]):
 
 
 def _stand_in(tokenizer: Any, token_dropout: float) -> int:
-    """Return the token that stands for a dropped one: the mask, or else the unknown token."""
+    """Return the token that replaces dropped ones: the mask token, or else the unknown token."""
     found = tokenizer.unk_token_id if tokenizer.mask_token is None else tokenizer.mask_token_id
     if found is None:
         raise ValueError(

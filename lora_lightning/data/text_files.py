@@ -1,4 +1,4 @@
-"""Reads labelled texts from CSV and JSONL files."""
+"""Reads labelled texts from CSV, TSV and JSONL files."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _READ = {".csv": ",", ".tsv": "\t", ".jsonl": "", ".ndjson": ""}
 
 
 def read_texts(path: Path, text_column: str, label_column: str | None) -> tuple[list[str], list[str]]:
-    """Return the texts in a file, and their labels.
+    """Return the texts in a file and their labels.
 
     Args:
-        path: A CSV or TSV file with a header, or a JSONL file with an object in each line, in UTF-8.
+        path: A CSV or TSV file with a header, or a JSONL file with one object per line, in UTF-8.
         text_column: Column or key of the texts.
-        label_column: Column or key of the labels, which become strings. `None` reads no labels.
+        label_column: Column or key of the labels, which are converted to strings. `None` reads no labels.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is of another kind, has no such column, has no rows, or a text is empty. The message names the row.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file has another format, lacks the column, has no rows, or if a text is empty. The message names the row.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; expected texts as .csv, .tsv or .jsonl.")
@@ -47,7 +47,7 @@ def read_texts(path: Path, text_column: str, label_column: str | None) -> tuple[
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield the rows, with their numbers, which begin at 1."""
+    """Yield the rows with their numbers, which start at 1."""
     delimiter = _READ[path.suffix.lower()]
     with path.open(encoding="utf-8-sig", newline="") as file:
         if delimiter:

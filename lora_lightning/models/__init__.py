@@ -1,4 +1,4 @@
-"""Defines the modules and networks that are trained."""
+"""Defines modules and networks to train."""
 
 from lora_lightning.models.backbones import image_backbone
 from lora_lightning.models.classifier import Classifier

@@ -1,4 +1,4 @@
-"""`image_backbone`: a classification network of torchvision, timm or transformers, by name."""
+"""Defines `image_backbone`, which builds a network of torchvision, timm or transformers by name."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ _AUXILIARY = ("AuxLogits", "aux1", "aux2")
 
 
 def image_backbone(name: str, weights: str | None = None, num_classes: int | None = None) -> nn.Module:
-    """Build an image classifier, for `Classifier(backbone=...)`.
+    """Build an image classifier for `Classifier(backbone=...)`.
 
-    The network is the library's own, with its own parameter names. It has two attributes more: `preprocessing`, which
-    `ImageFolderDataModule` applies to images, and `new_head`, the name of a layer that was replaced by a fresh one (or
-    `None`), which `LoRAFinetuning` trains whole.
+    The network is that of the library, with the same parameter names. It has two additional attributes: `preprocessing`, which
+    `ImageFolderDataModule` applies to images, and `new_head`, the name of a layer that was replaced with a new one (or `None`),
+    which `LoRAFinetuning` trains in full.
 
     Args:
         name: A classification network of torchvision (`vgg19`), `timm/<name>`, or `transformers/<folder or hub name>`.
-        weights: `None` for random ones, with norm layers that have seen a batch of noise; a name of torchvision's
-            (`IMAGENET1K_V1`, `DEFAULT`), downloaded once and compared with the hash in the file's name; `pretrained` for timm
-            and transformers; or a file, a state dict of this network (`.pth` or `.safetensors`), compared with the hash in its
-            name if there is one.
-        num_classes: Size of the output. Where it is not what the weights have, the last layer is replaced by a fresh one;
+        weights: `None` for random weights, with norm layers calibrated on a batch of noise; the name of weights in torchvision
+            (`IMAGENET1K_V1`, `DEFAULT`), which are downloaded once and compared with the hash in the name of the file; `pretrained`
+            for timm and transformers; or a file with a state dict of this network (`.pth` or `.safetensors`), which is compared
+            with the hash in its name, if any.
+        num_classes: Number of outputs. If it differs from that of the weights, the last layer is replaced with a new one.
             `None` keeps the layer.
 
     Raises:
-        ValueError: If there is no such network or weights, or a file is damaged or does not fit.
-        FileNotFoundError: If there is no such file.
+        ValueError: If the network or weights do not exist, or if a file is damaged or does not fit.
+        FileNotFoundError: If a file does not exist.
 
     Example::
 
@@ -139,7 +139,7 @@ def _from_transformers(name: str, weights: str | None, num_classes: int | None) 
 
 
 class _Processor:
-    """A transformers image processor as a function of one image."""
+    """Applies an image processor of transformers to a single image."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -150,7 +150,7 @@ class _Processor:
 
 
 def library(name: str, wanted: str) -> Any:
-    """Import a package, or say what needs it."""
+    """Import a package, or raise an error that says what needs it."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -158,7 +158,7 @@ def library(name: str, wanted: str) -> Any:
 
 
 def head_of(network: nn.Module) -> str:
-    """Return the name of a classifier's last layer: of the linear layers and convolutions, the one that is defined last."""
+    """Return the name of the last layer of a classifier: the linear layer or convolution that is defined last."""
     layers: list[str] = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     if not layers:
         raise ValueError(f"{type(network).__name__} has no linear layer or convolution that could be its head.")
@@ -179,7 +179,7 @@ def _finished(network: nn.Module, preprocessing: Any, num_classes: int | None, n
 
 
 def _like(head: nn.Module, num_classes: int) -> nn.Module:
-    """Return a fresh layer of another size."""
+    """Return a new layer with another size."""
     if isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1):
         return nn.Conv2d(head.in_channels, num_classes, kernel_size=1, bias=head.bias is not None)
     if not isinstance(head, nn.Linear):
@@ -191,11 +191,11 @@ def _like(head: nn.Module, num_classes: int) -> nn.Module:
 
 @torch.no_grad()
 def _settle_norms(network: nn.Module, size: tuple[int, ...]) -> None:
-    """Give the norm layers of a random network the statistics of what they see, from a batch of noise.
+    """Calibrate the norm layers of a random network on a batch of noise.
 
-    Fresh ones are 0 and 1 whatever comes. Frozen like that, they pass next to no signal through a deep network: in
-    EfficientNet-B0 features of 1e-14 reach the last layer, and nothing can be trained. Nor can it in a branch whose norm has
-    a weight of zero, as timm's residual networks begin: it becomes one.
+    The initial statistics are 0 and 1. If they are frozen, almost no signal passes through a deep network: in EfficientNet-B0, features of
+    1e-14 reach the last layer, and nothing can be trained. The same holds for a branch whose norm has a weight of zero, which is the
+    initialization of timm's residual networks. It is set to one.
     """
     norms = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
     if not norms:
@@ -213,7 +213,7 @@ def _settle_norms(network: nn.Module, size: tuple[int, ...]) -> None:
 
 
 def _drop_auxiliary_heads(network: nn.Module) -> None:
-    """Remove the classifiers inside GoogLeNet and Inception, whose outputs they return in training alone."""
+    """Remove the auxiliary classifiers of GoogLeNet and Inception, whose outputs are only returned in training."""
     if hasattr(network, "aux_logits"):
         network.aux_logits = False  # type: ignore[assignment] # a plain attribute
         for name in _AUXILIARY:

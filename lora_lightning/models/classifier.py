@@ -1,4 +1,4 @@
-"""`Classifier`: the base `LightningModule`."""
+"""Defines `Classifier`, the base `LightningModule`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lora_lightning.resume.checkpoints import ADAPTER_KEY, holds_adapters_alone
 
 
 class Classifier(LightningModule):
-    """Trains a backbone by cross-entropy.
+    """Trains a backbone with the cross-entropy loss.
 
-    Its steps return `{"loss", "logits", "targets"}`.
+    The steps return `{"loss", "logits", "targets"}`.
 
     Args:
-        backbone: Maps a batch of inputs to logits of shape (B, num_classes), or to an object that has them as `logits`. Inputs that
-            are a mapping, as `TextDataModule` makes them, become its keyword arguments.
-        optimizer: Makes the optimizer from the trainable parameters; Adam by default, with PyTorch's fused kernel.
-        lr_scheduler: Makes the learning-rate scheduler from the optimizer; stepped after every training step.
-            `OneCycle` is told the length of the run.
-        num_classes: Size of the last dimension of the logits; if given, it is compared with the backbone's and the data's.
+        backbone: A module that maps a batch of inputs to logits of shape (B, num_classes), or to an object with `logits`. Inputs that
+            are a mapping, as from `TextDataModule`, are passed as keyword arguments.
+        optimizer: A function from the trainable parameters to an optimizer. The default is Adam with PyTorch's fused kernel.
+        lr_scheduler: A function from the optimizer to a learning-rate scheduler, which is stepped after every training step.
+            `OneCycle` gets the length of the run.
+        num_classes: Number of classes. If given, it is compared with that of the backbone and of the data.
 
     Example::
 
@@ -93,7 +93,7 @@ class Classifier(LightningModule):
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the logits, from a batch of inputs alone or of inputs and targets."""
+        """Return the logits for a batch of inputs, or of inputs and targets."""
         logits: Tensor = self(batch[0] if isinstance(batch, tuple | list) else batch)
         return logits
 
@@ -111,7 +111,7 @@ class Classifier(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of adapters for a model without any, and say how it is used."""
+        """Refuse a checkpoint of adapters for a model without adapters, and explain how to use it."""
         if (description := checkpoint.get(ADAPTER_KEY)) is not None and not is_adapted(self):
             raise ValueError(holds_adapters_alone(description))
 
@@ -145,7 +145,7 @@ class Classifier(LightningModule):
             mean.update(0.0, 0.0)  # a device may get no batch
 
     def _log_means(self, stage: str) -> None:
-        """Log the means over all samples of all devices, however many each had."""
+        """Log the means over all samples of all devices, weighted by their number."""
         loss, accuracy = self._loss.compute(), self._accuracy.compute()
         if not accuracy.isnan():  # as it is without any sample
             means = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
@@ -153,9 +153,9 @@ class Classifier(LightningModule):
             self.log_dict(means, prog_bar=True, sync_dist=True, reduce_fx="max")
 
     def _logs_this_step(self) -> bool:
-        """Return whether a logger writes this step, or a callback may ask for its numbers at the end of the epoch.
+        """Return whether a logger writes this step, or a callback may use its metrics at the end of the epoch.
 
-        Logging costs about a millisecond, which is what a whole LoRA step on a small batch takes.
+        Logging takes about a millisecond, as long as a complete LoRA step on a small batch.
         """
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         return self.trainer.is_last_batch or (every > 0 and (self.trainer.global_step + 1) % every == 0)

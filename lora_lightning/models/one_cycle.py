@@ -1,4 +1,4 @@
-"""`OneCycle`: a learning-rate schedule that needs no number of steps."""
+"""Defines `OneCycle`, a learning-rate schedule that does not need the number of steps."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _START, _END = 1 / 25, 1 / 250_000
 
 
 class OneCycle(LRScheduler):
-    """One cycle over the whole run: up for 30 % of the steps, then down to almost nothing, both along a cosine.
+    """Increases the learning rate for 30 % of the run and then decreases it to almost zero, both along a cosine.
 
-    The one-cycle policy (Smith and Topin, https://arxiv.org/abs/1708.07120) with the constants of
-    `torch.optim.lr_scheduler.OneCycleLR`, but for the momentum, which is left alone. The optimizer's own learning rate
-    is the highest. `Classifier` tells it how many steps the run has; stepped after every training step.
+    This is the one-cycle policy (Smith and Topin, https://arxiv.org/abs/1708.07120) with the constants of
+    `torch.optim.lr_scheduler.OneCycleLR`, except that the momentum is not changed. The peak is the learning rate of the optimizer.
+    `Classifier` passes the number of steps of the run and steps the scheduler after every training step.
 
     Args:
-        optimizer: Its learning rate, or those of its groups, are the peak.
+        optimizer: The optimizer. The learning rates of its groups are the peaks.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -29,7 +29,7 @@ class OneCycle(LRScheduler):
         super().__init__(optimizer)
 
     def spread_over(self, total_steps: int) -> None:
-        """Fit the cycle to a run of this many steps."""
+        """Set the number of steps of the cycle."""
         self.total_steps = total_steps
 
     @override
@@ -39,7 +39,7 @@ class OneCycle(LRScheduler):
 
 
 def _factor(progress: float) -> float:
-    """Return the share of the peak learning rate, for a progress of 0 (first step) to 1 (last step, and beyond)."""
+    """Return the fraction of the peak learning rate for a progress from 0 (first step) to 1 (last step and later)."""
     if progress <= _WARM_UP:
         return _cosine(_START, 1, progress / _WARM_UP)
     return _cosine(1, _END, min((progress - _WARM_UP) / (1 - _WARM_UP), 1))

@@ -1,4 +1,4 @@
-"""`RichBoyNet`: the over-sized MLP of the MNIST case."""
+"""Defines `RichBoyNet`, the over-sized MLP for MNIST."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 
 class RichBoyNet(nn.Module):
-    """784 -> `hidden_size_1` -> `hidden_size_2` -> 10 with ReLU between: far more parameters than MNIST needs.
+    """MLP with layers 784 -> `hidden_size_1` -> `hidden_size_2` -> 10 and ReLU, far larger than MNIST needs.
 
-    2,807,010 of them with the default sizes. Rank-1 adapters on its three layers add 6,794, or 0.242 %.
+    With the default sizes it has 2,807,010 parameters. Rank-1 adapters on its three layers add 6,794, or 0.242 %.
 
     Args:
         hidden_size_1: Width of the first hidden layer.
-        hidden_size_2: Width of the second.
+        hidden_size_2: Width of the second hidden layer.
     """
 
     def __init__(self, hidden_size_1: int = 1000, hidden_size_2: int = 2000) -> None:

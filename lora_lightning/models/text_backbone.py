@@ -1,4 +1,4 @@
-"""Defines `text_backbone`: a sequence classifier of the transformers library, by name."""
+"""Defines `text_backbone`, which builds a sequence classifier of the transformers library by name."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lora_lightning.models.weights import none_of_words
 def text_backbone(
     name: str, num_classes: int | None = None, weights: str | None = "pretrained", pooling: str | None = None
 ) -> nn.Module:
-    """Build a classifier of texts, for `Classifier(backbone=...)`.
+    """Build a text classifier for `Classifier(backbone=...)`.
 
-    The network is the library's own. It has two attributes more: `tokenizer`, which `TextDataModule` uses, and `new_head`, the
-    names of the last layers that the weights do not have, which `LoRAFinetuning` trains in full.
+    The network is that of the library. It has two additional attributes: `tokenizer`, which `TextDataModule` uses, and `new_head`, the
+    names of the last layers that are not in the weights, which `LoRAFinetuning` trains in full.
 
     Args:
         name: Hub name or folder of a model of the transformers library, for example
             `sentence-transformers/all-MiniLM-L6-v2`.
         num_classes: Number of classes. `None` keeps the classes of the weights.
-        weights: `"pretrained"`, or `None` for random ones of the same configuration.
-        pooling: `"mean"` classifies the mean of all tokens' last hidden states by one new linear layer, as models of the
-            sentence-transformers library were trained to be read. `None` takes the library's own classifier.
+        weights: `"pretrained"`, or `None` for random weights with the same configuration.
+        pooling: `"mean"` classifies the mean of the last hidden states of all tokens with a new linear layer, which suits models
+            of the sentence-transformers library. `None` uses the classifier of the library.
 
     Raises:
-        ValueError: If a value is out of its range, or the package transformers is not there.
-        OSError: If there is no such model.
+        ValueError: If a value is out of range, or if the package transformers is not installed.
+        OSError: If the model does not exist.
     """
     if num_classes is not None and num_classes < 2:
         raise ValueError(f"num_classes={num_classes}: a classifier has at least 2.")
@@ -60,7 +60,7 @@ def text_backbone(
 
 
 class MeanPooling(nn.Module):
-    """Classifies the mean of the tokens' last hidden states, padding left out.
+    """Classifies the mean of the last hidden states of all tokens except padding.
 
     Args:
         encoder: A model of the transformers library that returns `last_hidden_state` of shape (B, T, H).

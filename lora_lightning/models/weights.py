@@ -1,4 +1,4 @@
-"""Weights of a network from a file: whole, the ones that its name says, and fitting."""
+"""Reads the weights of a network from a file and verifies them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HASH = re.compile(r"-([0-9a-f]{8,64})\.")
 
 
 def check_name(path: Path) -> None:
-    """Compare a file with the hash in its name, written as torchvision does: `vgg19-dcbb9e9d.pth`, SHA-256.
+    """Compare a file with the SHA-256 hash in its name, in torchvision's format: `vgg19-dcbb9e9d.pth`.
 
     Raises:
         ValueError: If they differ.
@@ -42,10 +42,10 @@ def check_name(path: Path) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the state dict in a file, without running code from it.
+    """Return the state dict in a file without running code from it.
 
     Raises:
-        ValueError: If the file is damaged, or holds something else.
+        ValueError: If the file is damaged or contains something else.
     """
     if path.suffix == ".safetensors":
         try:
@@ -68,10 +68,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_strictly(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Load a state dict that has to have every name and shape of the network.
+    """Load a state dict with exactly the names and shapes of the network.
 
     Raises:
-        ValueError: If it does not; the network is then as it was.
+        ValueError: If they differ. The network is then unchanged.
     """
     expected = network.state_dict()
     for key in expected.keys() - state.keys():
@@ -83,18 +83,18 @@ def load_strictly(network: nn.Module, state: dict[str, Tensor], path: Path) -> N
 
 
 def copy_of_download(path: Path, entries: Iterable[Any]) -> Any:
-    """Return which of torchvision's weights this file is, by its name; `None` if it is none of them."""
+    """Return torchvision's weights for the name of this file, or `None` if there are none."""
     return next((entry for entry in entries if _file_name(entry) == path.name), None)
 
 
 def through_torchvision(builder: Callable[..., nn.Module], entry: Any, copy: Path | None) -> nn.Module:
-    """Build a network by torchvision with its own weights, from its download folder or a copy of the file.
+    """Build a network with torchvision's weights from its download folder or a copy of the file.
 
-    It compares the hash when it downloads; here a file that is there is compared too.
+    torchvision verifies the hash of a download. This function also verifies existing files.
 
     Raises:
-        ValueError: If the file is not what its name says.
-        RuntimeError: If it can't be downloaded.
+        ValueError: If the file does not match the hash in its name.
+        RuntimeError: If the file cannot be downloaded.
     """
     folder = Path(torch.hub.get_dir())
     file = copy or folder / "checkpoints" / _file_name(entry)
@@ -131,5 +131,5 @@ def _file_name(entry: Any) -> str:
 
 
 def none_of_words(weights: str | None) -> str | None:
-    """Return `None` for the word that the command line makes of `null` in a nested option (jsonargparse 4.53)."""
+    """Return `None` for the string that the command line passes for `null` in a nested option (jsonargparse 4.53)."""
     return None if weights == "None" else weights

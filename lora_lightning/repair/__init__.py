@@ -1,1 +1,1 @@
-"""Repairs a class that a model is poor at, chooses the repair on validation data, and says whether it is one."""
+"""Repairs a class with low recall, selects the repair on validation data, and reports whether it succeeded."""

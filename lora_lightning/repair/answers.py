@@ -1,4 +1,4 @@
-"""Keeps what a model answers on one split of the data, and counts its errors on the classes in focus."""
+"""Holds the predictions of a model on one split of the data, and counts the errors on the classes in focus."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lora_lightning.report.changes import mcnemar_p
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts errors from the point of view of the classes in focus.
+    """Holds the numbers of errors with respect to the classes in focus.
 
     Args:
-        focus_errors: Samples of these classes that were taken for another class.
-        other_errors: Samples of all other classes that were taken for another class.
-        false_positives: Those of `other_errors` that were taken for a class in focus.
-        total: All samples.
+        focus_errors: Number of misclassified samples of these classes.
+        other_errors: Number of misclassified samples of all other classes.
+        false_positives: Number of samples in `other_errors` that were predicted as a class in focus.
+        total: Number of all samples.
     """
 
     focus_errors: int
@@ -42,11 +42,11 @@ class Tally:
 
 @dataclass(frozen=True)
 class Answers:
-    """Holds the logits of all samples of one split, and their classes.
+    """Holds the logits and targets of all samples of one split.
 
     Args:
-        logits: Shape (N, C).
-        targets: Shape (N,), int64.
+        logits: Logits of shape (N, C).
+        targets: Class indices of shape (N,), int64.
     """
 
     logits: Tensor
@@ -76,13 +76,13 @@ class Answers:
 
 
 def mcnemar(before: Answers, after: Answers) -> float:
-    """Return the two-sided p-value of McNemar's exact test: whether two models err on equally many samples."""
+    """Return the two-sided p-value of McNemar's exact test for equal error rates of two models."""
     was, now = (each.predictions == each.targets for each in (before, after))
     return mcnemar_p(int((~was & now).sum()), int((was & ~now).sum()))
 
 
 class AnswersOf(Callback):
-    """Keeps what the steps of `Classifier` return while they validate or test."""
+    """Collects the outputs of the steps of `Classifier` in validation or test."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[Tensor, Tensor]] = []
@@ -112,7 +112,7 @@ class AnswersOf(Callback):
         self._parts.append((outputs["logits"].float().cpu(), outputs["targets"].cpu()))
 
     def answers(self) -> Answers:
-        """Return what was kept, and forget it."""
+        """Return the collected outputs and clear them."""
         logits, targets = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
         self._parts = []
         return Answers(logits, targets)

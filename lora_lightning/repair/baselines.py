@@ -1,4 +1,4 @@
-"""Puts a repair beside what else could be done with the same base, the same batches and the same number of steps."""
+"""Compares a repair with baselines that use the same base, batches and number of steps."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Row:
     """Holds one line of the comparison, on test data.
 
     Args:
-        name: What was done.
-        tally: The errors after it.
-        parameters: How many parameters were trained.
-        seconds: How long that took.
+        name: Name of the method.
+        tally: The errors.
+        parameters: Number of trained parameters.
+        seconds: Training time.
         p: McNemar's p-value against the base.
     """
 
@@ -40,7 +40,7 @@ class Row:
     def of(
         cls, name: str, base: Answers, after: Answers, focus: tuple[int, ...], parameters: int, seconds: float
     ) -> Row:
-        """Compare the answers on test data with those of the base."""
+        """Compare the predictions on test data with those of the base."""
         return cls(name, after.tally(focus), parameters, seconds, mcnemar(base, after))
 
 
@@ -89,7 +89,7 @@ def write_comparison(rows: list[Row], curves: Mapping[str, list[Tally]], focus: 
 
 
 def tradeoff_figure(rows: list[Row], curves: Mapping[str, list[Tally]], focus: str) -> Figure:
-    """Return the errors on the focus against all other errors: left and below the base is better."""
+    """Return a plot of the errors on the focus and all other errors, where left and below the base is better."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""Chooses what to repair and how, by validation data alone. Nothing here sees test data."""
+"""Selects the classes and the adapters of a repair on validation data. Nothing in this file uses test data."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Key = TypeVar("Key")
 
 
 def choose(base: Tally, candidates: Mapping[Key, Tally]) -> Key | None:
-    """Return the candidate to keep, `None` for the base.
+    """Return the candidate to keep, or `None` for the base.
 
-    The rule: of the candidates with fewer errors on the classes in focus than the base, no more errors on all others, and at
-    most 1.5 times its false positives, take the one with the fewest errors on the focus; of several, the one with the fewest
-    errors in all, then the first.
+    A candidate qualifies if it has fewer errors on the classes in focus than the base, no more errors on all others, and at most 1.5
+    times the false positives. Among these, the one with the fewest errors on the focus is selected. Ties are resolved by the fewest
+    errors in total, then by the order.
 
     Args:
-        base: What the base errs on, on validation data.
-        candidates: The same of what could replace it.
+        base: Errors of the base on validation data.
+        candidates: Errors of the candidates on validation data.
     """
     allowed = {
         key: tally
@@ -42,15 +42,15 @@ def choose(base: Tally, candidates: Mapping[Key, Tally]) -> Key | None:
 
 
 def classes_in_focus(focus: int | str, validated: Confusion) -> tuple[tuple[int, ...], str]:
-    """Return the classes that `focus` means, and why.
+    """Return the classes for `focus`, and the reason.
 
     Args:
-        focus: A class, several of them (`"4,9"`), `"worst"` for the class of lowest recall, or `"worst-pair"` for the two
-            classes that are taken for each other most often.
-        validated: The base's confusion on validation data.
+        focus: A class, several classes (`"4,9"`), `"worst"` for the class with the lowest recall, or `"worst-pair"` for the two classes
+            that are confused most often.
+        validated: Confusion matrix of the base on validation data.
 
     Raises:
-        ValueError: If it names a class that does not exist, or all of them.
+        ValueError: If a class does not exist, or if all classes are named.
     """
     names = validated.class_names
     if focus == "worst":
@@ -65,7 +65,7 @@ def classes_in_focus(focus: int | str, validated: Confusion) -> tuple[tuple[int,
 
 
 def named_classes(focus: int | str, names: tuple[str, ...]) -> tuple[int, ...]:
-    """Return the classes of these names, which a comma separates."""
+    """Return the classes for names that are separated by commas."""
     asked = [word.strip() for word in str(focus).split(",")]
     if unknown := [word for word in asked if word not in names]:
         known = ", ".join(names[:20])
@@ -79,7 +79,7 @@ def named_classes(focus: int | str, names: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def one_bias(validated: Answers, focus: tuple[int, ...]) -> Tensor:
-    """Return a bias on the logits of the classes in focus, chosen by `choose`; zero if none is better than the base."""
+    """Return a bias for the logits of the classes in focus, selected by `choose`, or zero if none is better than the base."""
     biases = {value: _one(value, focus, validated.logits.shape[1]) for value in _BIASES}
     tallies = {value: validated.biased(bias).tally(focus) for value, bias in biases.items()}
     best = choose(validated.tally(focus), tallies)
@@ -87,7 +87,7 @@ def one_bias(validated: Answers, focus: tuple[int, ...]) -> Tensor:
 
 
 def matched_bias(validated: Answers, focus: tuple[int, ...], focus_errors: int) -> Tensor:
-    """Return the smallest bias on the logits of the focus that leaves at most this many errors on it, whatever it costs elsewhere."""
+    """Return the smallest bias for the logits of the focus with at most this many errors on the focus, regardless of other errors."""
     classes = validated.logits.shape[1]
     for value in (0.0, *_BIASES):
         bias = _one(value, focus, classes)
@@ -97,7 +97,7 @@ def matched_bias(validated: Answers, focus: tuple[int, ...], focus_errors: int) 
 
 
 def bias_vector(validated: Answers) -> Tensor:
-    """Return the bias of every logit that gives the lowest cross-entropy on validation data."""
+    """Return a bias for every logit that minimizes the cross-entropy on validation data."""
     bias = torch.zeros(validated.logits.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([bias], max_iter=100, line_search_fn="strong_wolfe")
 

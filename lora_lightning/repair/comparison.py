@@ -1,4 +1,4 @@
-"""Trains and chooses the baselines of a repair: the same base, order of batches, augmentation and number of steps."""
+"""Trains and selects the baselines of a repair with the same base, order of batches, augmentation and number of steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_lightning.report import show
 
 
 def compare(repair: Repair, outcome: Outcome) -> list[Row]:
-    """Show all baselines beside the repair in one table and one figure, and return the rows of the table."""
+    """Show the repair and all baselines in a table and a figure, and return the rows of the table."""
     chosen, tested, focus = outcome.setting, outcome.tested, repair.focus
     rank, share = (chosen.rank, chosen.share) if chosen else next(iter(repair.trained))
     assert share is not None, "adapters that were there before have no budget to compare with"
@@ -56,7 +56,7 @@ def compare(repair: Repair, outcome: Outcome) -> list[Row]:
 
 
 def _random_class(repair: Repair, outcome: Outcome, rank: int, share: float) -> str:
-    """Repair a random class: the worst of several looks better the second time anyway."""
+    """Repair a random class, since the worst of several classes is expected to improve in a second measurement."""
     others = [index for index in range(len(repair.task.names)) if index not in repair.focus]
     other = (random.Random(repair.settings.seed).choice(others),)
     each = repair.train("baselines/random-class", "adapters", other, share, rank)
@@ -65,7 +65,7 @@ def _random_class(repair: Repair, outcome: Outcome, rank: int, share: float) -> 
 
 
 def _curve(repair: Repair, repaired: Trained, top: float) -> list[Tally]:
-    """Return the errors on test data at each scale of the adapters, to be drawn. Adapters at `top` are what they are now."""
+    """Return the errors on test data at each scale of the adapters for the figure. `top` is the current scale."""
     tallies = []
     for scale in (0.0, *LAMBDAS):
         with scaled(adapted(repaired), scale / top):

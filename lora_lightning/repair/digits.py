@@ -28,10 +28,10 @@ _VAL_FRACTIONS: dict[Source, float] = {"full": 0.1, "sample": 0.2}
 
 
 class Digits:
-    """The over-sized MLP, full MNIST or the embedded sample, and the recipe of `configs/pretrain.yaml`. It is a `Task`.
+    """Provides the over-sized MLP, MNIST or the embedded sample, and the recipe of `configs/pretrain.yaml`. This is a `Task`.
 
     Args:
-        data_dir: Where the full MNIST is or goes.
+        data_dir: Folder of the full MNIST.
         source: "full", "sample", or "auto".
     """
 
@@ -52,7 +52,7 @@ class Digits:
         self.options = ["--config", "configs/adapt.yaml", *(word for pair in places.items() for word in pair)]
 
     def model(self, way: Way = "adapters") -> Classifier:
-        """Return an untrained MLP, with Adam at the rate of this way of training it."""
+        """Return an untrained MLP with Adam and the learning rate for this kind of training."""
         return Classifier(RichBoyNet(), partial(torch.optim.Adam, lr=_PEAK_RATES[way], fused=True), OneCycle)
 
     def evaluated(self) -> MNISTDataModule:
@@ -60,7 +60,7 @@ class Digits:
         return self._digits(batch_size=_PRETRAIN_BATCH_SIZE)
 
     def mixed(self, focus: tuple[int, ...] | None, share: float) -> MNISTDataModule:
-        """Return augmented batches of 100 in which these digits have this share."""
+        """Return the data with augmented batches of 100 in which these digits have this share."""
         digits = None if focus is None else list(focus)
         data = self._digits(focus=digits, focus_fraction=share, augment=True, batch_size=_ADAPT_BATCH_SIZE)
         data.prepare_data()
@@ -79,7 +79,7 @@ class Digits:
         return Path(checkpoint.best_model_path)
 
     def plain_base(self, checkpoint: Path, folder: Path) -> Path:
-        """Return the checkpoint as it is."""
+        """Return the checkpoint unchanged."""
         return checkpoint
 
     def _digits(self, **arguments: Any) -> MNISTDataModule:

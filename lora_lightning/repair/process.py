@@ -1,4 +1,4 @@
-"""Goes through the parts of one repair: base, weak class, adapters, choice, verdict."""
+"""Runs the steps of a repair: base, weak class, adapters, selection, verdict."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from lora_lightning.report import show
 
 @dataclass(frozen=True)
 class Settings:
-    """Says what to repair, and which adapters to choose from: without shares or steps, by those of the task.
+    """Holds the classes to repair and the adapters to select from. The task provides defaults for shares and steps.
 
-    With an adapter, the folder of one, only its scale is chosen, and nothing is trained.
+    If `adapter` is a folder, only the scale of these adapters is selected, and nothing is trained.
     """
 
     base: Path | None
@@ -41,14 +41,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Holds what one repair came to.
+    """Holds the result of a repair.
 
     Args:
-        verdict: Whether it is a repair, on test data.
-        broken: The guarantees that do not hold.
-        setting: What was chosen on validation data; `None` for the base.
-        tested: The base's answers on test data.
-        repaired: Those of the repaired model; of the base, if nothing was chosen.
+        verdict: The verdict on test data.
+        broken: Guarantees that do not hold.
+        setting: The setting that was selected on validation data, or `None` for the base.
+        tested: Predictions of the base on test data.
+        repaired: Predictions of the repaired model on test data, or of the base if nothing was selected.
     """
 
     verdict: Verdict
@@ -62,9 +62,9 @@ class Repair:
     """Repairs one base.
 
     Args:
-        settings: What to repair, and how.
-        task: Makes the model and the data.
-        runs: Makes the trainers.
+        settings: The settings of the repair.
+        task: Creates the model and the data.
+        runs: Creates the trainers.
     """
 
     def __init__(self, settings: Settings, task: Task, runs: Runs) -> None:
@@ -76,7 +76,7 @@ class Repair:
         self.steps = settings.steps or task.steps
 
     def run(self) -> Outcome:
-        """Go through all parts, and say what comes of each."""
+        """Run all steps and print their results."""
         say(f"[bold]Data[/]: {escape(self.task.description)}.")
         self.base = self._base()
         self.validated = self.runs.base_answers(self.task, self.base, self.data, "validate")
@@ -109,7 +109,7 @@ class Repair:
         }
 
     def train(self, part: str, way: Way, focus: tuple[int, ...] | None, share: float, rank: int) -> Trained:
-        """Train from the base, on augmented batches in which these classes have this share."""
+        """Train from the base on augmented batches in which these classes have this share."""
         if part == "candidates":
             mixed = f"{share:.0%} of each batch {escape(self._many())}"
             say(f"[bold]3. LoRA[/]: base frozen, rank {rank}, {self.steps:,} steps with {mixed}.")
@@ -168,19 +168,19 @@ class Repair:
 
 
 def adapted(trained: Trained) -> nn.Module:
-    """Return the part of a trained model that has the adapters."""
+    """Return the adapted part of a trained model."""
     assert trained.adapters is not None
     assert trained.adapters.adapted is not None
     return trained.adapters.adapted
 
 
 def broken_guarantees(base_unchanged: bool, disabled: list[int], base: list[int]) -> list[str]:
-    """Name what must hold of every adapted model and does not.
+    """Return the guarantees of an adapted model that do not hold.
 
     Args:
-        base_unchanged: Whether the frozen base is bitwise what it was.
-        disabled: The errors on each class with the adapters off.
-        base: The errors of the base on disk.
+        base_unchanged: Whether the frozen base is bitwise unchanged.
+        disabled: Errors on each class with disabled adapters.
+        base: Errors on each class of the base on disk.
     """
     broken = [] if base_unchanged else ["the frozen base changed."]
     if disabled != base:

@@ -19,12 +19,12 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import
 
 @dataclass(frozen=True)
 class Setting:
-    """Names one candidate: adapters of this rank, trained at this share of the focus, at this scale.
+    """Describes a candidate: adapters with a rank, a share of the focus in training, and a scale.
 
     Args:
-        rank: Their rank.
-        share: The share; `None` for adapters that were there before.
-        scale: The scale λ.
+        rank: Rank of the adapters.
+        share: Share of the focus, or `None` for existing adapters.
+        scale: Scale λ.
     """
 
     rank: int
@@ -37,7 +37,7 @@ class Setting:
 
 
 def scales_table(base: Tally, found: Mapping[Setting, Tally], focus: str) -> Table:
-    """Return the errors at each scale as a table for the terminal; scale 0 is the base."""
+    """Return the errors at each scale as a table for the terminal, where scale 0 is the base."""
     table = Table(title="Validation data", title_justify="left", box=SIMPLE, pad_edge=False)
     for heading in ("scale", f"errors on {focus}", "on others", f"taken for {focus}", "accuracy %"):
         table.add_column(heading, justify="right")

@@ -1,4 +1,4 @@
-"""Defines what a repair goes over: a model, its data, and the recipes of training."""
+"""Defines the interface `Task`: a model, its data, and recipes for training."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Way = Literal["adapters", "full network", "last layer"]
 
 
 class Task(Protocol):
-    """Makes the model and the data of a repair. Each call returns a new object.
+    """Creates the model and the data of a repair. Each call returns a new object.
 
     Attributes:
         names: The names of all classes.
-        noun: What a class is called: a digit, a class.
-        description: Where the data come from.
-        recipe: What training a base means, to be printed.
-        steps: Training steps of the adapters, unless others are asked for.
-        share: Share of the focus in a batch, likewise.
-        log_every_n_steps: How often training is logged.
-        options: Words of the command line that `test` takes to make the same model and data.
+        noun: Name for a class: digit or class.
+        description: Description of the data.
+        recipe: Description of the training of a base.
+        steps: Default number of training steps of the adapters.
+        share: Default share of the focus in a batch.
+        log_every_n_steps: Number of steps between logged ones.
+        options: Command-line arguments with which `test` creates the same model and data.
     """
 
     names: tuple[str, ...]
@@ -40,13 +40,13 @@ class Task(Protocol):
     options: list[str]
 
     def model(self, way: Way = "adapters") -> Classifier:
-        """Return an untrained model, with the optimizer for this way of training it."""
+        """Return an untrained model with the optimizer for this kind of training."""
 
     def evaluated(self) -> LightningDataModule:
-        """Return the data that a base is trained on and that models are evaluated on."""
+        """Return the data for training a base and evaluating models."""
 
     def mixed(self, focus: tuple[int, ...] | None, share: float) -> LightningDataModule:
-        """Return the data that a repair trains on, set up: these classes have this share of each batch."""
+        """Return the data for training a repair after `setup`, where these classes have this share of each batch."""
 
     def adapters(self, rank: int, base: Path) -> LoRAFinetuning:
         """Return the callback that attaches adapters of this rank to this base."""
@@ -55,4 +55,4 @@ class Task(Protocol):
         """Train a base and return its checkpoint."""
 
     def plain_base(self, checkpoint: Path, folder: Path) -> Path:
-        """Return a checkpoint without adapters: this one, or one in `folder` with those of this one folded in."""
+        """Return a checkpoint without adapters: this one, or one in `folder` with its adapters merged."""

@@ -1,4 +1,4 @@
-"""Trains what a repair compares: adapters, and the usual ways without adapters."""
+"""Trains the candidates of a repair: adapters, and baselines without adapters."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Split = Literal["validate", "test"]
 
 @dataclass(frozen=True)
 class Trained:
-    """Holds a model that was trained from the base, how many of its parameters were, and how long that took.
+    """Holds a model that was trained from the base.
 
     Args:
         model: The model.
         parameters: Number of trained parameters.
         seconds: Wall-clock time of `Trainer.fit`.
-        adapters: The callback, if adapters were trained.
+        adapters: The callback if adapters were trained, else `None`.
     """
 
     model: Classifier
@@ -39,7 +39,7 @@ class Trained:
 
 
 class Runs:
-    """Makes the trainers of one repair: they log to `<log_dir>/repair/version_N/<part>`."""
+    """Creates the trainers of a repair, which log to `<log_dir>/repair/version_N/<part>`."""
 
     def __init__(self, log_dir: Path, accelerator: str, log_every_n_steps: int) -> None:
         self.log_every_n_steps = log_every_n_steps
@@ -49,7 +49,7 @@ class Runs:
         self.folder = log_dir / "repair" / f"version_{self.version}"
 
     def trainer(self, part: str, *callbacks: Callback, max_epochs: int | None = None, max_steps: int = -1) -> Trainer:
-        """Return a trainer on one device. One with a length trains, and does not validate meanwhile."""
+        """Return a trainer on one device. With a length, it trains without validation."""
         return Trainer(
             accelerator=self.accelerator,
             devices=1,
@@ -67,7 +67,7 @@ class Runs:
     def train(
         self, part: str, task: Task, base: Path, data: LightningDataModule, way: Way, steps: int, rank: int
     ) -> Trained:
-        """Train from the base, with the same order of samples and the same augmentation whatever the way."""
+        """Train from the base, with the same order of samples and the same augmentation for all methods."""
         model = task.model(way)
         callback = None
         if way == "adapters":
@@ -93,19 +93,19 @@ class Runs:
         return Trained(model, trained, 0.0, callback)
 
     def base_answers(self, task: Task, base: Path, data: LightningDataModule, split: Split) -> Answers:
-        """Return the answers of the base on disk, without adapters ever attached."""
+        """Return the predictions of the base on disk, without attaching adapters."""
         model = task.model()
         load_base(model, base)
         return self.answers(model, data, split)
 
     def answers(self, model: Classifier, data: LightningDataModule, split: Split) -> Answers:
-        """Return the answers of a model on one split."""
+        """Return the predictions of a model on one split."""
         kept = AnswersOf()
         getattr(self._quiet_trainer(kept), split)(model, datamodule=data, verbose=False)
         return kept.answers()
 
     def _quiet_trainer(self, callback: Callback) -> Trainer:
-        """Return a trainer that evaluates, and writes nothing."""
+        """Return a trainer for evaluation that writes no files."""
         return Trainer(
             accelerator=self.accelerator,
             devices=1,

@@ -1,4 +1,4 @@
-"""Says in words whether a repair is one."""
+"""Decides whether a repair succeeded."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ REPAIRED, TRADED, KEPT = 0, 3, 4
 
 @dataclass(frozen=True)
 class Verdict:
-    """Compares a base with what should repair it, on test data.
+    """Compares a base with the repaired model on test data.
 
     Args:
-        focus: What the classes in focus are called.
-        base: What the base errs on.
-        repaired: What the adapted model errs on; `None` if validation has found no better one than the base.
+        focus: Names of the classes in focus.
+        base: Errors of the base.
+        repaired: Errors of the adapted model, or `None` if no candidate was better than the base on validation data.
     """
 
     focus: str
@@ -26,7 +26,7 @@ class Verdict:
 
     @property
     def exit_code(self) -> int:
-        """Return `REPAIRED` if errors on the focus fell and no others came, `TRADED` if others came, else `KEPT`."""
+        """Return `REPAIRED` if errors on the focus fell and others did not rise, `TRADED` if others rose, else `KEPT`."""
         if self.repaired is None or self.repaired.focus_errors >= self.base.focus_errors:
             return KEPT
         return REPAIRED if self.repaired.other_errors <= self.base.other_errors else TRADED

@@ -1,4 +1,4 @@
-"""Tables, images and files made from confusion matrices."""
+"""Creates tables, images and files from confusion matrices."""
 
 from lora_lightning.report.confusion import SHOWN_CLASSES, Confusion, Report
 from lora_lightning.report.figure import confusion_figures, report_figures

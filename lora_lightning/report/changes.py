@@ -1,4 +1,4 @@
-"""Compares a model with its base sample by sample: how many samples one of them alone gets right, and which."""
+"""Compares a model with its base sample by sample, and finds the samples that only one of them classifies correctly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 KEPT = 100
-"""Limits how many samples of each kind, fixed and broken, are kept to be shown."""
+"""Maximum number of samples of each kind, fixed and broken, that are kept for the report."""
 _SIDE = 96
 _LONGEST_TEXT = 500
 _INPUT_KEYS = ("image", "images", "pixel_values", "text", "texts", "input_ids", "x", "inputs", "input")
@@ -20,14 +20,14 @@ _INPUT_KEYS = ("image", "images", "pixel_values", "text", "texts", "input_ids", 
 
 @dataclass(frozen=True)
 class ChangedSample:
-    """Holds a sample that one of two models alone gets right.
+    """Holds a sample that only one of two models classifies correctly.
 
     Args:
-        target: Number of its class.
-        base: The class that the base takes it for, and `base_confidence` the probability that it gives to it.
-        model: The class that the model takes it for, and `confidence` likewise.
-        image: A small image as an address of the form `data:image/…`; empty if it is none.
-        text: The text; empty if it is none.
+        target: Index of the class.
+        base: Prediction of the base, with the probability `base_confidence`.
+        model: Prediction of the model, with the probability `confidence`.
+        image: A small image as a `data:image/…` URL, or an empty string.
+        text: The text, or an empty string.
     """
 
     target: int
@@ -40,13 +40,13 @@ class ChangedSample:
 
     @property
     def is_fixed(self) -> bool:
-        """Return whether the model is the one that is right."""
+        """Return whether the model is correct."""
         return self.model == self.target
 
 
 @dataclass
 class Pairs:
-    """Counts the samples that the model alone gets right (`fixed`), and the base alone (`broke`), and keeps some of them."""
+    """Counts the samples that only the model (`fixed`) or only the base (`broke`) classifies correctly, and keeps some of them."""
 
     fixed: int = 0
     broke: int = 0
@@ -55,11 +55,11 @@ class Pairs:
 
     @property
     def p(self) -> float | None:
-        """Return McNemar's p-value; `None` for parts of samples, such as pixels, which are not independent."""
+        """Return McNemar's p-value, or `None` for parts of samples such as pixels, which are not independent."""
         return mcnemar_p(self.fixed, self.broke) if self.are_independent else None
 
     def room(self, fixed: bool) -> int:
-        """Return how many more samples of a kind will be kept."""
+        """Return the number of further samples of a kind to keep."""
         return KEPT - sum(each.is_fixed is fixed for each in self.samples)
 
     def __add__(self, other: Pairs) -> Pairs:
@@ -70,10 +70,10 @@ class Pairs:
 
 
 class Changes:
-    """Compares the answers of a model with those of its base, on one device.
+    """Compares the predictions of a model with those of its base on one device.
 
-    One output a sample stands for two classes: a logit, or a probability if those of all samples are between 0 and 1. That is known
-    at the end. Until then both are compared.
+    A single output per sample means two classes. It is a probability if the outputs of all samples are between 0 and 1, and a logit
+    otherwise. This is only known at the end, so both interpretations are compared until then.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Changes:
     def update(self, logits: Tensor, base: Tensor, targets: Tensor, inputs: Inputs | None = None) -> None:
         """Compare a batch: logits of shape (N, C), or (N,) for two classes, and targets of shape (N,).
 
-        `inputs` are `None` where these are parts of samples, such as pixels.
+        `inputs` is `None` for parts of samples, such as pixels.
         """
         if logits.dim() > 1:
             self.are_probabilities = False
@@ -98,24 +98,24 @@ class Changes:
         self._at_half = _compare(self._at_half, *probability, targets, inputs)
 
     def pairs(self, are_probabilities: bool) -> Pairs:
-        """Return what was found, if one output a sample is a probability or not."""
+        """Return the result for single outputs that are probabilities or not."""
         return self._at_half if are_probabilities else self._at_zero
 
 
 class Inputs:
-    """Finds the images or texts of a batch, to be shown.
+    """Finds the images or texts of a batch for the report.
 
     Args:
-        batch: A mapping that has them by a usual key, a sequence whose first element they are, or the tensor itself.
-        places: Which samples of the batch count, of shape (N,).
-        decode: Makes texts of a batch of token ids.
+        batch: A mapping with one of the usual keys, a sequence whose first element is the input, or the input tensor.
+        places: Indices of the samples that are counted, of shape (N,).
+        decode: A function that decodes a batch of token ids.
     """
 
     def __init__(self, batch: Any, places: Tensor, decode: Callable[[Tensor], list[str]] | None = None) -> None:
         self._found, self._places, self._decode = _inputs(batch), places, decode
 
     def of(self, number: int) -> dict[str, str]:
-        """Return the `image` or the `text` of a sample that counts, whichever it is."""
+        """Return the `image` or the `text` of a sample."""
         found, index = self._found, int(self._places[number])
         if isinstance(found, list):
             return {"text": str(found[index])[:_LONGEST_TEXT]}
@@ -129,7 +129,7 @@ class Inputs:
 
 
 def small_image(pixels: Tensor) -> str:
-    """Return pixels of shape (H, W) or (C, H, W) as a small image, `data:image/…`; the darkest is black, the brightest white."""
+    """Return pixels of shape (H, W) or (C, H, W) as the URL of a small image, scaled to the range of the values."""
     from PIL import Image
 
     values = pixels.detach().float().cpu()
@@ -146,10 +146,10 @@ def small_image(pixels: Tensor) -> str:
 
 
 def mcnemar_p(fixed: int, broke: int) -> float:
-    """Return the two-sided p-value of McNemar's exact test: whether two models err on equally many samples.
+    """Return the two-sided p-value of McNemar's exact test for equal error rates of two models.
 
-    Under the null hypothesis, a sample that one model alone gets right is as likely to be of either (McNemar 1947,
-    https://doi.org/10.1007/BF02295996; the exact form is a sign test).
+    Under the null hypothesis, each sample that only one model classifies correctly is equally likely for both models (McNemar 1947,
+    https://doi.org/10.1007/BF02295996). The exact form is a sign test.
     """
     changed = torch.tensor(float(fixed + broke), dtype=torch.float64)
     fewer = torch.arange(min(fixed, broke) + 1, dtype=torch.float64)
@@ -159,7 +159,7 @@ def mcnemar_p(fixed: int, broke: int) -> float:
 
 
 def pairs_of_devices(changes: Mapping[int, Changes], group: Any = None) -> dict[int, Pairs]:
-    """Return what all devices found together, by the same keys. Every device has to call it."""
+    """Return the results over all devices by key. Every device has to call this."""
     devices: list[Mapping[int, Changes]] = [changes]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         devices = [changes] * torch.distributed.get_world_size(group)
@@ -185,7 +185,7 @@ def _of_logit(probability: Tensor) -> tuple[Tensor, Tensor]:
 def _compare(
     before: Pairs, model: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor], targets: Tensor, inputs: Inputs | None
 ) -> Pairs:
-    """Add the samples of a batch to those before. Only what is kept is made an image or a text."""
+    """Add the samples of a batch. Only samples that are kept are converted to images or texts."""
     (now, confidence), (was, base_confidence) = model, base
     fixed, broke = (now == targets) & (was != targets), (now != targets) & (was == targets)
     if inputs is None:

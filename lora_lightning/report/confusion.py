@@ -1,4 +1,4 @@
-"""Reads a confusion matrix class by class."""
+"""Computes metrics per class from a confusion matrix."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _DENSE_CLASSES = 100
 
 @dataclass(frozen=True)
 class Confusion:
-    """Exact counts of one model on one data set.
+    """Holds the exact counts of one model on one data set.
 
     Args:
-        matrix: Shape (C, C), int64, on the CPU. Row: target class; column: predicted class.
-        class_names: C names.
+        matrix: Counts of shape (C, C), int64, on the CPU. Rows are target classes, and columns are predicted classes.
+        class_names: Names of the C classes.
     """
 
     matrix: Tensor
@@ -42,7 +42,7 @@ class Confusion:
 
     @cached_property
     def correct(self) -> list[int]:
-        """Return samples of each class that were recognized."""
+        """Return the number of correctly classified samples of each class."""
         return [int(count) for count in self.matrix.diagonal()]
 
     @cached_property
@@ -52,43 +52,43 @@ class Confusion:
 
     @cached_property
     def errors(self) -> list[int]:
-        """Return samples of each class that were taken for another."""
+        """Return the number of misclassified samples of each class."""
         return [support - correct for support, correct in zip(self.support, self.correct, strict=True)]
 
     @cached_property
     def recall(self) -> list[float]:
-        """Return the share of each class that was recognized; NaN for a class without samples."""
+        """Return the recall of each class, which is NaN for a class without samples."""
         return [_ratio(correct, support) for correct, support in zip(self.correct, self.support, strict=True)]
 
     @cached_property
     def precision(self) -> list[float]:
-        """Return the share of the predictions of each class that were right; NaN for a class never predicted."""
+        """Return the precision of each class, which is NaN for a class that was never predicted."""
         predicted = [int(count) for count in self.matrix.sum(0)]
         return [_ratio(correct, count) for correct, count in zip(self.correct, predicted, strict=True)]
 
     @cached_property
     def accuracy(self) -> float:
-        """Return the share of all samples that were recognized; NaN without samples."""
+        """Return the fraction of correctly classified samples, which is NaN without samples."""
         return _ratio(sum(self.correct), self.total)
 
     @cached_property
     def false_positives(self) -> list[int]:
-        """Return samples of other classes that were taken for each class."""
+        """Return the number of false positives of each class."""
         return [int(count) - correct for count, correct in zip(self.matrix.sum(0), self.correct, strict=True)]
 
     @cached_property
     def f1(self) -> list[float]:
-        """Return the harmonic mean of recall and precision of each class; NaN for a class without samples that no sample is taken for."""
+        """Return the harmonic mean of recall and precision of each class, which is NaN for a class without samples and predictions."""
         counts = zip(self.correct, self.errors, self.false_positives, strict=True)
         return [_ratio(2 * correct, 2 * correct + errors + others) for correct, errors, others in counts]
 
     def weakest(self) -> int:
-        """Return the class with the lowest recall, among those that have samples; the first of them in a tie."""
+        """Return the first class with the lowest recall among those with samples."""
         known = [index for index, support in enumerate(self.support) if support]
         return min(known, key=lambda index: self.recall[index])
 
     def shown(self) -> list[int]:
-        """Return the classes that a reader is shown: all, or of more than 20 the 20 of lowest recall, as far as they have samples."""
+        """Return the classes to show: all, or for more than 20 classes the 20 with the lowest recall that have samples."""
         classes = range(len(self.class_names))
         if len(classes) <= SHOWN_CLASSES:
             return list(classes)
@@ -96,9 +96,9 @@ class Confusion:
         return sorted(known, key=lambda index: (self.recall[index], -self.errors[index]))[:SHOWN_CLASSES]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain numbers, for JSON; a ratio that is not defined is `None`.
+        """Return plain numbers for JSON. An undefined ratio is `None`.
 
-        Of more than 100 classes, `matrix` is `None` and `counts` lists `[target, predicted, count]` where it is not zero.
+        For more than 100 classes, `matrix` is `None`, and `counts` lists `[target, predicted, count]` for non-zero counts.
         """
         dense = len(self.class_names) <= _DENSE_CLASSES
         places = self.matrix.nonzero()
@@ -125,14 +125,14 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Report:
-    """The counts of one pass over the data: of the model and, if it has adapters, of its base beside it.
+    """Holds the counts of one pass over the data for the model and, if it has adapters, for its base.
 
     Args:
         stage: `"test"` or `"val"`.
-        model: The model as it is.
-        base: The same model with its adapters disabled; `None` for a model without adapters.
+        model: Counts of the model.
+        base: Counts of the model with disabled adapters, or `None` for a model without adapters.
         loader: Number of the data loader, if there are several.
-        pairs: The samples that one of both models alone gets right; `None` without a base.
+        pairs: The samples that only one of the two models classifies correctly, or `None` without a base.
     """
 
     stage: str
@@ -143,11 +143,11 @@ class Report:
 
     @property
     def suffix(self) -> str:
-        """Return what tells names of this loader from those of others, as Lightning writes it; empty for a single one."""
+        """Return Lightning's suffix for the names of this data loader, which is empty for a single one."""
         return "" if self.loader is None else f"/dataloader_idx_{self.loader}"
 
     def metrics(self) -> dict[str, float]:
-        """Return `test/recall/9`, `test/precision/9` and, for the base, `test/base_recall/9`, ..., of the classes shown."""
+        """Return `test/recall/9`, `test/precision/9` and, for the base, `test/base_recall/9`, ..., for the shown classes."""
         found = {}
         for prefix, confusion in {"": self.model, "base_": self.base}.items():
             for ratio in ("recall", "precision") if confusion else ():
@@ -159,7 +159,7 @@ class Report:
 
 
 def loggable(name: str) -> str:
-    """Return the name of a class with underscores in place of what some loggers refuse in names."""
+    """Return the name of a class with underscores for characters that some loggers refuse."""
     return re.sub(r"[^\w\-. ]", "_", name)
 
 

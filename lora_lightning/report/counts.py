@@ -1,4 +1,4 @@
-"""Counts which class a model takes for which."""
+"""Counts the predictions of a model by class."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 class Counts:
     """Counts predictions by target class on this device, and sums them over all devices.
 
-    Two classes may have one output a sample: a logit, or the probability of class 1. It is a probability if all outputs of
-    all devices are between 0 and 1, which is known at the end: until then both are counted.
+    Two classes can have a single output per sample: a logit, or the probability of class 1. It is a probability if all outputs of all
+    devices are between 0 and 1. This is only known at the end, so both interpretations are counted until then.
 
     Args:
-        outputs: Outputs a sample: C, or 1 for two classes.
-        device: Where the model's outputs are.
-        group: The processes that have different samples; `None` for all.
+        outputs: Number of outputs per sample: C, or 1 for two classes.
+        device: Device of the outputs.
+        group: The processes with different samples, or `None` for all.
     """
 
     def __init__(self, outputs: int, device: torch.device | str, group: Any = None) -> None:
@@ -40,7 +40,7 @@ class Counts:
         self.are_probabilities &= bool(((logits >= 0) & (logits <= 1)).all())
 
     def matrix(self) -> Tensor:
-        """Return the counts of all devices, of shape (C, C), on the CPU. Every device has to call it."""
+        """Return the counts of all devices, of shape (C, C), on the CPU. Every device has to call this."""
         counts: Tensor = self._counters[int(self.are_probabilities)].compute()
         return counts.cpu()
 
@@ -52,9 +52,9 @@ class Counts:
 def sum_over_devices(
     counts: Mapping[Any, Counts], device: torch.device, group: Any = None
 ) -> dict[Any, tuple[Tensor, int]]:
-    """Return the matrix and the number of samples of all devices together, by the same keys.
+    """Return the matrix and the number of samples over all devices by key.
 
-    Every device has to call it, also one that has counted nothing and does not know the number of classes.
+    Every device has to call this, including devices without samples that do not know the number of classes.
     """
     own = {key: (each.outputs, each.are_probabilities, each.samples) for key, each in counts.items()}
     devices = [own]

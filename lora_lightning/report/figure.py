@@ -1,4 +1,4 @@
-"""The confusion figures."""
+"""Draws the figures of a report."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ OTHERS = "others"
 
 
 def confusion_figures(report: Report) -> dict[str, Figure]:
-    """Return the confusion matrix as a figure, `model`; with a base: `base`, `adapted` and their `difference`.
+    """Return the confusion matrix as the figure `model`, or with a base as `base`, `adapted` and their `difference`.
 
-    Colour follows the errors, which the diagonal would drown out, on one scale for all; the numbers are counts. Of more
-    than 20 classes, the 20 of lowest recall have a row and a column each, and all others have one together.
+    The numbers are counts. The colours show the errors on one scale for all figures, without the diagonal, which would dominate. For
+    more than 20 classes, the 20 with the lowest recall have one row and column each, and all others share one.
     """
     shown = report.model.shown()
     names = _names(report, shown)
@@ -37,7 +37,7 @@ def confusion_figures(report: Report) -> dict[str, Figure]:
 
 
 def classes_figure(report: Report) -> Figure:
-    """Return the recall of each class that is shown, of the model and of its base, as bars."""
+    """Return a bar chart with the recall of each shown class for the model and its base."""
     from matplotlib.figure import Figure
 
     shown = report.model.shown()
@@ -57,7 +57,7 @@ def classes_figure(report: Report) -> Figure:
 
 
 def write_png(figure: Figure, target: Path | IO[bytes]) -> None:
-    """Write a figure as PNG, laid out and drawn once; `savefig` draws twice."""
+    """Write a figure as PNG. It is drawn once, while `savefig` draws it twice."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas: Any = FigureCanvasAgg(figure)
@@ -66,7 +66,7 @@ def write_png(figure: Figure, target: Path | IO[bytes]) -> None:
 
 
 def _label(name: str) -> str:
-    """Return a name of bearable length, without the sign that matplotlib would take for mathematics."""
+    """Return a shortened name without the sign that starts mathematics in matplotlib."""
     short = name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…"
     return short.replace("$", r"\$")
 
@@ -74,9 +74,9 @@ def _label(name: str) -> str:
 def report_figures(report: Report) -> dict[str, Figure]:
     """Return all figures of a report.
 
-    They are those of `confusion_figures`, the `difference` on a scale of its own; `classes`; `confusion` and `confusion_normalized`,
-    the latter in percents of each row, with the base, if there is one, and the model side by side; and `mistakes`, where samples with
-    an image or a text changed.
+    These are the figures of `confusion_figures`, with a separate scale for `difference`; `classes`; `confusion` and
+    `confusion_normalized` (in percent of each row), with the base, if any, and the model side by side; and `mistakes`, if samples with an
+    image or a text changed.
     """
     shown = report.model.shown()
     names = _names(report, shown)
@@ -100,7 +100,7 @@ def _names(report: Report, shown: list[int]) -> tuple[str, ...]:
 
 
 def _most(*matrices: torch.Tensor) -> float:
-    """Return the largest number beside the diagonals."""
+    """Return the largest off-diagonal count."""
     beside_diagonal = ~torch.eye(len(matrices[0]), dtype=torch.bool)
     return max(float((matrix * beside_diagonal).abs().max()) for matrix in matrices)
 
@@ -117,7 +117,7 @@ def _side_by_side(matrices: dict[str, torch.Tensor], names: tuple[str, ...]) -> 
 
 
 def shown_alone(matrix: torch.Tensor, shown: list[int]) -> torch.Tensor:
-    """Return the counts of these classes, with all others together in a last row and column if there are others."""
+    """Return the counts of these classes, with a last row and column for all others, if any."""
     size = len(shown) + (len(shown) < len(matrix))
     place = torch.full((len(matrix),), size - 1)
     place[shown] = torch.arange(len(shown))

@@ -1,4 +1,4 @@
-"""The report on disk, and names that are free."""
+"""Writes reports to disk, and finds unused file names."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _QUANTITIES = ("errors", "recall", "precision", "f1", "false_positives")
 
 
 def write_report(report: Report, folder: str | Path, figures: dict[str, Figure] | None = None) -> dict[str, str]:
-    """Write a report to `folder`, with `_val` in the names for a validation; never over existing files.
+    """Write a report to `folder` without overwriting files. The names contain `_val` for a validation.
 
     Args:
-        report: What the files hold.
-        folder: Made if missing; an address like `s3://…` is one, too.
-        figures: What `report_figures` returned, if it is there already.
+        report: The report.
+        folder: A folder, which is created if necessary, or a URL such as `s3://…`.
+        figures: The result of `report_figures`, if available.
 
     Returns:
-        The paths of the files, by their plain names: `confusion.json` with all numbers, `confusion.csv` with a row a class, the images
-        `confusion.png`, `confusion_normalized.png` and, with a base, `difference.png`; where samples changed, `samples.json` and
+        The paths of the files by their plain names: `confusion.json` with all numbers, `confusion.csv` with one row per class, the images
+        `confusion.png`, `confusion_normalized.png` and, with a base, `difference.png`. If samples changed, also `samples.json` and
         `mistakes.png`.
     """
     ending = "" if report.stage == "test" else f"_{report.stage}"
@@ -87,16 +87,16 @@ def _write_csv(report: Report, path: Path) -> None:
 
 
 def free_path(path: Path) -> Path:
-    """Return `path`, or if that exists the first of `<stem>-v1`, `<stem>-v2`, ... that does not, as Lightning numbers."""
+    """Return `path`, or if it exists the first unused one of `<stem>-v1`, `<stem>-v2`, ..., as in Lightning."""
     return Path(free_name(path.parent, path.name))
 
 
 def free_name(folder: str | Path, name: str) -> str:
-    """Return the path of `name` in `folder`, or if that exists of the first of `<stem>-v1`, ... that does not.
+    """Return the path of `name` in `folder`, or if it exists the first unused one of `<stem>-v1`, ....
 
     Args:
-        folder: A local one, or an address that fsspec knows, like `s3://…`.
-        name: Of a file or a folder.
+        folder: A local folder, or a URL that fsspec supports, such as `s3://…`.
+        name: Name of a file or a folder.
     """
     root, plain, version = str(folder), Path(name), 0
     path = _joined(root, name)
@@ -118,11 +118,11 @@ def _exists(path: str) -> bool:
 
 
 def write_to(path: str, write: Callable[[Path], object]) -> None:
-    """Write a file or a folder, wherever it is.
+    """Write a file or a folder to a local path or a URL.
 
     Args:
-        path: A local one, whose folder is made if missing, or an address that fsspec knows.
-        write: Writes it to a local path.
+        path: A local path, whose folder is created if necessary, or a URL that fsspec supports.
+        write: A function that writes to a local path.
     """
     if "://" not in path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Finds the targets in a batch and the logits in what a model returned, and brings both into one form."""
+"""Finds the targets in a batch and the logits in the output of a model, and converts them to a common shape."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _NO_TARGET = -100
 
 
 def find_targets(batch: Any, key: str | int | None = None) -> Tensor | None:
-    """Return the targets in `batch`, or `None` if they are not where they usually are.
+    """Return the targets in `batch`, or `None` if they are not found.
 
     Args:
-        batch: A mapping, whose targets have one of the usual keys (`labels`, `label`, `targets`, `target`, `y`, `mask`), a
-            sequence, whose second element they are, or an object with an attribute of such a name.
-        key: Key, attribute or position of the targets, where it is another one.
+        batch: A mapping with one of the usual keys (`labels`, `label`, `targets`, `target`, `y`, `mask`), a sequence whose second element
+            contains the targets, or an object with such an attribute.
+        key: Key, attribute or position of the targets, if it differs.
     """
     if isinstance(batch, Mapping):
         found = next((batch[name] for name in ((key,) if key is not None else _TARGET_KEYS) if name in batch), None)
@@ -36,11 +36,11 @@ def find_targets(batch: Any, key: str | int | None = None) -> Tensor | None:
 
 
 def align(output: Any, targets: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Return the first logits in `output` that fit `targets`, and the targets, both flattened; `None` if none fit.
+    """Return the first logits in `output` that fit `targets`, and the targets, both flattened, or `None` if none fit.
 
     Args:
-        output: Logits, or an object, mapping or sequence that holds them. Their shape is (B, C, ...), or (B, ..., C) as the
-            transformers library has it, or for two classes (B, 1, ...) or (B,).
+        output: Logits, or an object, mapping or sequence with logits. Their shape is (B, C, ...), or (B, ..., C) as in the transformers
+            library, or for two classes (B, 1, ...) or (B,).
         targets: Class numbers of shape (B, ...) or (B, 1, ...), or one-hot rows of shape (B, C).
 
     Returns:
@@ -51,9 +51,9 @@ def align(output: Any, targets: Tensor | None) -> tuple[Tensor, Tensor] | None:
 
 
 def counted(targets: Tensor, num_classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """Return which targets count, and those left over that are no class.
+    """Return the mask of the targets to count, and the invalid targets.
 
-    Targets that are `ignore_index` or -100 do not count, and are not among those left over.
+    Targets equal to `ignore_index` or -100 are neither counted nor invalid.
     """
     ignored = targets == _NO_TARGET
     if ignore_index is not None:
@@ -63,7 +63,7 @@ def counted(targets: Tensor, num_classes: int, ignore_index: int | None) -> tupl
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:
-    """Return the tensors that an output is or holds, those that are called like logits first."""
+    """Yield the tensors in an output, starting with those that are named like logits."""
     if isinstance(output, Tensor):
         yield output
         return
@@ -98,7 +98,7 @@ def _aligned(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def described(value: Any) -> str:
-    """Return in words what a batch or an output holds: `{image: (8, 3, 32, 32), label: (8,)}`."""
+    """Return a description of a batch or an output: `{image: (8, 3, 32, 32), label: (8,)}`."""
     if isinstance(value, Tensor):
         return str(tuple(value.shape))
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Keeps what a training logs, step by step: `metrics.csv` and the curves."""
+"""Records the logged metrics of a run by step, and writes `metrics.csv` and the curves."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _GREY = "#888888"
 
 
 class History:
-    """Holds the metrics of a training by step.
+    """Holds the metrics of a run by step.
 
     Args:
-        rows: Metrics by their names, by the number of the step.
+        rows: Metrics by name, for each step.
     """
 
     def __init__(self, rows: Mapping[int, Mapping[str, float]] | None = None) -> None:
@@ -30,7 +30,7 @@ class History:
         self.rows.setdefault(step, {}).update(metrics)
 
     def write(self, path: Path) -> None:
-        """Write one row a step and one column a metric."""
+        """Write one row per step and one column per metric."""
         names = list(dict.fromkeys(name for row in self.rows.values() for name in row))
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [_STEP, *names])
@@ -39,7 +39,7 @@ class History:
 
     @classmethod
     def read(cls, path: Path) -> History:
-        """Return what `write` wrote, or Lightning's `CSVLogger`, which has several rows for a step."""
+        """Read the file from `write`, or from Lightning's `CSVLogger`, which has several rows per step."""
         history = cls()
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
@@ -49,9 +49,9 @@ class History:
         return history
 
     def curves(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
-        """Return the curves to draw: by what is measured, such as `loss`, the points of each metric that has two or more.
+        """Return the points of each metric with at least two values, grouped by measure, such as `loss`.
 
-        `train/loss`, `train_loss` and `val/loss` are one measure. The metrics of single classes, as `val/recall/9`, are left out.
+        `train/loss`, `train_loss` and `val/loss` are the same measure. Metrics of single classes, such as `val/recall/9`, are excluded.
         """
         found: dict[str, dict[str, list[tuple[int, float]]]] = {}
         names = dict.fromkeys(name for row in self.rows.values() for name in row)
@@ -71,7 +71,7 @@ def _measure(name: str) -> str:
 
 
 def curves_figure(history: History) -> Figure | None:
-    """Return one panel for each measure, in colours that are read on white and on black; `None` if there is nothing to draw."""
+    """Return a figure with one panel per measure, in colours for light and dark backgrounds, or `None` if there is nothing to draw."""
     from matplotlib.figure import Figure
 
     curves = history.curves()

@@ -1,4 +1,4 @@
-"""Measures what adapters change, layer by layer."""
+"""Measures the change of each adapted layer."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lora_lightning.lora.experts import ExpertsParameter
 
 @torch.no_grad()
 def layer_changes(module: nn.Module, with_base: bool = True) -> list[dict[str, Any]]:
-    """Return the size of each adapter's change of weight, ΔW = s B A, without forming it.
+    """Return the size of each update ΔW = s B A without computing the product.
 
     Args:
         module: Any module.
-        with_base: Whether to measure W too, which takes a look at all of the base.
+        with_base: Whether to measure W as well, which reads the complete base.
 
     Returns:
-        For each adapted weight its `name`, `rank` and `parameters`, the Frobenius norm of ΔW, that of W (`base_norm`, `None` for a
-        bypass or without `with_base`), and the effective rank of ΔW: the exponential of the entropy of its singular values, of which each is taken as a
-        share of their sum (Roy and Vetterli 2007, https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf), the
-        mean over experts. Empty if adapters are distributed over devices.
+        For each adapted weight, its `name`, `rank` and `parameters`, the Frobenius norms of ΔW and of W (`base_norm`, which is `None` for
+        a bypass or without `with_base`), and the effective rank of ΔW, averaged over experts. The effective rank is the exponential of the
+        entropy of the normalized singular values (Roy and Vetterli 2007,
+        https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf). Empty if adapters are distributed over devices.
     """
     found = adapted_weights(module)
     if any(hasattr(factor, "device_mesh") for each in found for factor in each.factors):
@@ -53,7 +53,7 @@ def _matrices(each: AdaptedWeight) -> list[tuple[Tensor, Tensor]]:
 
 
 def _singular_values(a: Tensor, b: Tensor) -> Tensor:
-    """Return those of B A, from the triangular factors of both."""
+    """Return the singular values of B A from the triangular factors of B and A."""
     values: Tensor = torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T)
     return values
 

@@ -1,4 +1,4 @@
-"""Gives figures to the loggers that take them."""
+"""Logs figures to loggers that support them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
 
 def log_figure(logger: Any, name: str, figure: Figure, step: int) -> None:
-    """Give a figure to a logger by its own interface, if it has one for images.
+    """Log a figure through the interface of the logger, if it supports images.
 
-    TensorBoard's has `add_figure`, those of W&B and others have `log_image`, and MLflow's client has `log_figure`.
+    TensorBoard has `add_figure`, W&B and others have `log_image`, and MLflow's client has `log_figure`.
     """
     experiment: Any = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_figure"):

@@ -1,4 +1,4 @@
-"""Makes `report.html`, the page of one run or of several: one file, without anything from outside."""
+"""Writes `report.html` for one or several runs as a single self-contained file."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ REPORTS = "confusion*.json"
 
 
 def write_page(folders: list[Path], path: Path) -> None:
-    """Write the page of the runs in these folders.
+    """Write the report of the runs in these folders.
 
     Args:
-        folders: Log folders, as runs leave them: with `confusion*.json`, `samples*.json`, `run.json`, `metrics.csv` and `config.yaml`,
-            as far as they are there.
+        folders: Log folders of runs with `confusion*.json`, `samples*.json`, `run.json`, `metrics.csv` and `config.yaml`, as far as
+            available.
         path: The file to write.
     """
     import jinja2
@@ -44,14 +44,14 @@ def write_page(folders: list[Path], path: Path) -> None:
 
 
 def page_of(folder: Path) -> Path:
-    """Return where the page of a run's folder belongs: over an earlier one, which holds nothing else, but over no other file."""
+    """Return the path for the report in a folder. It may replace an earlier report but no other file."""
     path = folder / "report.html"
     is_ours = path.is_file() and _MARK in path.read_text(encoding="utf-8", errors="replace")[:1000]
     return path if is_ours else free_path(path)
 
 
 class Run:
-    """Reads what a run left in its folder.
+    """Reads the files in the folder of a run.
 
     Args:
         folder: The log folder.
@@ -66,18 +66,18 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Return the end of the folder's path: `adapt/version_0`."""
+        """Return the last parts of the path of the folder: `adapt/version_0`."""
         return "/".join(self.folder.resolve().parts[-2:])
 
     @cached_property
     def config(self) -> str:
-        """Return the run's configuration as it is on disk; empty without one."""
+        """Return the configuration of the run from disk, or an empty string."""
         path = self.folder / "config.yaml"
         return path.read_text(encoding="utf-8") if path.is_file() else ""
 
     @cached_property
     def curves(self) -> str:
-        """Return the curves of the run, or of the training whose checkpoint it took, as the address of an image."""
+        """Return the URL of an image with the curves of the run, or of the training run of its checkpoint."""
         history = next((path for place in self._places if (path := place / "metrics.csv").is_file()), None)
         figure = None if history is None else curves_figure(History.read(history))
         if figure is None:
@@ -88,7 +88,7 @@ class Run:
 
     @cached_property
     def sizes(self) -> list[tuple[str, int]]:
-        """Return the names and bytes of the files with weights, in the run's folder or in that of the training."""
+        """Return the names and sizes in bytes of the files with weights, of the run or of the training run of its checkpoint."""
         for place in self._places:
             found = sorted([*place.glob("adapter*/*.safetensors"), *place.glob("checkpoints/*.ckpt")])
             if found:
@@ -97,13 +97,13 @@ class Run:
 
     @property
     def _places(self) -> list[Path]:
-        """Return the run's folder, and those around the checkpoint that it took."""
+        """Return the folder of the run, and those around its checkpoint."""
         checkpoint = self.facts.get("checkpoint")
         return [self.folder, *(list(Path(checkpoint).parents)[:2] if checkpoint else ())]
 
     @property
     def trained(self) -> str:
-        """Return in words how many parameters were trained; empty if that is not known."""
+        """Return a description of the number of trained parameters, or an empty string if unknown."""
         trained, total = self.facts.get("trained"), self.facts.get("total")
         if not trained or not total or trained == total:
             return f"{total:,} parameters" if total else ""
@@ -112,7 +112,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Cell:
-    """Holds a cell of a matrix: its number as text, and how much colour it has, from -1 to 1."""
+    """Holds a cell of a matrix: its number as text, and its colour from -1 to 1."""
 
     text: str
     shade: float
@@ -146,7 +146,7 @@ class Section:
 
     @cached_property
     def matrices(self) -> dict[str, list[list[Cell]]]:
-        """Return the matrices of the base, of the model, and of their difference, cell by cell."""
+        """Return the cells of the matrices of the base, the model and their difference."""
         found = {"model": shown_alone(self.report.model.matrix, self._shown)}
         if self.report.base is not None:
             found = {"base": shown_alone(self.report.base.matrix, self._shown), "adapted": found["model"]}
@@ -157,7 +157,7 @@ class Section:
 
     @property
     def samples(self) -> list[ChangedSample]:
-        """Return the samples that changed and were kept."""
+        """Return the kept samples that changed."""
         return [] if self.report.pairs is None else self.report.pairs.samples
 
     def name_of(self, index: int) -> str:
@@ -165,12 +165,12 @@ class Section:
         return self.report.model.class_names[index]
 
     def shown_name_of(self, index: int) -> str:
-        """Return the name of the row that a class is in."""
+        """Return the name of the row of a class."""
         return self.name_of(index) if index in self._shown else OTHERS
 
     @property
     def story(self) -> list[str]:
-        """Return in up to three sentences what was found."""
+        """Return a summary in up to three sentences."""
         model, base, pairs = self.report.model, self.report.base, self.report.pairs
         worst = model.weakest() if model.total else 0
         if base is None:
@@ -193,7 +193,7 @@ class Section:
 
     @property
     def classes(self) -> list[dict[str, Any]]:
-        """Return a row for each class that is shown: recall before and after, errors, F1 and false positives."""
+        """Return a row for each shown class: recall before and after, errors, F1 and false positives."""
         model, base = self.report.model, self.report.base
         return [
             {

@@ -1,4 +1,4 @@
-"""Writes samples that changed, as a file and as a grid of images and texts."""
+"""Writes the samples that changed as a file, and draws them in a grid."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def write_samples(samples: list[ChangedSample], path: Path) -> None:
 
 
 def read_samples(path: Path) -> list[ChangedSample]:
-    """Return what `write_samples` wrote."""
+    """Read the file from `write_samples`."""
     return [ChangedSample(**each) for each in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def samples_figure(samples: list[ChangedSample], class_names: tuple[str, ...]) -> Figure | None:
-    """Return up to twelve samples that were fixed and as many that broke: what they are, and how sure the model is.
+    """Return a figure with up to twelve fixed and twelve broken samples, with their predictions and confidences.
 
     Returns:
-        The figure; `None` if no sample has an image or a text.
+        The figure, or `None` if no sample has an image or a text.
     """
     from matplotlib.figure import Figure
 
@@ -59,7 +59,7 @@ def samples_figure(samples: list[ChangedSample], class_names: tuple[str, ...]) -
 
 
 def _draw(axis: Axes, sample: ChangedSample, class_names: tuple[str, ...], center: float, top: float) -> None:
-    """Draw a sample below its three lines of words; positions are in inches from the upper left."""
+    """Draw a sample below its three lines of text. Positions are in inches from the upper left corner."""
     from PIL import Image
 
     target, base, model = (_short(class_names[index]) for index in (sample.target, sample.base, sample.model))

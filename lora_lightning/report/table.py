@@ -1,4 +1,4 @@
-"""The per-class table in the terminal."""
+"""Creates the table of classes for the terminal."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lora_lightning.report.confusion import Confusion, Report
 
 
 def report_table(report: Report, title: str | None = None) -> Table:
-    """Return one row a class, one for all: support, errors, recall and precision, before and after where there is a base.
+    """Return a table with one row per class and a row for all: support, errors, recall and precision, before and after if there is a base.
 
-    Of more than 20 classes, there are the 20 of lowest recall alone, as the caption says. The last row has the accuracy in
-    place of the recall.
+    For more than 20 classes, the table contains the 20 with the lowest recall, and the caption says so. The last row contains the accuracy
+    instead of the recall.
     """
     model, base = report.model, report.base
     names = model.class_names

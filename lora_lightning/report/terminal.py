@@ -1,4 +1,4 @@
-"""Printing to the terminal, which never fails."""
+"""Prints to the terminal without encoding errors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from rich.console import RenderableType
 
 
 def show(what: RenderableType, **options: Any) -> None:
-    """Print to standard output. Where its encoding lacks a character, there is a question mark.
+    """Print to standard output, with question marks for characters that its encoding lacks.
 
     Args:
-        what: Text or a table.
-        options: Those of `rich.console.Console.print`.
+        what: A text or a table.
+        options: Options of `rich.console.Console.print`.
     """
     console = get_console()
     encoding = getattr(console.file, "encoding", None) or "utf-8"
