@@ -60,7 +60,7 @@ def test_adapters_in_all_layers_of_vgg19(run: Run) -> None:
 
     code, text = run("predict", *config, "--adapter", "none")
     assert code == 0, text
-    assert "the base answers alone" in text
+    assert "only the base is used" in text
     torch.manual_seed(0)
     net = image_backbone("vgg19").eval()
     images = torch.stack([net.preprocessing(read_image(SAMPLE / "goldfish" / name)) for name in PICTURES])
@@ -166,7 +166,7 @@ class TestSmall:
     def test_without_any_run_the_base_predicts_and_that_is_said(self, run: Run) -> None:
         code, text = run("predict", *self.CONFIG)
         assert code == 0, text
-        assert "No checkpoint in logs/goldfish_lora: the model is used as it is configured." in text
+        assert "No checkpoint in logs/goldfish_lora: the configured model is used." in text
 
     def test_the_last_training_predicts_whatever_was_predicted_or_tested_since(self, run: Run, fitted: Path) -> None:
         for command, words in {"predict": ("--adapter", "none"), "test": ()}.items():

@@ -179,8 +179,8 @@ class ConfusionReport(Callback):
         if len(strange):
             numbers = some_of(map(str, sorted(set(strange.tolist()))))
             self._warn(
-                f"ConfusionReport leaves out targets outside 0..{num_classes - 1}: {numbers}. If they mean that a sample does not "
-                "count, give ignore_index."
+                f"ConfusionReport ignores targets outside 0..{num_classes - 1}: {numbers}. If these samples "
+                "should be ignored, set ignore_index."
             )
         if trainer.sanity_checking:
             return
@@ -189,8 +189,8 @@ class ConfusionReport(Callback):
             return
         if call.module is not pl_module and not _holds_all_adapters(call, calls, pl_module):
             self._warn(
-                f"ConfusionReport can't count the base beside the adapted model: the step of {type(pl_module).__name__} calls several "
-                "of its modules, and what one gets depends on the adapters of another. Call them in forward, and self(...) in the step."
+                f"ConfusionReport cannot report the base: the step of {type(pl_module).__name__} calls several "
+                "of its modules, and the input of one depends on the adapters of another. Call them in forward, and self(...) in the step."
             )
             return
         with disabled(pl_module), trainer.precision_plugin.forward_context():
@@ -209,8 +209,8 @@ class ConfusionReport(Callback):
         if targets is None:
             what = f" under {self.target_key!r}" if self.target_key is not None else ""
             self._warn(
-                f"ConfusionReport counts nothing: it found no targets{what} in the batch, which is {described(batch)}. Give it "
-                "target_key, the key or position of the targets."
+                f"ConfusionReport counts nothing: no targets{what} were found in the batch, which is {described(batch)}. Set "
+                "target_key to the key or position of the targets."
             )
             return None
         own = [call for call in calls if call.module is pl_module]
@@ -226,7 +226,7 @@ class ConfusionReport(Callback):
             return call, logits.detach(), classes, len(targets)
         returned = ", ".join(described(call.output) for call in own or calls) or "nothing, as it was not called"
         self._warn(
-            f"ConfusionReport counts nothing: it found no logits of classes. The targets are {described(targets)} of "
+            f"ConfusionReport counts nothing: no logits of classes were found. The targets are {described(targets)} of "
             f"{targets.dtype}; {'forward' if own or not calls else 'what the step called'} of {type(pl_module).__name__} returned "
             f"{returned}. Expected logits of shape (batch, classes, ...) from forward."
         )
@@ -284,7 +284,7 @@ class ConfusionReport(Callback):
         if len(names) != len(matrix):
             raise ValueError(
                 f"{len(names)} class names ({', '.join(names[:5])}, ...) for a model of {len(matrix)} classes. Give "
-                "ConfusionReport one name a class with class_names."
+                "ConfusionReport one name per class with class_names."
             )
         return Confusion(matrix, names)
 

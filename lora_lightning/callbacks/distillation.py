@@ -62,7 +62,7 @@ class Distillation:
             if not self._warned:
                 self._warned = True
                 rank_zero_warn(
-                    f"distillation={self.weight} has no effect: the step of {type(pl_module).__name__} called nothing that "
+                    f"distillation={self.weight} has no effect: the step of {type(pl_module).__name__} called no module that "
                     "returned logits of classes with a gradient. Expected logits of shape (batch, classes, ...) from forward."
                 )
             return

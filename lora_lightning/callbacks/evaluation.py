@@ -32,6 +32,6 @@ def warn_of_repeated_samples(trainer: Trainer, samples: int, dataset: Any) -> No
     size = len(dataset) if hasattr(dataset, "__len__") else 0
     if size and samples != size:
         rank_zero_warn(
-            f"The confusion matrix counts {samples:,} samples of a data set of {size:,}: the sampler repeats or leaves "
-            "out some. Use lightning.pytorch.overrides.distributed.UnrepeatedDistributedSampler for exact counts."
+            f"The confusion matrix counts {samples:,} samples of a data set of {size:,}: the sampler repeats or omits "
+            "some. Use lightning.pytorch.overrides.distributed.UnrepeatedDistributedSampler for exact counts."
         )

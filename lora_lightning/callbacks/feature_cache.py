@@ -39,7 +39,7 @@ class FeatureCache(Callback):
         if getattr(data, "augmentation", None) is not None:
             raise ValueError(
                 f"FeatureCache needs inputs that are the same in every epoch, but {type(data).__name__} has an "
-                "augmentation. Leave one of the two out."
+                "augmentation. Remove one of the two."
             )
         dataset: Any = getattr(trainer.train_dataloader, "dataset", None)
         self.cache = PrefixCache(backbone_of(pl_module), len(dataset) if hasattr(dataset, "__len__") else None)

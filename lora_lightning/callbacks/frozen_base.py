@@ -42,8 +42,8 @@ class FrozenBase:
         if changed:
             self._warned = True
             rank_zero_warn(
-                f"Buffers of the base change in training: {some_of(map(repr, changed))}. They are kept in checkpoints, but adapters in a "
-                "folder come without them. Frozen parameters and norm statistics stay as they are."
+                f"Buffers of the base changed during training: {some_of(map(repr, changed))}. They are saved in checkpoints, but not in adapter "
+                "folders. Frozen parameters and norm statistics have not changed."
             )
 
     def _buffers_of_the_users(self) -> set[str]:

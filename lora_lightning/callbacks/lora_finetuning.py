@@ -117,8 +117,8 @@ class LoRAFinetuning(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if is_adapted(pl_module) and self.adapted is not backbone_of(pl_module):
             raise ValueError(
-                f"This {type(pl_module).__name__} came with adapters that this LoRAFinetuning did not attach. Give it the "
-                "plain model, or leave the callback out."
+                f"This {type(pl_module).__name__} came with adapters that this LoRAFinetuning did not attach. Pass the "
+                "plain model, or remove the callback."
             )
         refuse_strategy(trainer.strategy)
 
@@ -247,8 +247,8 @@ class LoRAFinetuning(Callback):
         frozen, buffers = self._frozen.changed()
         if frozen:
             raise RuntimeError(
-                f"The frozen base changed during training: {some_of(map(repr, frozen))}. Something writes to these, for example an optimizer "
-                f"that was given them by another path. Adapter: {self.adapter_folder}."
+                f"The frozen base changed during training: {some_of(map(repr, frozen))}. Some code writes to them, for example an optimizer "
+                f"that has these parameters. Adapter: {self.adapter_folder}."
             )
         but = f", but for buffers that the model's own code changes: {some_of(map(repr, buffers))}" if buffers else ""
         where = f"Adapter: {self.adapter_folder}{of_best}" if self.adapter_folder else "This run writes no adapter."
@@ -262,7 +262,7 @@ class LoRAFinetuning(Callback):
 
     def _say_if_fresh(self, trainer: Trainer) -> None:
         if trainer.state.fn != "fit" and is_untrained(self._the_adapted):
-            rank_zero_info("The adapters are as they began, and change nothing: ckpt_path gives them what was trained.")
+            rank_zero_info("The adapters are untrained and have no effect. Pass trained ones as ckpt_path.")
 
     def _load_base(self, pl_module: LightningModule) -> None:
         """Load `base_checkpoint`, if any, into a model without adapters."""

@@ -65,7 +65,7 @@ class PredictionWriter(BasePredictionWriter):
         if not isinstance(prediction, Tensor) or prediction.dim() != 2 or batch_indices is None:
             found = f"shape {tuple(prediction.shape)}" if isinstance(prediction, Tensor) else type(prediction).__name__
             rank_zero_warn(
-                f"Nothing is written of the predictions: predict_step of {type(pl_module).__name__} returns {found}; expected "
+                f"The predictions are not saved: predict_step of {type(pl_module).__name__} returns {found}; expected "
                 "logits of shape (batch, classes)."
             )
             return

@@ -33,7 +33,7 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.M
     module = type(pl_module).__name__
     if missing := [name for name, key in trainable.items() if key in ours and key not in held]:
         raise ValueError(
-            f"The optimizer of this {module} does not have {some_of(map(repr, missing))}: these adapters would never be trained. Make it in "
+            f"The optimizer of this {module} does not have {some_of(map(repr, missing))}: these adapters would never be trained. Create it in "
             "configure_optimizers from the parameters that require gradients then, as adapters exist by that time; or leave "
             "the layers out with exclude_modules."
         )

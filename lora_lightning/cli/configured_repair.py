@@ -44,7 +44,7 @@ class Configured:
         cli = self._read()
         model, data = cli.model, cli.datamodule
         if not isinstance(model, Classifier):
-            raise ValueError(f"{type(model).__name__} is the model; repair goes over a lora_lightning.Classifier.")
+            raise ValueError(f"{type(model).__name__} is the model; repair needs a lora_lightning.Classifier.")
         if data is None or not {"focus", "focus_fraction"} <= vars(data).keys():
             named = "no data module" if data is None else type(data).__name__
             raise ValueError(
@@ -55,7 +55,7 @@ class Configured:
         _check_splits(data)
         self.names: tuple[str, ...] = tuple(data.class_names)
         self.description = shlex.join(words)
-        self.recipe = "trained as fit does with this configuration, adapters folded in"
+        self.recipe = "trained by fit with this configuration, with merged adapters"
         batches, most, limit = len(data.train_dataloader()), cli.trainer.max_epochs, cli.trainer.max_steps
         lengths = [length for length in ((most or -1) * batches, limit) if length > 0]
         self.steps = min(lengths, default=batches)
@@ -110,7 +110,9 @@ class Configured:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
         best = getattr(cli.trainer.checkpoint_callback, "best_model_path", "")
         if not best:
-            raise ValueError("The configured fit has written no checkpoint; leave trainer.enable_checkpointing on.")
+            raise ValueError(
+                "The configured fit has not written a checkpoint. Do not disable trainer.enable_checkpointing."
+            )
         return self.plain_base(Path(best), runs.folder / "base")
 
     def plain_base(self, checkpoint: Path, folder: Path) -> Path:
@@ -136,9 +138,7 @@ def _set_up(cli: LoRALightningCLI) -> None:
 def _check_splits(data: Any) -> None:
     validation = data.val_dataloader()
     if not validation:
-        raise ValueError(
-            "The data hold nothing out to validate on, and repair chooses by that: set --data.val_fraction 0.2."
-        )
+        raise ValueError("There are no validation data, which repair needs for selection: set --data.val_fraction 0.2.")
     first, second = validation.dataset, data.test_dataloader().dataset
     if first is second or getattr(first, "files", None) == getattr(second, "files", ()):
         raise ValueError(

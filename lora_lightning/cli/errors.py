@@ -50,13 +50,13 @@ def _with_settings(text: str) -> str:
     if match := re.search(r"`(\w+)Accelerator` can not run on your system.*: (\[.*\])", text):
         kind = match[1].lower()
         return (
-            f"trainer.accelerator={kind}: PyTorch sees no such device here. Leave the option out to use what there is, or say "
+            f"trainer.accelerator={kind}: PyTorch finds no such device here. Omit the option to use the available devices, or set "
             f"--trainer.accelerator cpu (available: {match[2]})."
         )
     if match := re.match(r"(logs/(\w+)) (does not exist|holds no checkpoint)", text):
         config = Path("configs") / f"{match[2]}.yaml"
         if config.is_file():
-            text += f" `lora-lightning fit --config {config}` makes it; base_checkpoint and --ckpt_path name another."
+            text += f" `lora-lightning fit --config {config}` creates it; base_checkpoint and --ckpt_path select another one."
     return text
 
 

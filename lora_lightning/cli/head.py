@@ -28,7 +28,7 @@ def size_head(settings: Namespace) -> None:
     if not str(getattr(backbone, "class_path", "")).endswith(_BACKBONES) or of_backbone.get("num_classes") is not None:
         return
     if (classes := _number_of_classes(data)) is not None:
-        rank_zero_info(f"The model gets an output for each of {classes:,} classes of the data.")
+        rank_zero_info(f"The model has one output for each of {classes:,} classes of the data.")
         arguments.num_classes = of_backbone.num_classes = classes
 
 

@@ -33,7 +33,7 @@ def init(words: list[str]) -> int:
         return 0 if words in ([], ["--help"], ["-h"]) else 2
     _, names = TOPICS[words[0]]
     if there := [name for name in names if Path(name).exists()]:
-        print(f"lora-lightning: error: {', '.join(there)} is there already and stays as it is.", file=sys.stderr)
+        print(f"lora-lightning: error: {', '.join(there)} already exists and is not changed.", file=sys.stderr)
         return 2
     commands: list[str] = []
     for name in names:

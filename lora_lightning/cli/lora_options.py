@@ -25,7 +25,7 @@ _OWN = {
 
 def add_lora_options(parser: LightningArgumentParser) -> None:
     """Add an option for each argument of `LoRAFinetuning`. Options that are not given do not change the configuration."""
-    group = parser.add_argument_group("LoRA: settings of the LoRAFinetuning callback, which is added if there is none")
+    group = parser.add_argument_group("LoRA: settings of the callback LoRAFinetuning, which is added if necessary")
     described = {
         each.arg_name: each.description for each in [*parse(LoRAConfig.__doc__ or "").params, *_own_parameters()]
     }

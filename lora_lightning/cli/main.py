@@ -59,15 +59,15 @@ _NOISE = (
 )
 _ADVERTISEMENT = "Tip: For seamless"
 _DESCRIPTION = (
-    "Train a classifier, fine-tune it with LoRA, and see class by class what that changed. "
-    "More commands have a help of their own: 'lora-lightning merge --help' (fold adapters into a plain checkpoint), "
-    "'lora-lightning report --help' (one page for several runs) and 'lora-lightning repair --help' (the whole story)."
+    "Train a classifier, fine-tune it with LoRA, and see what changed, class by class. Further commands have their own help: "
+    "'lora-lightning merge --help' (merge adapters into a plain checkpoint), 'lora-lightning report --help' (compare runs) "
+    "and 'lora-lightning repair --help' (find and repair a weak class)."
 )
 
 
 _ADAPTER_HELP = (
-    "Folder of adapters to use, as fit and PEFT write it, or a log folder, whose newest one is taken; 'none' for the base alone. "
-    "With it, ckpt_path is the base."
+    "Folder of adapters from fit or PEFT, or a log folder, whose newest adapter is used, or 'none' for the base. "
+    "ckpt_path is then the base."
 )
 
 
@@ -87,7 +87,9 @@ class LoRALightningCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=SaveSharedConfig,
             parser_kwargs={
-                "description": _DESCRIPTION if run else "Fold trained adapters into their base: a plain checkpoint.",
+                "description": _DESCRIPTION
+                if run
+                else "Merge trained adapters into their base and write a plain checkpoint.",
                 "prog": "lora-lightning" if run else "lora-lightning merge",
                 "exit_on_error": False,
                 **{command: {"exit_on_error": False} for command in commands},
@@ -152,7 +154,7 @@ class LoRALightningCLI(LightningCLI):
         arguments: Any = ours[0].init_args if ours else Namespace()  # type: ignore[no-untyped-call]
         base, settings.ckpt_path = settings.ckpt_path or arguments.get("base_checkpoint"), None
         if adapter == NO_ADAPTER:
-            rank_zero_info("Adapter: none, the base answers alone.")
+            rank_zero_info("Adapter: none, only the base is used.")
             settings.trainer.callbacks = others
             settings.ckpt_path = None if base is None else str(newest_checkpoint(base))
             return
@@ -201,7 +203,7 @@ class LoRALightningCLI(LightningCLI):
             folder = _log_folder(settings.trainer.logger)
             found = last_checkpoint(folder)
             settings.ckpt_path = None if found is None else str(found)
-            nothing = "starting from the beginning" if command == "fit" else "the model is used as it is configured"
+            nothing = "starting from the beginning" if command == "fit" else "the configured model is used"
             rank_zero_info(f"Checkpoint: {found}" if found else f"No checkpoint in {folder}: {nothing}.")
             return
         if not _is_local_file(path):
@@ -248,14 +250,14 @@ def main(args: list[str] | None = None) -> int:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         print(f"lora-lightning: error: {explain(error, words)}", file=sys.stderr)
-        print(f"(--help lists what can be said; {DEBUG_VARIABLE}=1 shows the traceback.)", file=sys.stderr)
+        print(f"(--help lists the options; {DEBUG_VARIABLE}=1 shows the traceback.)", file=sys.stderr)
         return 2 if isinstance(error, ArgumentError) else 1
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning answers Ctrl-C by closing its loggers and leaving with code 1.
         if isinstance(stop, SystemExit) and not isinstance(stop, SIGTERMException) and stop.code != 1:
             raise
-        go_on = " --ckpt_path last goes on from there." if words[:1] == ["fit"] else ""
-        print(f"lora-lightning: interrupted. What was written so far is kept.{go_on}", file=sys.stderr)
+        go_on = " --ckpt_path last resumes from there." if words[:1] == ["fit"] else ""
+        print(f"lora-lightning: interrupted. All files written so far are kept.{go_on}", file=sys.stderr)
         return 1
 
 

@@ -44,7 +44,7 @@ def merge_checkpoint(
     callback = next((each for each in callbacks if isinstance(each, LoRAFinetuning)), None)
     if callback is None or (ckpt_path is None and callback.adapter is None):
         missing = "--ckpt_path, a checkpoint with adapters" if callback else "a LoRAFinetuning among trainer.callbacks"
-        raise ValueError(f"merge needs {missing}. Give it the configuration that the adapters were trained with.")
+        raise ValueError(f"merge needs {missing}. Pass the configuration of the training.")
     output = free_path(Path("merged.ckpt")) if output is None else Path(output)
     for path in (output, onnx):
         if path is not None and Path(path).exists():
@@ -62,7 +62,7 @@ def merge_checkpoint(
     merge(callback.adapted)
     if onnx is not None:
         export(model, example_input(model, datamodule), onnx, datamodule)
-        rank_zero_info(f"ONNX: {onnx}, of the model's forward; it agrees with PyTorch.")
+        rank_zero_info(f"ONNX: {onnx}, of the forward pass of the model; its outputs agree with PyTorch.")
     trainer.save_checkpoint(output, weights_only=True)
     rank_zero_info(f"Merged: {output}")
     return output

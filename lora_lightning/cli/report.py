@@ -25,12 +25,13 @@ def report(words: list[str]) -> int:
         FileExistsError: If the file to write already exists.
     """
     parser = argparse.ArgumentParser(
-        "lora-lightning report", description="Make the page of a run again, or one page that compares several runs."
+        "lora-lightning report",
+        description="Regenerate the report of a run, or write one report that compares several runs.",
     )
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="LOGDIR", help="a run's folder, or one that holds runs"
+        "folders", nargs="+", type=Path, metavar="LOGDIR", help="the folder of a run, or a folder with runs"
     )
-    parser.add_argument("--output", type=Path, help="the file to write; by default report.html in the first folder")
+    parser.add_argument("--output", type=Path, help="the file to write (default: report.html in the first folder)")
     options = parser.parse_args(words)
     runs = [newest_run(folder) for folder in options.folders]
     path = options.output or page_of(runs[0])

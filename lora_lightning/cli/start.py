@@ -8,14 +8,14 @@ import sys
 from lora_lightning import __version__
 
 COMMANDS = {
-    "init": "write configurations to begin with, for MNIST, images, texts or a module of your own",
-    "fit": "train, or go on with --ckpt_path last",
+    "init": "write example configurations for MNIST, images, texts or your own module",
+    "fit": "train, or resume with --ckpt_path last",
     "validate": "evaluate on validation data",
-    "test": "evaluate on test data, with the confusion of base and adapted",
+    "test": "evaluate on test data, and compare base and adapted model",
     "predict": "predict, with --adapter for a folder of adapters, or none",
-    "merge": "fold adapters into a plain checkpoint, and into an ONNX file",
-    "report": "make the page of a run again, or one that compares runs",
-    "repair": "find the class that a model is poor at, repair it, and say whether it is repaired",
+    "merge": "merge adapters into a plain checkpoint or an ONNX file",
+    "report": "regenerate the report of a run, or compare runs",
+    "repair": "find a weak class, repair it, and compare the result with baselines",
 }
 _USAGE = "usage: lora-lightning <command> [options]     lora-lightning <command> --help     lora-lightning --version"
 
@@ -35,7 +35,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"lora-lightning {__version__}")
         return 0
     if first in ("-h", "--help"):
-        print(f"{_USAGE}\n\nFine-tune any Lightning model with LoRA, and see class by class what that changed.\n")
+        print(f"{_USAGE}\n\nFine-tune any Lightning model with LoRA, and see what changed, class by class.\n")
         for command, what in COMMANDS.items():
             print(f"  {command:<10}{what}")
         return 0
@@ -51,6 +51,6 @@ def main(args: list[str] | None = None) -> int:
     try:
         from lora_lightning.cli.main import main as run
     except KeyboardInterrupt:
-        print("lora-lightning: interrupted before it began.", file=sys.stderr)
+        print("lora-lightning: interrupted before it started.", file=sys.stderr)
         return 1
     return run(args)

@@ -30,7 +30,7 @@ def check_classes(focus: list[str] | None, class_names: Sequence[str]) -> None:
     if unknown := [name for name in focus or [] if name not in class_names]:
         raise ValueError(f"focus={focus}: {unknown[0]!r} is none of the classes ({some_of(class_names)}).")
     if focus is not None and not 0 < len(set(focus)) < len(class_names):
-        raise ValueError(f"focus={focus}: expected at least one class, and at least one other to mix in.")
+        raise ValueError(f"focus={focus}: expected at least one class, and at least one other class to mix in.")
 
 
 def replay_sampler(

@@ -23,12 +23,12 @@ def split_folders(root: Path) -> dict[str, Path]:
         ValueError: If there are splits, but no training split.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder; expected one with a folder of images a class.")
+        raise FileNotFoundError(f"{root} is not a folder; expected one with a folder of images per class.")
     splits = {split: root / split for split in SPLITS if _has_folders(root / split)}
     if splits and "train" not in splits:
         raise ValueError(
             f"{root} has class folders in {', '.join(f'{split}/' for split in splits)}, but none in train/; expected "
-            "train/<class name>/ beside them."
+            "train/<class name>/ as well."
         )
     return splits or {"train": root}
 
@@ -43,7 +43,7 @@ def class_folders(folder: Path) -> list[Path]:
     if not found:
         images, _ = images_in(folder)
         what = f"{len(images)} images, but no folders" if images else "no folders"
-        raise ValueError(f"{folder} has {what} in it; expected a folder of images a class: {folder}/<class name>/.")
+        raise ValueError(f"{folder} has {what} in it; expected a folder of images per class: {folder}/<class name>/.")
     return found
 
 
@@ -118,4 +118,4 @@ def _say_what_is_passed_over(others: Sequence[Path]) -> None:
         listed = ", ".join(str(path) for path in others[:5]) + (
             f" and {len(others) - 5} more" if len(others) > 5 else ""
         )
-        rank_zero_info(f"Passed over, since they are not images ({', '.join(EXTENSIONS)}) of a class: {listed}.")
+        rank_zero_info(f"Ignored, since they are not images ({', '.join(EXTENSIONS)}) of a class: {listed}.")

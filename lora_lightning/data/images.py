@@ -84,5 +84,5 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         if path.stat().st_size == 0:
             reason = "it is empty"
         raise ValueError(
-            f"{path} is damaged, or no {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} image ({reason}). Remove it, or replace it."
+            f"{path} is damaged, or no {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} image ({reason}). Remove or replace it."
         ) from None

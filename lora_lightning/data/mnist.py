@@ -84,7 +84,7 @@ class MNISTDataModule(ResumableDataModule):
                 "it with all others. Give one of the two."
             )
         if focus is not None and len(focus) == 10:
-            raise ValueError(f"focus={focus} leaves no other digit to mix in; name fewer digits.")
+            raise ValueError(f"focus={focus} leaves no other digit to mix in; select fewer digits.")
         check_share(focus_fraction)
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction!r}: expected a share of at least 0 and below 1.")

@@ -61,5 +61,8 @@ def extract_adapter(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> di
     carried = {each.key for each in adapted}
     beyond = [key for key in before if key not in carried and not torch.equal(before[key], after[key].to(before[key]))]
     if beyond:
-        warnings.warn(f"The adapters carry weights of adapted layers alone; also different: {beyond}.", stacklevel=2)
+        warnings.warn(
+            f"The adapters only represent the weights of adapted layers. These tensors also differ: {beyond}.",
+            stacklevel=2,
+        )
     return left_out

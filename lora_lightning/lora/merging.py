@@ -66,7 +66,7 @@ def merge(module: nn.Module) -> None:
     dense: dict[nn.Module, Tensor] = {}
     if quantized := [each.name for each in found if each.kind.lora_is_packed or is_quantized(each.weight)]:
         warnings.warn(
-            f"The weights of {some_of(quantized)} were quantized; merged, they are dense tensors. Quantize the merged model again if that is wanted.",
+            f"The weights of {some_of(quantized)} were quantized and are dense after merging. Quantize the merged model again if necessary.",
             stacklevel=2,
         )
     for each in found:
@@ -113,8 +113,8 @@ def _foldable(module: nn.Module) -> list[AdaptedWeight]:
     for each in found:
         if each.weight is None:
             raise ValueError(
-                f"The bypass around this {type(module).__name__} is not inside any weight, so it can't be merged. Keep it "
-                "as it is."
+                f"The bypass around this {type(module).__name__} does not belong to any weight and cannot be merged. Keep it "
+                "unmerged."
             )
         if len(names := memory[id(each.weight)]) > 1:
             raise ValueError(

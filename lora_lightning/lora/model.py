@@ -128,7 +128,7 @@ def select(module: nn.Module, config: LoRAConfig) -> list[AdaptedWeight]:
         raise ValueError(f"{some_of(refused)}. Leave such layers out with exclude_modules.")
     if lowered := [each for each in selected if each.rank > min(each.shape)]:
         listed = some_of([f"{each.name} {min(each.shape)} instead of {each.rank}" for each in lowered])
-        logging.getLogger("lora_lightning.lora").warning("Ranks are lowered to what the layers can have: %s.", listed)
+        logging.getLogger("lora_lightning.lora").warning("Ranks are lowered to the maximum of the layers: %s.", listed)
     for each in lowered:
         each.rank = min(each.shape)
     return selected

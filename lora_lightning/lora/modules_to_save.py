@@ -44,9 +44,7 @@ class SavedModules:
             self._others[key] = copies[id(value)]
             ties = [name for name in memory.get(id(value), ()) if not name.startswith(prefixes)]
             if ties:
-                _log.warning(
-                    "%s is tied to %s, which stays frozen: it is trained as a copy of its own.", key, ", ".join(ties)
-                )
+                _log.warning("%s is tied to %s, which stays frozen: a separate copy is trained.", key, ", ".join(ties))
                 self._tied.add(key)
                 self._place(key)[key.rpartition(".")[2]] = copies[id(value)]
                 self._others[key] = value

@@ -96,8 +96,8 @@ def add_weighted_adapter(module: nn.Module, weights: Mapping[str, float], name: 
             config = attachment_of(module).config
             if config.use_dora or config.modules_to_save:
                 raise ValueError(
-                    f"The adapters {other!r} are not a sum of products: they have DoRA, or modules trained in full beside "
-                    "them. Combine others."
+                    f"The adapters {other!r} cannot be added: they use DoRA, or modules that are trained "
+                    "in full. Combine others."
                 )
             bypass = config.bypass or bypass
             for each in adapted_weights(module):

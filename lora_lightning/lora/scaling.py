@@ -33,6 +33,8 @@ def scale_adapter(module: nn.Module, factor: float) -> None:
         ValueError: For PiSSA, where the update is the difference to the initial values.
     """
     if attachment_of(module).config.init == "pissa":
-        raise ValueError("Adapters of PiSSA add the difference to their start, which no factor of B scales.")
+        raise ValueError(
+            "Adapters of PiSSA add the difference to their initial values, which cannot be scaled by a factor of B."
+        )
     for each in adapted_weights(module):
         each.factors[1].mul_(factor)

@@ -85,7 +85,7 @@ def left_out_of_all(hosts: Iterable[nn.Module], known: Mapping[str, AdaptedWeigh
     ]
     if left_out:
         logging.getLogger("lora_lightning.lora").warning(
-            "target_modules='all' means the linear layers of a transformers model, and leaves out %s. Name them to adapt them.",
+            "target_modules='all' selects the linear layers of a transformers model and excludes %s. Name these layers to adapt them.",
             some_of(left_out),
         )
     return set(left_out)

@@ -50,12 +50,12 @@ def check_base(
         return None
     if what == "precision":
         return (
-            f"The adapter in {folder} was trained on this base in another precision: what it answers differs by the rounding of "
-            "the base's weights."
+            f"The adapter in {folder} was trained on this base in another precision: its outputs differ by the rounding of "
+            "the weights of the base."
         )
     message = (
-        f"The adapter in {folder} was trained on another base: {what}. What it answers here is not what was trained. Use the "
-        "configuration, seed and base checkpoint of its training."
+        f"The adapter in {folder} was trained on another base: {what}. Its outputs here are not those of the training. Use the "
+        "configuration, seed and base checkpoint of the training."
     )
     if strict:
         raise ValueError(message)

@@ -71,7 +71,9 @@ class Content:
 
 def read_content(path: Path, description: dict[str, Any], module: nn.Module) -> Content:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist. Expected the adapter's weights beside its {CONFIG_NAME}.")
+        raise FileNotFoundError(
+            f"{path} does not exist. Expected the weights of the adapter next to its {CONFIG_NAME}."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
@@ -81,7 +83,7 @@ def read_content(path: Path, description: dict[str, Any], module: nn.Module) -> 
     # A flipped bit in the checksum's own name must not pass for a file of PEFT's, which has none.
     written_here = any(key.startswith("lora_lightning") for key in metadata)
     if written_here and metadata.get(_DIGEST) != _digest(tensors, metadata):
-        raise ValueError(f"{path} is damaged: its checksum is not that of what it holds. Write the adapter again.")
+        raise ValueError(f"{path} is damaged: its checksum does not match its content. Write the adapter again.")
     state = module.state_dict()
     own = {key: name for key in tensors if (name := own_key(key))}
     saved = {key: key.removeprefix(PREFIX) for key in tensors if key not in own and _is_saved(key, description)}

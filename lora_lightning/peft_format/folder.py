@@ -236,8 +236,8 @@ def _use_if_alike(
 def _warn_if_edited(folder: Path) -> None:
     if is_edited(folder):
         warnings.warn(
-            f"{folder / CONFIG_NAME} has changed since the adapter was written: it is damaged, or was edited. What it says now "
-            "is in effect.",
+            f"{folder / CONFIG_NAME} has changed since the adapter was written: it is damaged or was edited. Its current content "
+            "is used.",
             stacklevel=3,
         )
 

@@ -21,7 +21,7 @@ def compare(repair: Repair, outcome: Outcome) -> list[Row]:
     """Show the repair and all baselines in a table and a figure, and return the rows of the table."""
     chosen, tested, focus = outcome.setting, outcome.tested, repair.focus
     rank, share = (chosen.rank, chosen.share) if chosen else next(iter(repair.trained))
-    assert share is not None, "adapters that were there before have no budget to compare with"
+    assert share is not None, "existing adapters have no budget to compare with"
     repaired = repair.trained[rank, share]
     rows = [
         Row.of("base", tested, tested, focus, 0, 0),

@@ -46,4 +46,4 @@ class Verdict:
         if self.exit_code == TRADED:
             less, more = base.focus_errors - repaired.focus_errors, repaired.other_errors - base.other_errors
             return f"traded: −{less} on {self.focus}, +{more} elsewhere. Not a repair: {numbers}"
-        return f"not repaired, use the base: what was better on validation data is not on test data. {numbers[0].upper()}{numbers[1:]}"
+        return f"not repaired, use the base: the improvement on validation data does not hold on test data. {numbers[0].upper()}{numbers[1:]}"

@@ -176,7 +176,7 @@ class Section:
         if base is None:
             return [
                 f"The model makes {sum(model.errors):,} errors on {model.total:,} samples: {model.accuracy:.2%} are right.",
-                f"It is poorest at {self.name_of(worst)!r}: {model.errors[worst]:,} of {model.support[worst]:,} are wrong.",
+                f"Its weakest class is {self.name_of(worst)!r}: {model.errors[worst]:,} of {model.support[worst]:,} are wrong.",
             ]
         changes = [before - after for before, after in zip(base.errors, model.errors, strict=True)]
         most = max(range(len(changes)), key=lambda index: abs(changes[index]))

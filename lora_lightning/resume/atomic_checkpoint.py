@@ -63,7 +63,7 @@ class AtomicCheckpointIO(CheckpointIO):
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
             raise OSError(
-                f"The checkpoint {path} could not be written ({error.strerror or error}). Those written before are intact. Make "
+                f"The checkpoint {path} could not be written ({error.strerror or error}). Earlier checkpoints are intact. Make "
                 "room or choose another folder, then go on with --ckpt_path last."
             ) from error
 

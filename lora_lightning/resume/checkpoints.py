@@ -105,7 +105,7 @@ def check_file(path: Path) -> None:
             raise ValueError("no archive, as torch.save writes it")
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise ValueError("it announces more than it holds")
+                raise ValueError("its entries are larger than the file")
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
             for entry in archive.infolist():

@@ -45,7 +45,7 @@ class StopAfterBatch(Callback):
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
         self._restore()
-        rank_zero_info("Stopping after this batch; once more to stop at once.")
+        rank_zero_info("Stopping after this batch. Press Ctrl-C again to stop immediately.")
 
     def _restore(self) -> None:
         if self._before is not None:

@@ -343,7 +343,7 @@ def test_a_precision_that_converts_the_base_is_no_change_of_it(make_trainer: Mak
 def test_adapters_that_were_not_trained_are_said_to_be_the_base(
     make_trainer: MakeTrainer, command: str, variant: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    said = "The adapters are as they began, and change nothing: ckpt_path gives them what was trained."
+    said = "The adapters are untrained and have no effect. Pass trained ones as ckpt_path."
     callback, module = LoRAFinetuning(rank=2, **variant), model()
     with caplog.at_level("INFO"):
         getattr(make_trainer(callback), command)(module, datamodule=sample())

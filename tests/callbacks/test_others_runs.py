@@ -180,7 +180,7 @@ def test_weights_that_are_shared_are_named_when_adapters_are_attached(
     module.head.weight = module.body[0].weight
     with caplog.at_level("INFO"):
         make_trainer(LoRAFinetuning(rank=2), max_epochs=1).fit(module, data())
-    assert "head shares its weight (body.0.weight, head.weight): the adapter acts in head alone" in caplog.text
+    assert "head shares its weight (body.0.weight, head.weight): the adapter only affects head" in caplog.text
 
 
 class TestOptimizers:
@@ -667,7 +667,7 @@ class TestBuffersThatTheModelChanges:
             module = copy.deepcopy(base)
             torch.manual_seed(3)
             trainer = make_trainer(LoRAFinetuning(rank=2), ModelCheckpoint(tmp_path / name), max_epochs=epochs)
-            with pytest.warns(UserWarning, match="Buffers of the base change in training: 'centre'"):
+            with pytest.warns(UserWarning, match="Buffers of the base changed during training: 'centre'"):
                 trainer.fit(module, data(), ckpt_path=ckpt_path)
             assert "bitwise unchanged, but for buffers that the model's own code changes: 'centre'" in caplog.text
             return module
@@ -874,5 +874,5 @@ def test_a_base_that_is_quantized_anywhere_before_trains_and_resumes(
     resumed, _ = run(4, stopped.checkpoint_callback.best_model_path)
     assert all(value.any() for value in adapter_state_dict(module).values())
     assert same(adapter_state_dict(resumed), adapter_state_dict(module))
-    with pytest.warns(UserWarning, match="were quantized; merged, they are dense"):
+    with pytest.warns(UserWarning, match="were quantized and are dense after merging"):
         merge(module)

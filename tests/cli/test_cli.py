@@ -214,7 +214,7 @@ def test_ctrl_c_ends_it_with_a_line_and_a_code(workspace: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 1
-    assert "lora-lightning: interrupted. What was written so far is kept." in text
+    assert "lora-lightning: interrupted. All files written so far are kept." in text
     assert "Traceback" not in text
     assert list(Path("logs").rglob("base/checkpoints/base.ckpt"))
 

@@ -127,7 +127,7 @@ def test_ctrl_c_while_it_imports_is_one_line() -> None:
     time.sleep(0.3)  # importing PyTorch takes longer than that
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (1, "lora-lightning: interrupted before it began.\n")
+    assert (process.returncode, errors) == (1, "lora-lightning: interrupted before it started.\n")
 
 
 def test_on_a_terminal_of_80_columns_no_bar_writes_over_the_end(workspace: Path) -> None:

@@ -151,7 +151,7 @@ def test_digits_by_a_configuration_are_repaired(run: Run, workspace: Path) -> No
     ("words", "message"),
     [
         (["--data.test", "null"], "The test samples are those that validate"),
-        (["--data.val_fraction", "0"], "hold nothing out to validate on"),
+        (["--data.val_fraction", "0"], "no validation data"),
         (["--focus", "loan"], "focus='loan': 'loan' is no class of card, money, rate"),
         (["--base_checkpoint", "nowhere"], "nowhere does not exist"),
         (["--source", "sample"], "source='sample', data_dir='data': the configuration names the data"),

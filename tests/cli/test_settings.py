@@ -150,7 +150,7 @@ def test_images_of_one_s_own_need_their_folder_alone(run: Run) -> None:
     words = ("--config", "configs/images.yaml", "--data.root", "photos", *small)
     code, text = run("fit", *words, "--trainer.max_epochs", "1")
     assert code == 0, text
-    assert "an output for each of 2 classes" in text
+    assert "one output for each of 2 classes" in text
     code, text = run("test", *words, "--ckpt_path", "logs/images")
     assert code == 0, text
     assert "│ cats " in text

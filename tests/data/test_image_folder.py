@@ -237,20 +237,20 @@ class TestBadFolders:
         with caplog.at_level("INFO"):
             small(root).setup("fit")
         assert (
-            f"Passed over, since they are not images (.jpg, .jpeg, .png, .webp, .bmp) of a class: {root}/cat/notes.txt."
+            f"Ignored, since they are not images (.jpg, .jpeg, .png, .webp, .bmp) of a class: {root}/cat/notes.txt."
             in caplog.text
         )
 
     def test_images_without_class_folders_are_refused(self, draw: Draw) -> None:
         root = draw(cat=3) / "cat"
         with pytest.raises(
-            ValueError, match=r"cat has 3 images, but no folders in it; expected a folder of images a class"
+            ValueError, match=r"cat has 3 images, but no folders in it; expected a folder of images per class"
         ):
             small(root).setup("fit")
 
     def test_a_missing_folder_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(
-            FileNotFoundError, match=r"nowhere is not a folder; expected one with a folder of images a class"
+            FileNotFoundError, match=r"nowhere is not a folder; expected one with a folder of images per class"
         ):
             small(tmp_path / "nowhere").setup("fit")
 
@@ -428,7 +428,7 @@ def test_the_focus_has_its_share_of_each_batch(draw: Draw, focus: str | list[str
     ("focus", "message"),
     [
         (["dgo"], r"focus=\['dgo'\]: 'dgo' is none of the classes \(cat, dog\)"),
-        (["cat", "dog"], "expected at least one class, and at least one other to mix in"),
+        (["cat", "dog"], "expected at least one class, and at least one other class to mix in"),
         ([], "expected at least one class"),
     ],
 )

@@ -90,7 +90,7 @@ def test_merging_makes_plain_layers_that_save_and_load(base: nn.Module, config: 
     adapted = base.eval()(x)
     calls: list[str] = []
     base[0].register_forward_hook(lambda *_: calls.append("0"))
-    with pytest.warns(UserWarning, match="weights of 0, 2 were quantized; merged, they are dense"):
+    with pytest.warns(UserWarning, match="weights of 0, 2 were quantized and are dense after merging"):
         merge(base)
     assert [type(base[0]), type(base[2])] == [nn.Linear, nn.Linear]
     torch.testing.assert_close(base(x), adapted, rtol=0, atol=KINDS[kind][1])

@@ -56,7 +56,7 @@ def test_what_an_adapter_can_not_say_is_measured_and_named() -> None:
     with torch.no_grad():
         tuned[0].weight += torch.eye(16, 8)
         tuned[0].bias += 1
-    with pytest.warns(UserWarning, match=r"also different: \['0.bias'\]"):
+    with pytest.warns(UserWarning, match=r"tensors also differ: \['0.bias'\]"):
         left_out = extract_adapter(base, tuned, LoRAConfig(rank=2))
     assert left_out["0"] == pytest.approx((6 / 8) ** 0.5, rel=1e-5)
 

@@ -142,7 +142,7 @@ def test_a_sum_with_a_bypass_is_saved_and_loaded_like_any_other(net: Net, x: Ten
     [
         ({"a": 1.0, "z": 1.0}, "sum", r"Can't combine \['a', 'z'\] as 'sum': this Net has adapters named dora, a"),
         ({"a": 1.0}, "dora", r"Can't combine \['a'\] as 'dora'"),
-        ({"a": 1.0, "dora": 1.0}, "sum", r"'dora' are not a sum of products: they have DoRA"),
+        ({"a": 1.0, "dora": 1.0}, "sum", r"'dora' cannot be added: they use DoRA"),
     ],
 )
 def test_what_can_not_be_summed_is_named_and_nothing_changes(

@@ -67,5 +67,5 @@ def test_for_good_is_what_it_was_for_a_while_in_a_folder_too(name: str, tmp_path
 
 
 def test_pissa_is_refused_for_good() -> None:
-    with pytest.raises(ValueError, match="Adapters of PiSSA add the difference to their start"):
+    with pytest.raises(ValueError, match="Adapters of PiSSA add the difference to their initial values"):
         scale_adapter(adapted(CONFIGS["pissa"]), 0.5)

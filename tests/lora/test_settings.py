@@ -274,7 +274,7 @@ class TestQuantised:
             torch.testing.assert_close(base(x), adapted, **near)
         assert base_fingerprint(base) == digest
         assert torch.equal(base(x), adapted)
-        with pytest.warns(UserWarning, match=r"weights of 0, 2 were quantized; merged, they are dense tensors"):
+        with pytest.warns(UserWarning, match=r"weights of 0, 2 were quantized and are dense after merging"):
             merge(base)
         assert type(base[0].weight) is nn.Parameter
         torch.testing.assert_close(base(x), adapted, **near)

@@ -176,7 +176,7 @@ class TestRefusals:
     def test_a_folder_or_file_that_is_not_there(self, folder: Path, tmp_path: Path) -> None:
         self.refuse(tmp_path / "no", r"no.adapter_config\.json does not exist\. Expected a folder", FileNotFoundError)
         (folder / "adapter_model.safetensors").unlink()
-        self.refuse(folder, "Expected the adapter's weights beside its adapter_config.json", FileNotFoundError)
+        self.refuse(folder, "Expected the weights of the adapter next to its adapter_config.json", FileNotFoundError)
 
     def test_another_method(self, folder: Path) -> None:
         edit(folder, peft_type="LOHA")

@@ -53,7 +53,7 @@ def test_the_rule(candidates: dict[str, Tally], kept: str | None) -> None:
         (
             Tally(20, 50, 12, 1000),
             KEPT,
-            "not repaired, use the base: what was better on validation data is not on test data.",
+            "not repaired, use the base: the improvement on validation data does not hold on test data.",
         ),
         (None, KEPT, "no repair found on validation data, base kept: 20 errors on 9, 100 on others."),
     ],

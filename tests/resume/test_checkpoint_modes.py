@@ -163,7 +163,7 @@ class FullDisk(TorchCheckpointIO):
 def test_a_save_that_fails_leaves_the_previous_checkpoint_whole(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "c" / "last.ckpt"
     AtomicCheckpointIO(TorchCheckpointIO()).save_checkpoint({"state_dict": {"a": torch.ones(3)}}, path)
-    kind, message = (OSError, "could not be written .No space left on device.. Those written before are intact")
+    kind, message = (OSError, "could not be written .No space left on device.. Earlier checkpoints are intact")
     if not isinstance(error, OSError):
         kind, message = (SystemExit, "9")
     with pytest.raises(kind, match=message):

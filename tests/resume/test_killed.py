@@ -224,7 +224,7 @@ def test_a_run_that_is_asked_to_stop_does_so_with_a_checkpoint_and_one_line(work
         assert process.returncode == 1, output
         assert "Traceback" not in output
         assert output.strip().splitlines()[-1] == (
-            "lora-lightning: interrupted. What was written so far is kept. --ckpt_path last goes on from there."
+            "lora-lightning: interrupted. All files written so far are kept. --ckpt_path last resumes from there."
         )
         (path,) = {path for path, _ in saved(folder) if path.name == "last.ckpt"}
         assert 10 <= torch.load(path, weights_only=True)["global_step"] < whole["global_step"]
