@@ -101,7 +101,7 @@ def test_every_setting_has_an_option_and_they_come_first_in_the_help(capsys: pyt
     places = [text.rindex(f"--lora.{name} ") for name in names]
     assert places == sorted(places)
     assert max(places) < text.rindex("--trainer.accelerator")
-    assert "Rank r. A layer whose min(in, out) is smaller gets that rank" in " ".join(text.split())
+    assert "Rank r. It is lowered to min(in, out)" in " ".join(text.split())
 
 
 def test_a_value_that_is_none_of_the_kind_is_refused_with_the_option(run: Run) -> None:
