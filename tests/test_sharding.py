@@ -99,6 +99,14 @@ if trainer.is_global_zero:
     matrices = [report.report.model.matrix.tolist(), report.report.base.matrix.tolist()]
     loss = float(trainer.callback_metrics["val_loss"])
     Path(how["out"], "out.json").write_text(json.dumps({"state": state, "loss": loss, "matrices": matrices}))
+if kind == "fsdp":
+    weights = os.path.join(how["out"], "weights.ckpt")
+    trainer.save_checkpoint(weights, weights_only=True)
+    other = ModelParallelStrategy(*sizes[kind], save_distributed_checkpoint=how["distributed"])
+    again = Trainer(accelerator="cpu", devices=devices, strategy=other, logger=False, enable_progress_bar=False,
+                    callbacks=[LoRAFinetuning(rank=2)], use_distributed_sampler=False)
+    again.test(Module(), loader(), ckpt_path=weights, verbose=False)
+    assert torch.equal(again.callback_metrics["val_loss"], trainer.callback_metrics["val_loss"])
 """
 
 

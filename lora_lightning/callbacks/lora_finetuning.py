@@ -39,7 +39,7 @@ from lora_lightning.lora.sharding import settle
 from lora_lightning.peft_format import load_adapter
 from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO, AdapterContent, NotFiniteError
 from lora_lightning.resume.atomic_checkpoint import write_atomically
-from lora_lightning.resume.checkpoints import ADAPTER_KEY, load_base, newest_adapter, newest_checkpoint
+from lora_lightning.resume.checkpoints import load_base, newest_adapter, newest_checkpoint
 from lora_lightning.resume.packed_layers import let_packed_keys_be_missing
 from lora_lightning.resume.random_state import RandomState, own_random_numbers
 from lora_lightning.resume.sharded_checkpoints import ShardedCheckpoints
@@ -107,7 +107,6 @@ class LoRAFinetuning(Callback):
         self._random_state = RandomState()
         self._handover = Handover()
         self._after_layers: AfterLayers | None = None
-        self._sharded: ShardedCheckpoints | None = None
         self._handles: list[RemovableHandle] = []
         self._frozen: FrozenBase | None = None
         self._finite: Finite | None = None
@@ -135,9 +134,6 @@ class LoRAFinetuning(Callback):
         self._handles = []
         if self._after_layers is not None:
             self._after_layers.remove()
-        if self._sharded is not None:
-            self._sharded.remove()
-            self._sharded = None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,8 +225,6 @@ class LoRAFinetuning(Callback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._random_state.on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._sharded is not None:
-            checkpoint[ADAPTER_KEY] = self._sharded.content.description()
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -306,7 +300,7 @@ class LoRAFinetuning(Callback):
         content = AdapterContent(pl_module, self.adapted, self.base_fingerprint, base_path)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             settle(self.adapted, trainer.strategy.device_mesh["data_parallel"].get_group())
-            self._sharded = ShardedCheckpoints(content)
+            ShardedCheckpoints(trainer.strategy, content)
             return
         self._handles.append(let_packed_keys_be_missing(pl_module))
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(write_atomically(files), trainer.strategy, content)

@@ -93,9 +93,7 @@ def base_tensors(module: nn.Module, but: Container[str] = ()) -> Iterator[tuple[
     """Yield the parameters and persistent buffers of the base, by state-dict key."""
     module = unwrapped(module)
     whole = saved_keys(module)
-    # With a prefix, as hooks of sharded checkpoints leave the base out of a state dict without one.
-    for name, value in module.state_dict(prefix="base.").items():
-        key = name.removeprefix("base.")
+    for key, value in module.state_dict().items():
         if isinstance(value, Tensor) and not is_adapter_key(key) and key not in whole and key not in but:
             yield key, value
 

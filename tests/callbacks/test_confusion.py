@@ -385,7 +385,8 @@ def test_what_can_not_be_found_is_said_before_training(make_trainer: MakeTrainer
         trainer.fit(task)
     task = Task(nn.Linear(6, 3), [{"image": IMAGES, "label": torch.randn(8, 3)}])
     with pytest.warns(
-        UserWarning, match=r"no logits of classes were found. The targets are \(8, 3\) of torch.float32; forward of Task"
+        UserWarning,
+        match=r"no logits of classes were found. The targets are \(8, 3\) of torch.float32; forward of Task",
     ):
         make_trainer(report := ConfusionReport()).test(task)
     assert report.report is None
