@@ -31,9 +31,9 @@ class LoRABitsandbytesLinear(LoRALinear):
     def lora_base(self, input: Tensor) -> Tensor:
         parameters: dict[str, Any] = self._parameters
         weight, bias = parameters["weight"], parameters.get("bias")
-        if _is_dense(weight):  # merged for a while
+        if _is_dense(weight):  # merged temporarily
             return F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
-        # The layer converts its bias in place to the dtype that it computes in. A second tensor keeps the frozen one as it is.
+        # The layer converts its bias in place to the compute dtype. A second tensor leaves the frozen bias unchanged.
         parameters["bias"] = None if bias is None else bias.detach()
         try:
             return cast(Tensor, super(LoRALayer, self).forward(input))
@@ -43,15 +43,15 @@ class LoRABitsandbytesLinear(LoRALinear):
     def lora_dense(self, weight: Tensor) -> Tensor:
         """Return the dequantized W, of shape (out, in)."""
         layer, functional = cast(Any, self), sys.modules["bitsandbytes"].functional
-        if weight.is_floating_point():  # merged for a while, or not quantized yet
+        if weight.is_floating_point():  # merged temporarily, or not quantized yet
             return weight.data
         if hasattr(layer, "quant_state"):
-            layer.state_dict()  # unpacks a weight that an evaluation on the CPU has packed in another way
+            layer.state_dict()  # unpacks a weight that evaluation on the CPU has packed differently
             packed = cast(Any, layer._parameters["weight"])
             state = getattr(packed, "quant_state", layer.quant_state)
             return cast(Tensor, functional.dequantize_4bit(packed.data, state))
         scales = layer.state.SCB if layer.state.SCB is not None else cast(Any, weight).SCB
-        # The scales stay on the device that computed with them last, when the module moves to another.
+        # The scales stay on the last device when the module moves to another one.
         return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device)))
 
     def lora_from_matrix(self, matrix: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-# Mixins of adapted layers for variants, by the value of `init` or the name of the flag that asks for them.
+# Mixins of variants, by the value of `init` or the name of the flag that selects them.
 VARIANTS: dict[str, Any] = {}
 
 
@@ -119,7 +119,7 @@ class Names:
     def __init__(self, patterns: str | list[str] | Mapping[str, object]) -> None:
         self._patterns = [patterns] if isinstance(patterns, str) else list(patterns)
         self._by_end = isinstance(patterns, Mapping)
-        self._literals: dict[str, int] = {}  # ten thousand layers may each have a pattern: a look-up is enough for most
+        self._literals: dict[str, int] = {}  # a look-up for literal names, since thousands of layers may have one pattern each
         self._expressions: list[tuple[int, re.Pattern[str]]] = []
         for index, pattern in enumerate(self._patterns):
             name = re.sub(r"\\(.)", r"\1", pattern) if self._by_end else pattern

@@ -15,7 +15,7 @@ class FusedLoRALinear(LoRALinear):
     """Computes the same as `LoRALinear` in fewer passes over the activations."""
 
     def forward(self, input: Tensor) -> Tensor:
-        # On a batch of ten every microsecond shows.
+        # Every microsecond counts with a batch of ten.
         is_recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state()
         if is_recorded or not self.lora_active or (self.lora_dropout and self.training):
             return super().forward(input)
@@ -55,8 +55,8 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(input, weight, a, b, low)
         ctx.scaling = scaling
         y = _add_product(F.linear(input, weight, bias), low, b, scaling)
-        # Of more dimensions, y is a view of what the product was added to: an operation in place after it (nn.ReLU(inplace=True),
-        # y += x) would be refused by autograd, as that of a view from a custom function.
+        # With more dimensions, y is a view, and autograd would refuse later in-place operations (nn.ReLU(inplace=True), y += x) on a
+        # view from a custom function.
         return y if y.dim() == 2 else cast(Tensor, torch.ops.aten._unsafe_view(y, y.shape))
 
     @staticmethod

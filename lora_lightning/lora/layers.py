@@ -29,16 +29,16 @@ class LoRALayer(nn.Module):
     """
 
     lora_names = ("lora_A", "lora_B")
-    lora_is_inside = False  # whether it is a module of its own, in a layer that computes with the effective weight
+    lora_is_inside = False  # whether the adapter is a separate module in a layer that reads the effective weight
     lora_parameter = "weight"
     lora_transposed = False  # whether the weight is stored in the shape (in, out)
-    lora_draw = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))  # within one over the root of the number of inputs
-    lora_reshape: Any = staticmethod(lambda a, b, weight: (a, b))  # gives matrices the shapes that the layer stores
-    lora_is_packed = False  # whether the weight is stored as numbers of which only the layer makes W
-    lora_dense: Any = staticmethod(lambda weight: dense(weight))  # gives W itself
+    lora_draw = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))  # uniform within 1 / sqrt(in)
+    lora_reshape: Any = staticmethod(lambda a, b, weight: (a, b))  # reshapes A and B to the shapes of the layer
+    lora_is_packed = False  # whether only the layer can unpack its stored weight
+    lora_dense: Any = staticmethod(lambda weight: dense(weight))  # returns W
     lora_shape: Any = classmethod(lambda cls, layer, w: cls.lora_matrix(torch.empty(w.shape, device="meta")).shape)
-    lora_find: Any = classmethod(lambda cls, layer, wanted: {"weight": cls})  # the weights that can be adapted: how
-    lora_refusal: Any = staticmethod(lambda layer, weight, config: None)  # says why this weight can't be adapted
+    lora_find: Any = classmethod(lambda cls, layer, wanted: {"weight": cls})  # adapter classes by parameter name
+    lora_refusal: Any = staticmethod(lambda layer, weight, config: None)  # the reason why a weight cannot be adapted
     lora_scaling: float
     lora_dropout: float
     lora_active: bool
@@ -106,7 +106,7 @@ class LoRALayer(nn.Module):
         return output + self.lora_change(input).to(output.dtype) if self.lora_active else output
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Adapters stay in float32 when the base is converted: an optimizer's step is often too small for bfloat16 to add.
+        # Adapters stay in float32 when the base is converted, since optimizer steps are often too small for bfloat16.
         dicts = (self._parameters, self._buffers)
         places = [(place, key) for place in dicts for key in place if key.startswith("lora_")]
         kept = [cast(Tensor, place[key]).data for place, key in places]
@@ -161,14 +161,14 @@ def _composed(recipe: tuple[Any, ...]) -> Any:
     return type(name, (*(mixin for mixin in mixins if not isinstance(mixin, str)), plain), members)
 
 
-def _new(recipe: tuple[Any, ...]) -> Any:  # copies and unpickled layers have to make their class again
+def _new(recipe: tuple[Any, ...]) -> Any:  # recreates the class of copies and unpickled layers
     return _composed(recipe).__new__(_composed(recipe))
 
 
 def _effective(name: str) -> property:
     def read(self: nn.Module) -> Tensor:
         adapter, weight = cast(LoRALayer, self._modules.get(f"lora_{name}", self)), cast(Tensor, self._parameters[name])
-        stored = getattr(weight, "device_mesh", self) == self.lora_sharded_over  # fully_shard reads its own parameter
+        stored = getattr(weight, "device_mesh", self) == self.lora_sharded_over  # fully_shard has to get its own parameter
         return adapter.lora_effective_weight(weight) if adapter.lora_active and not stored else weight
 
     return property(read)

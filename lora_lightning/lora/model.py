@@ -13,7 +13,7 @@ from lora_lightning.lora.config import LoRAConfig, Names
 from lora_lightning.lora.freeze import FrozenStatistics, freeze, unfreeze_statistics
 from lora_lightning.lora.layers import LAYERS, LoRALayer, compose, dense, mixins_of
 
-# What `name`, `bypass` and `modules_to_save` ask for, and what "all" leaves out, from the files beside the core.
+# Implementations of `name`, `bypass`, `modules_to_save` and the exclusions of "all", registered by other files.
 EXTENSIONS: dict[str, Callable[..., Any]] = {}
 
 
@@ -43,8 +43,8 @@ class Attachment:
     config: LoRAConfig
     name: str
     was_trainable: frozenset[str]
-    saved: Any = None  # the modules trained in full: `lora_active` exchanges their values with those from before
-    others: dict[str, Any] = field(default_factory=dict)  # the adapters that are set aside, by name
+    saved: Any = None  # the modules trained in full: `lora_active` swaps trained and original values
+    others: dict[str, Any] = field(default_factory=dict)  # the inactive adapters by name
 
 
 def attach(module: nn.Module, config: LoRAConfig, name: str = "default") -> list[str]:
