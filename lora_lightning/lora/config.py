@@ -119,7 +119,7 @@ class Names:
     def __init__(self, patterns: str | list[str] | Mapping[str, object]) -> None:
         self._patterns = [patterns] if isinstance(patterns, str) else list(patterns)
         self._by_end = isinstance(patterns, Mapping)
-        self._literals: dict[str, int] = {}  # a look-up for literal names, since thousands of layers may have one pattern each
+        self._literals: dict[str, int] = {}  # a look-up for literal names, of which there may be thousands
         self._expressions: list[tuple[int, re.Pattern[str]]] = []
         for index, pattern in enumerate(self._patterns):
             name = re.sub(r"\\(.)", r"\1", pattern) if self._by_end else pattern

@@ -168,7 +168,7 @@ def _new(recipe: tuple[Any, ...]) -> Any:  # recreates the class of copies and u
 def _effective(name: str) -> property:
     def read(self: nn.Module) -> Tensor:
         adapter, weight = cast(LoRALayer, self._modules.get(f"lora_{name}", self)), cast(Tensor, self._parameters[name])
-        stored = getattr(weight, "device_mesh", self) == self.lora_sharded_over  # fully_shard has to get its own parameter
+        stored = getattr(weight, "device_mesh", self) == self.lora_sharded_over  # fully_shard gets its parameter
         return adapter.lora_effective_weight(weight) if adapter.lora_active and not stored else weight
 
     return property(read)
