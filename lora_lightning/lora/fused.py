@@ -17,8 +17,9 @@ class FusedLoRALinear(LoRALinear):
     def forward(self, input: Tensor) -> Tensor:
         # Every microsecond counts with a batch of ten.
         is_recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state()
-        if is_recorded or not self.lora_active or (self.lora_dropout and self.training):
+        if is_recorded or not self.lora_active:
             return super().forward(input)
+        dropout = self.lora_dropout if self.training else 0.0
         parameters = self._parameters
         weight = cast(Tensor, parameters["weight"])
         bias = parameters["bias"] if "bias" in parameters else cast("Tensor | None", self.bias)
@@ -26,7 +27,9 @@ class FusedLoRALinear(LoRALinear):
         if a.dtype != input.dtype:
             a, b = a.to(input.dtype), b.to(input.dtype)
         if _applies(input, weight, bias, a, b):
-            return cast(Tensor, _Fused.apply(input, weight, bias, a, b, self.lora_scaling))
+            return cast(Tensor, _Fused.apply(input, weight, bias, a, b, self.lora_scaling, dropout))
+        if dropout:
+            return super().forward(input)
         y = F.linear(input, weight, bias)
         low = F.linear(input, a)
         if torch.is_grad_enabled() or not y.dtype == low.dtype == b.dtype:
@@ -39,21 +42,33 @@ class FusedLoRALinear(LoRALinear):
 
 
 class _Fused(torch.autograd.Function):
-    """Computes `y = x Wᵀ + b + s (x Aᵀ) Bᵀ`.
+    """Computes `y = x Wᵀ + b + s (d(x) Aᵀ) Bᵀ`, where d is dropout.
 
     Compared with the plain operations, this saves one pass over y in the forward pass, where the low-rank product is added in
-    place, and one pass over dx in the backward pass. With G = dL/dy and h = x Aᵀ:
+    place, and one pass over dx in the backward pass. With G = dL/dy and h = d(x) Aᵀ:
 
-        dB = s Gᵀ h        dA = (s G B)ᵀ x        dx = G W + (s G B) A
+        dB = s Gᵀ h        dA = (s G B)ᵀ d(x)        dx = G W + d((s G B) A)
+
+    With dropout, it keeps x and a mask of one byte per element until the backward pass, and computes d(x) again from them. x is kept once
+    for all layers that share it, while the plain operations keep d(x) and a mask for each layer.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        dropout: float,
     ) -> Tensor:
-        low = _rows(input).mm(a.t())
-        ctx.save_for_backward(input, weight, a, b, low)
-        ctx.scaling = scaling
+        # Draws the same random numbers as F.dropout, and gives the same result.
+        dropped, mask = torch.native_dropout(input, dropout, True) if dropout else (input, None)
+        low = _rows(dropped).mm(a.t())
+        ctx.save_for_backward(input, weight, a, b, low, mask)
+        ctx.scaling, ctx.factor = scaling, 1 / (1 - dropout)
         y = _add_product(F.linear(input, weight, bias), low, b, scaling)
         # With more dimensions, y is a view, and autograd would refuse later in-place operations (nn.ReLU(inplace=True), y += x) on a
         # view from a custom function.
@@ -61,8 +76,9 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        input, weight, a, b, low = ctx.saved_tensors
-        x, gradient, scaling = _rows(input), _rows(grad_output), ctx.scaling
+        input, weight, a, b, low, mask = ctx.saved_tensors
+        gradient, scaling = _rows(grad_output), ctx.scaling
+        x = _rows(input if mask is None else torch.ops.aten.native_dropout_backward(input, mask, ctx.factor))
         if torch.is_grad_enabled():
             # A second derivative (create_graph=True) needs h as a function of x and A, not as a saved number.
             low = x.mm(a.t())
@@ -71,8 +87,13 @@ class _Fused(torch.autograd.Function):
             grad_low, low = grad_low * scaling, low * scaling
         grad_input = None
         if ctx.needs_input_grad[0]:
-            grad_input = gradient.mm(weight).addmm_(grad_low, a).view_as(input)
-        return grad_input, None, None, grad_low.t().mm(x), gradient.t().mm(low), None
+            grad_input = gradient.mm(weight)
+            if mask is None:
+                grad_input = grad_input.addmm_(grad_low, a)
+            else:
+                grad_input += torch.ops.aten.native_dropout_backward(grad_low.mm(a), _rows(mask), ctx.factor)
+            grad_input = grad_input.view_as(input)
+        return grad_input, None, None, grad_low.t().mm(x), gradient.t().mm(low), None, None
 
 
 def _applies(input: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> bool:

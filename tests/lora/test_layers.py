@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -134,6 +135,44 @@ def test_dropout_touches_the_adapter_path_alone_and_only_in_training() -> None:
         assert torch.equal(layer(x), F.linear(x, base(layer), layer.bias))
     nn.init.zeros_(layer.lora_B)
     assert torch.equal(layer(x), F.linear(x, base(layer), layer.bias))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dropout_draws_the_same_numbers_as_pytorchs_and_has_its_gradients(transposed: bool) -> None:
+    layer = adapted_linear(dropout=0.3)
+    values = torch.randn(2, 5, 7, dtype=torch.float64).mT if transposed else torch.randn(2, 7, 5, dtype=torch.float64)
+    found = []
+    for forward in (layer, partial(LoRALinear.forward, layer)):  # the second is the plain one
+        torch.manual_seed(3)
+        x = values.detach().requires_grad_()
+        output = forward(x)
+        gradients = torch.autograd.grad(output.square().sum(), (x, layer.lora_A, layer.lora_B))
+        found.append((output, *gradients, torch.get_rng_state()))
+    for fused, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain)
+    assert torch.equal(found[0][0], found[1][0])
+
+    def function(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return torch.func.functional_call(layer, {"lora_A": down, "lora_B": up}, (x,))
+
+    assert torch.autograd.gradgradcheck(function, (x, layer.lora_A, layer.lora_B))
+
+
+def test_layers_with_one_input_keep_it_once_for_the_backward_pass_also_with_dropout() -> None:
+    layers = [adapted_linear(dropout=0.1, dtype=torch.float32) for _ in range(3)]
+    x = torch.randn(1000, 5).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        outputs = [layer(x) for layer in layers]
+    mask, low, weights = x.numel(), 1000 * 2 * 4, 4 * (5 * 4 + 2 * 5 + 4 * 2)
+    assert sum(kept.values()) <= 4 * x.numel() + 3 * (mask + low + weights)
+    assert len(outputs) == 3
 
 
 def test_gaussian_has_the_seed_notebooks_standard_deviation_at_rank_1() -> None:
