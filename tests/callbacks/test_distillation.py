@@ -112,7 +112,7 @@ def test_without_logits_it_is_said_that_there_is_no_effect(make_trainer: MakeTra
     module.training_step = lambda batch, batch_idx: F.cross_entropy(
         nn.Sequential.forward(module.net, batch[0]), batch[1]
     )  # type: ignore[method-assign]
-    with pytest.warns(UserWarning, match=r"distillation=1.0 has no effect: the step of Own called nothing"):
+    with pytest.warns(UserWarning, match=r"distillation=1.0 has no effect: the step of Own called no module"):
         fit(make_trainer, module, LoRAFinetuning(rank=2, distillation=1.0, verify=False), 2)
 
 

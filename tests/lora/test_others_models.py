@@ -408,7 +408,7 @@ class TestTransformersModels:
         net = make(name)
         expected = all_linear(net)
         assert sorted(attach(net, LoRAConfig(rank=2, dropout=0.1))) == expected
-        assert "leaves out" in caplog.text
+        assert "excludes" in caplog.text
 
     def test_other_layers_and_the_head_are_adapted_where_they_are_named(self) -> None:
         net = make("llama")
