@@ -83,7 +83,7 @@ def test_a_truncated_image_is_refused_by_name(extension: str, tmp_path: Path) ->
 def test_what_is_empty_or_no_image_is_refused_by_its_header(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "notes.jpg").write_text("Buy fish food.")
-    with pytest.raises(ValueError, match=r"empty.jpg is damaged, or no .* image \(it is empty\). Remove it"):
+    with pytest.raises(ValueError, match=r"empty.jpg is damaged, or no .* image \(it is empty\). Remove"):
         check_image(tmp_path / "empty.jpg")
     with pytest.raises(ValueError, match=r"notes.jpg is damaged, or no .* image \(cannot identify image file\)"):
         check_image(tmp_path / "notes.jpg")
