@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lora_lightning.callbacks.evaluation import data_parallel_group, decoder, warn_of_repeated_samples
+from lora_lightning.callbacks.evaluation import data_parallel_group, decoder, names_of_classes, warn_of_repeated_samples
 from lora_lightning.callbacks.logged_results import log_report, log_settings, show_classes_as_one_chart
 from lora_lightning.callbacks.recorded_calls import Call, RecordedCalls
 from lora_lightning.callbacks.run_files import RecordedMetrics, log_folder, write_facts
@@ -279,14 +279,8 @@ class ConfusionReport(Callback):
         given = self.class_names or getattr(getattr(trainer, "datamodule", None), "class_names", None)
         if given is None:
             found = getattr(dataset, "classes", None)
-            given = found if isinstance(found, list | tuple) and len(found) == len(matrix) else range(len(matrix))
-        names = tuple(str(name) for name in given)
-        if len(names) != len(matrix):
-            raise ValueError(
-                f"{len(names)} class names ({', '.join(names[:5])}, ...) for a model of {len(matrix)} classes. Give "
-                "ConfusionReport one name per class with class_names."
-            )
-        return Confusion(matrix, names)
+            given = found if isinstance(found, list | tuple) and len(found) == len(matrix) else None
+        return Confusion(matrix, names_of_classes(given, len(matrix)))
 
     def _warn(self, message: str) -> None:
         start = message.partition(":")[0]

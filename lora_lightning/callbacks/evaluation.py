@@ -1,8 +1,8 @@
-"""Describes the data of an evaluation: processes with different samples, repeated samples, and how to decode texts."""
+"""Describes the data of an evaluation: names of classes, processes with different samples, repeated samples, and decoders of texts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,25 @@ def decoder(trainer: Trainer) -> Callable[[Tensor], list[str]] | None:
     found = [tokenizer for each in holders if each is not None and (tokenizer := vars(each).get("tokenizer"))]
     decoders = [each.batch_decode for each in found if hasattr(each, "batch_decode")]
     return partial(decoders[0], skip_special_tokens=True) if decoders else None
+
+
+def names_of_classes(given: Any, number: int) -> tuple[str, ...]:
+    """Return the names of `number` classes, or numbers and a warning if `given` has another number of names.
+
+    Args:
+        given: A sequence of names, a mapping from class indices to names, or `None` for numbers.
+        number: Number of classes of the model.
+    """
+    names = tuple(map(str, given.values() if isinstance(given, Mapping) else given or ()))
+    if len(names) == number:
+        return names
+    if names:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        rank_zero_warn(
+            f"{len(names)} class names ({shown}) do not fit a model of {number} classes, which are numbered instead. Correct class_names "
+            "of the data module or of ConfusionReport."
+        )
+    return tuple(map(str, range(number)))
 
 
 def data_parallel_group(trainer: Trainer) -> Any:

@@ -16,7 +16,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lora_lightning.callbacks.evaluation import names_of_classes
 from lora_lightning.report import free_name, show, write_to
+from lora_lightning.report.found import described, tensors_of
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,15 @@ class _Prediction:
 class PredictionWriter(BasePredictionWriter):
     """Prints the most likely classes of each sample and writes `predictions.csv` to the log folder of the run.
 
-    The output contains each sample of all devices once, in the order of the data set. `predict_step` of the module must return logits of
-    shape (B, C), as in `Classifier`, or probabilities. The names of files and classes come from `predict_files` and `class_names` of the data
-    module. Without these, they are numbers.
+    The output contains each sample of all devices once, in the order of the data set. `predict_step` of the module must return logits or
+    probabilities of shape (B, C): a tensor, or an object, mapping or tuple with a tensor. The names of files and classes come from
+    `predict_files` and `class_names` of the data module. Without these, they are numbers.
 
     Args:
         top_k: Number of classes per sample, in order of decreasing probability.
 
     Raises:
-        ValueError: If `top_k` is below 1. In `predict`, if the number of names differs from the number of classes.
+        ValueError: If `top_k` is below 1.
     """
 
     def __init__(self, top_k: int = 5) -> None:
@@ -46,6 +48,7 @@ class PredictionWriter(BasePredictionWriter):
             raise ValueError(f"top_k={top_k!r}: expected at least 1.")
         self.top_k = top_k
         self._predictions: list[_Prediction] = []
+        self._num_classes = 0
 
     @override
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,20 +65,15 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        if not isinstance(prediction, Tensor) or prediction.dim() != 2 or batch_indices is None:
-            found = f"shape {tuple(prediction.shape)}" if isinstance(prediction, Tensor) else type(prediction).__name__
+        logits = next((each for each in tensors_of(prediction) if each.is_floating_point() and each.dim() == 2), None)
+        if logits is None or batch_indices is None:
             rank_zero_warn(
-                f"The predictions are not saved: predict_step of {type(pl_module).__name__} returns {found}; expected "
+                f"The predictions are not saved: predict_step of {type(pl_module).__name__} returns {described(prediction)}; expected "
                 "logits of shape (batch, classes)."
             )
             return
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
-        if names and len(names) != prediction.shape[1]:
-            raise ValueError(
-                f"{len(names)} class names ({', '.join(names[:5])}, ...) for a model of {prediction.shape[1]} classes: the data "
-                "module has those of another model."
-            )
-        top = _probabilities(prediction.detach()).topk(min(self.top_k, prediction.shape[1]))
+        self._num_classes = logits.shape[1]
+        top = _probabilities(logits.detach()).topk(min(self.top_k, self._num_classes))
         self._predictions += map(_Prediction, batch_indices, top.indices.tolist(), top.values.tolist())
 
     @override
@@ -101,10 +99,11 @@ class PredictionWriter(BasePredictionWriter):
         if not trainer.is_global_zero or not self._predictions:
             return
         data = getattr(trainer, "datamodule", None)
-        files, names = getattr(data, "predict_files", None), getattr(data, "class_names", None)
+        files = getattr(data, "predict_files", None)
+        names = names_of_classes(getattr(data, "class_names", None), self._num_classes)
         labels = [str(files[each.sample]) if files else str(each.sample) for each in self._predictions]
         folder = os.path.commonpath([str(Path(label).parent) for label in labels]) if files else "."
-        rows = [[(str(names[i]) if names else str(i)) for i in each.classes] for each in self._predictions]
+        rows = [[names[i] for i in each.classes] for each in self._predictions]
         shown = [os.path.relpath(label, folder) for label in labels]
         width = max(map(len, shown))
         path = None

@@ -13,7 +13,7 @@ from lora_lightning.repair.answers import Answers, Tally
 from lora_lightning.report import Confusion
 
 LAMBDAS = tuple(step / 10 for step in range(1, 11))
-"""Are the factors of the adapters that are compared; 0 is the base."""
+"""The compared scales λ of the adapters. The base has the scale 0."""
 MOST_FALSE_POSITIVES = 1.5
 _BIASES = tuple(step / 10 for step in range(1, 61))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_lightning.report.changes import Pairs
 
 SHOWN_CLASSES = 20
-"""Limits how many classes tables, figures and scalars show: of more, the worst. The files have all."""
+"""Maximum number of classes in tables, figures and scalars, which contain those with the lowest recall. Files contain all."""
 _DENSE_CLASSES = 100
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,12 +107,27 @@ def test_other_outputs_are_named_and_not_guessed_at(make_trainer: MakeTrainer) -
         make_trainer(PredictionWriter()).predict(Other(), datamodule=Data())
 
 
-def test_names_that_do_not_fit_are_refused(make_trainer: MakeTrainer) -> None:
+def test_names_that_do_not_fit_do_not_end_the_run_and_the_classes_are_numbered(make_trainer: MakeTrainer) -> None:
     class Named(Data):
         class_names = ("cat", "dog")
 
-    with pytest.raises(ValueError, match=r"2 class names \(cat, dog, ...\) for a model of 3 classes"):
-        predicted(make_trainer(PredictionWriter()), data=Named())
+    with pytest.warns(UserWarning, match=r"2 class names \(cat, dog\) do not fit a model of 3 classes"):
+        rows = predicted(make_trainer(PredictionWriter()), data=Named())
+    assert {row["category"] for row in rows} <= {"0", "1", "2"}
+
+
+@pytest.mark.parametrize("form", ["dict", "object", "tuple"])
+def test_logits_inside_the_output_of_a_model_are_found(make_trainer: MakeTrainer, form: str) -> None:
+    class Wrapped(Classifier):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            logits = super().predict_step(batch, batch_idx)
+            return {
+                "dict": {"features": logits.flatten(), "logits": logits},
+                "object": SimpleNamespace(logits=logits),
+            }.get(form, (logits,))
+
+    wrapped = predicted(make_trainer(PredictionWriter()), Wrapped(nn.Identity(), num_classes=3))
+    assert wrapped == predicted(make_trainer(PredictionWriter()))
 
 
 def test_one_class_at_least() -> None:
