@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -20,9 +20,8 @@ class FeatureCache(Callback):
     same. Validation computes the complete network. The features need memory on the device of the model, and a log line after the first
     batch says how much. Use this callback with `LoRAFinetuning` or with other frozen layers.
 
-    Raises:
-        ValueError: In `fit`, if there is no frozen and deterministic part before the first trained layer, if the training data are
-            augmented or the inputs change, or if features depend on the other samples in a batch.
+    If nothing can be stored, a warning says why, and training computes everything: there has to be a frozen and deterministic part before
+    the first trained layer, whose features do not depend on the other samples in a batch, and inputs may not change by augmentation.
 
     Example::
 
@@ -36,23 +35,25 @@ class FeatureCache(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
-        if getattr(data, "augmentation", None) is not None:
-            raise ValueError(
-                f"FeatureCache needs inputs that are the same in every epoch, but {type(data).__name__} has an "
-                "augmentation. Remove one of the two."
+        if getattr(data, "augmentation", None):
+            rank_zero_warn(
+                f"FeatureCache stores nothing: the augmentation of {type(data).__name__} changes the inputs in each epoch. "
+                "Remove one of the two."
             )
+            return
         dataset: Any = getattr(trainer.train_dataloader, "dataset", None)
         self.cache = PrefixCache(backbone_of(pl_module), len(dataset) if hasattr(dataset, "__len__") else None)
         self._said = False
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        assert self.cache is not None
-        self.cache.active = True
+        if self.cache is not None:
+            self.cache.active = True
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        assert self.cache is not None
+        if self.cache is None:
+            return
         self.cache.active = False
         if not self._said and self.cache.prefix:
             self._said = True

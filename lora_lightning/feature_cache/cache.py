@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from lora_lightning.feature_cache.frozen_prefix import (
     Forward,
     Like,
+    NotCacheableError,
     Prefix,
     Step,
     copied,
@@ -22,6 +24,7 @@ from lora_lightning.feature_cache.frozen_prefix import (
     find_prefix,
     placeholders,
     replaced,
+    same_buffers,
     same_random_numbers,
 )
 
@@ -47,11 +50,12 @@ class PrefixCache:
 
     Samples are identified by their content (BLAKE2b), so their order may change. Features are only used in batches of the size in which
     they were computed, since kernels may round differently in others. Outputs and gradients are bitwise those without the cache. The
-    cache applies to calls in training mode with gradients while `active`.
+    cache applies to calls in training mode with gradients while `active`. If features cannot be stored, a warning says why, and the module
+    computes everything as without the cache.
 
     Args:
         module: An adapted module. The first dimension of its input tensors is the batch.
-        samples: Number of different samples, if known. More samples than this raise an error.
+        samples: Number of different samples, if known. The cache ends if there are more.
 
     Example::
 
@@ -69,6 +73,7 @@ class PrefixCache:
         self._seen: set[bytes] = set()
         self._plan = ExitStack()
         self._probing = False
+        self._ended = False
         self._hooks = [
             module.register_forward_pre_hook(self._begin, with_kwargs=True),
             module.register_forward_hook(self._end, always_call=True),
@@ -93,14 +98,16 @@ class PrefixCache:
         return sum(row.numel() * row.element_size() for rows in kept[0].values() for row in rows) if kept else 0
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.active or self._probing or not module.training or not torch.is_grad_enabled():
+        if not self.active or self._ended or self._probing or not module.training or not torch.is_grad_enabled():
             return
-        tensors, key = _taken_apart(args, kwargs)
-        digests = _digests(tensors)
-        self._refuse_if_changing(digests)
-        if key not in self._features:
-            self._features[key] = _Features(self._find(args, kwargs, len(digests)))
-        features = self._features[key]
+        try:
+            features, digests = self._features_of(args, kwargs)
+        except NotCacheableError as reason:
+            self._ended, self._features, self._seen = True, {}, set()
+            warnings.warn(
+                f"Features of the frozen prefix are not stored: {reason} Training goes on without.", stacklevel=2
+            )
+            return
         answer = (_replay if features.knows(digests) else _record)(features, digests)
         self._plan.enter_context(replaced(features.prefix.steps, answer))
 
@@ -108,23 +115,32 @@ class PrefixCache:
         if not self._probing:
             self._plan.close()
 
+    def _features_of(self, args: Any, kwargs: Any) -> tuple[_Features, list[bytes]]:
+        """Return the features for calls like this one, and the digests of the samples."""
+        tensors, key = _taken_apart(args, kwargs)
+        digests = _digests(tensors)
+        self._refuse_if_changing(digests)
+        if key not in self._features:
+            self._features[key] = _Features(self._find(args, kwargs, len(digests)))
+        return self._features[key], digests
+
     def _refuse_if_changing(self, digests: list[bytes]) -> None:
         self._seen.update(digests)
         if self.samples is not None and len(self._seen) > self.samples:
-            raise ValueError(
-                f"{len(self._seen)} different inputs of a training set of {self.samples} samples: they are not the same in every "
-                "epoch, so that the features of a frozen prefix can't be kept. Train without augmentation, or without the "
-                "cache."
+            raise NotCacheableError(
+                f"{len(self._seen)} different inputs of a training set of {self.samples} samples mean that they differ between epochs, as "
+                "with augmentation."
             )
 
     def _find(self, args: Any, kwargs: Any, size: int) -> Prefix:
         """Find the prefix and check that each sample is independent of the others."""
         self._probing = True
         try:
-            prefix = find_prefix(self.module, lambda: self.module(*args, **kwargs), size)
-            for step in prefix.steps:
-                step.output = None  # which is large, and served its purpose
-            self._refuse_if_mixing(prefix, args, kwargs, size)
+            with same_buffers(self.module):
+                prefix = find_prefix(self.module, lambda: self.module(*args, **kwargs), size)
+                for step in prefix.steps:
+                    step.output = None  # which is large, and served its purpose
+                self._refuse_if_mixing(prefix, args, kwargs, size)
             return prefix
         finally:
             self._probing = False
@@ -136,9 +152,8 @@ class PrefixCache:
         usual, other = self._kept_of(prefix, args, kwargs), self._kept_of(prefix, *mixed)
         for step, output in usual.items():
             if not equal(tree_map_only(Tensor, lambda value: value[rows], output), other[step]):
-                raise ValueError(
-                    f"What {step.name!r} returns of a sample depends on the batch that it is in, if only in the rounding: "
-                    "kept, it would not be exactly what is computed again. Train without the cache."
+                raise NotCacheableError(
+                    f"the output of {step.name!r} for a sample depends on the batch that it is in, if only by rounding."
                 )
 
     def _kept_of(self, prefix: Prefix, args: Any, kwargs: Any) -> dict[Step, Any]:
@@ -169,8 +184,8 @@ def _taken_apart(args: Any, kwargs: Any) -> tuple[list[Tensor], tuple[Any, ...]]
     sizes = {len(tensor) if tensor.dim() else None for tensor in tensors}
     if len(sizes) != 1 or None in sizes:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "no tensors"
-        raise ValueError(
-            f"The cache of a frozen prefix needs inputs whose first dimension counts the samples; the module was called with {shapes}."
+        raise NotCacheableError(
+            f"the first dimension of all inputs has to count the samples, but their shapes are {shapes}."
         )
     others = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
     layout = tuple((tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)

@@ -21,6 +21,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 Forward = Callable[..., Any]
 
 
+class NotCacheableError(ValueError):
+    """Raised if features cannot be stored, with the reason."""
+
+
 @dataclass(eq=False)
 class Step:
     """Describes one call of a module in the prefix."""
@@ -53,31 +57,29 @@ def find_prefix(module: nn.Module, call: Callable[[], Any], samples: int) -> Pre
 
     Args:
         module: An adapted module in training mode.
-        call: Calls the module with a batch. The random state is restored afterwards.
+        call: Calls the module with a batch. The random state and the buffers are restored afterwards.
         samples: Number of samples in the batch. Modules with another first dimension in their output are excluded.
 
     Raises:
-        ValueError: If there is no prefix with parameters. The message names the first operation that prevents it.
+        NotCacheableError: If there is no prefix with parameters. The message names the first operation that prevents it.
     """
     with same_random_numbers():
         trace = _Trace(module)
         expected = trace.run(call)
-    ended_by = trace.ended_by or "nothing that trains"
+    ended_by = trace.ended_by or "the end of the network"
     steps = [step for step in trace.steps if all(_counts(leaf, samples) for leaf in tree_leaves(step.output))]
     computes = any(True for step in steps for _ in step.module.parameters())
     if not computes or not _is_enough(steps, call, expected):
-        raise ValueError(
-            f"This {type(module).__name__} has no frozen prefix whose features could be kept: first comes {ended_by}. Put adapters "
-            "into later layers alone, or do without the cache."
+        raise NotCacheableError(
+            f"{type(module).__name__} has no frozen prefix before {ended_by}. Put adapters into later layers only."
         )
     for step in steps:
         if all(leaf.is_floating_point() for leaf in tree_leaves(step.output)):  # others have no NaN to show by
             step.kept = False
             step.kept = not _is_enough(steps, call, expected)
     if not _gradients_are_finite(module, steps, call):
-        raise ValueError(
-            f"The backward pass of this {type(module).__name__} computes its frozen prefix again, as activation checkpointing "
-            "does: do without that, or without the cache."
+        raise NotCacheableError(
+            f"the backward pass of {type(module).__name__} computes its frozen prefix again, as activation checkpointing does."
         )
     return Prefix(steps, ended_by)
 
@@ -127,6 +129,25 @@ def same_random_numbers() -> Iterator[None]:
             yield
     finally:
         random.setstate(state)
+
+
+@contextmanager
+def same_buffers(module: nn.Module) -> Iterator[None]:
+    """Restore the buffers of the module at the end of this context."""
+    before = [
+        (part, name, buffer, buffer.detach().clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for part, name, buffer, value in before:
+            part._buffers[name] = buffer
+            if not torch.equal(buffer, value):  # batch norm changes its statistics without changing their version
+                with torch.no_grad():
+                    buffer.copy_(value)
 
 
 def copied(output: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,17 +74,17 @@ def test_adapters_are_bitwise_those_of_a_run_without_it(
     assert "First after it comes '3', which draws random numbers." in caplog.text
 
 
-def test_adapters_of_vgg19s_last_two_layers_are_bitwise_those_of_a_run_without_it_or_it_is_refused() -> None:
+def test_adapters_of_vgg19s_last_two_layers_are_bitwise_those_of_a_run_without_it_or_it_says_why() -> None:
     _, expected = vgg19.fit(cached=False)
     linear, x = torch.nn.Linear(25088, 4096), torch.randn(5, 25088)
     with torch.no_grad():
         by_place = not torch.equal(linear(x.flip(0)).flip(0), linear(x))
     if by_place:
         # So it is with some versions of PyTorch and on some processors: a row of a product depends on its place in the batch.
-        with pytest.raises(ValueError, match="depends on the batch that it is in"):
-            vgg19.fit(cached=True)
-        return
-    _, found = vgg19.fit(cached=True)
+        with pytest.warns(UserWarning, match="depends on the batch that it is in"):
+            _, found = vgg19.fit(cached=True)
+    else:
+        _, found = vgg19.fit(cached=True)
     assert same(found, expected)
     assert any(value.abs().max() > 0.001 for key, value in found.items() if key.endswith("lora_B"))
 
@@ -131,21 +132,30 @@ def test_layers_that_were_frozen_by_hand_are_a_prefix_too(
     assert "Frozen prefix: the output of '2' is computed once" in caplog.text
 
 
-def test_augmented_images_are_refused(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_augmented_images_are_trained_without_it(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "root" / name).mkdir(parents=True)
         Image.new("L", (28, 28)).save(tmp_path / "root" / name / "0.png")
     data = ImageFolderDataModule(tmp_path / "root", augmentation=v2.RandomHorizontalFlip(), num_workers=0)
     model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 2)), num_classes=2)
-    with pytest.raises(
-        ValueError, match=r"FeatureCache needs inputs that are the same .* ImageFolderDataModule has an aug"
-    ):
-        make_trainer(FeatureCache(), limit_val_batches=0).fit(model, datamodule=data)
+    trainer = make_trainer(FeatureCache(), limit_val_batches=0)
+    with pytest.warns(UserWarning, match=r"FeatureCache stores nothing: the augmentation of ImageFolderDataModule"):
+        trainer.fit(model, datamodule=data)
+    assert trainer.state.finished
 
 
-def test_a_network_whose_first_layer_trains_is_refused(make_trainer: MakeTrainer) -> None:
-    model = Classifier(Net())
-    callbacks = LoRAFinetuning(rank=2, target_modules="all"), FeatureCache()
-    with pytest.raises(ValueError, match=r"This Net has no frozen prefix .*: first comes '1', which trains"):
-        make_trainer(*callbacks, max_epochs=1).fit(model, datamodule=MNISTDataModule(source="sample"))
-    assert not any("forward" in vars(module) for module in model.modules())
+def test_a_network_whose_first_layer_trains_is_trained_without_it(make_trainer: MakeTrainer) -> None:
+    found = []
+    for cache in ([], [FeatureCache()]):
+        torch.manual_seed(0)
+        model = Classifier(Net())
+        trainer = make_trainer(LoRAFinetuning(rank=2, target_modules="all"), *cache, max_epochs=1)
+        with (
+            contextlib.nullcontext()
+            if not cache
+            else pytest.warns(UserWarning, match=r"no frozen prefix before '1', which trains")
+        ):
+            trainer.fit(model, datamodule=MNISTDataModule(source="sample"))
+        assert not any("forward" in vars(module) for module in model.modules())
+        found.append(adapter_state_dict(model))
+    assert same(*found)
