@@ -22,12 +22,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lora_lightning import ConfusionReport, LoRAFinetuning, lora
 from lora_lightning.lora import sharding
+from lora_lightning.resume import NotFiniteError
 
 how = json.loads(sys.argv[1])
 devices, kind = how["devices"], how["kind"]
@@ -107,6 +109,28 @@ if kind == "fsdp":
                     callbacks=[LoRAFinetuning(rank=2)], use_distributed_sampler=False)
     again.test(Module(), loader(), ckpt_path=weights, verbose=False)
     assert torch.equal(again.callback_metrics["val_loss"], trainer.callback_metrics["val_loss"])
+    up = lora.adapted_weights(module.net)[0].factors[1]
+    if trainer.global_rank == devices - 1:
+        sharding.local(up.detach()).fill_(float("nan"))
+    refused = os.path.join(how["out"], "refused.ckpt")
+    try:
+        trainer.save_checkpoint(refused)
+        raise AssertionError("adapters that are not finite were saved")
+    except NotFiniteError as error:
+        assert "refused.ckpt is not written: " in str(error)
+    assert not os.path.exists(refused)
+    lora.detach(module.net)
+    plain = os.path.join(how["out"], "plain.ckpt")
+    trainer.save_checkpoint(plain, weights_only=True)
+    if trainer.is_global_zero:
+        if how["distributed"]:
+            saved = FileSystemReader(plain).read_metadata().state_dict_metadata
+            assert "lora_lightning" not in torch.load(os.path.join(plain, "meta.pt"), weights_only=True)
+        else:
+            saved = torch.load(plain, weights_only=True)
+            assert "lora_lightning" not in saved
+            saved = saved["state_dict"]
+        assert {key.removeprefix("state_dict.") for key in saved} == set(module.state_dict())
 """
 
 

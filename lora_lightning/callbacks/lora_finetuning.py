@@ -107,6 +107,7 @@ class LoRAFinetuning(Callback):
         self._random_state = RandomState()
         self._handover = Handover()
         self._after_layers: AfterLayers | None = None
+        self._checkpoints: AdapterCheckpointIO | ShardedCheckpoints | None = None
         self._handles: list[RemovableHandle] = []
         self._frozen: FrozenBase | None = None
         self._finite: Finite | None = None
@@ -178,7 +179,7 @@ class LoRAFinetuning(Callback):
         try:
             self._finite.look(trainer, outputs)
         except NotFiniteError:
-            _save_no_more(trainer)
+            self._save_no_more()
             raise
 
     @override
@@ -201,7 +202,7 @@ class LoRAFinetuning(Callback):
         try:
             self._finite.check(trainer)
         except NotFiniteError:
-            _save_no_more(trainer)
+            self._save_no_more()
             raise
         restore_averaged_base(trainer, pl_module, self.adapted)
         self._frozen.warn_of_buffers()
@@ -300,18 +301,17 @@ class LoRAFinetuning(Callback):
         content = AdapterContent(pl_module, self.adapted, self.base_fingerprint, base_path)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             settle(self.adapted, trainer.strategy.device_mesh["data_parallel"].get_group())
-            ShardedCheckpoints(trainer.strategy, content)
+            self._checkpoints = ShardedCheckpoints(trainer.strategy, content)
             return
         self._handles.append(let_packed_keys_be_missing(pl_module))
-        trainer.strategy.checkpoint_io = AdapterCheckpointIO(write_atomically(files), trainer.strategy, content)
+        self._checkpoints = AdapterCheckpointIO(write_atomically(files), trainer.strategy, content)
+        trainer.strategy.checkpoint_io = self._checkpoints
+
+    def _save_no_more(self) -> None:
+        """Prevent a `ModelCheckpoint` that saves on exceptions from replacing the last finite checkpoint."""
+        if self._checkpoints is not None:
+            self._checkpoints.closed = True
 
     def trained_parameters(self) -> str:
         """Return the number of trained parameters: `6,794 of 2,813,804 parameters, 0.242% of the base`."""
         return trained_parameters(self._the_adapted)
-
-
-def _save_no_more(trainer: Trainer) -> None:
-    """Prevent a `ModelCheckpoint` that saves on exceptions from replacing the last finite checkpoint."""
-    files = trainer.strategy.checkpoint_io
-    if isinstance(files, AdapterCheckpointIO):
-        files.closed = True

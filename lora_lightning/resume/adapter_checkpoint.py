@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lora_lightning.lora import (
     some_of,
 )
 from lora_lightning.lora.fingerprint import digests
+from lora_lightning.lora.sharding import local
 from lora_lightning.resume.checkpoints import ADAPTER_KEY
 from lora_lightning.resume.packed_layers import packed_keys
 
@@ -59,6 +60,10 @@ class AdapterContent:
         self.adapted = adapted
         self.base_fingerprint = base_fingerprint
         self.base_path = base_path
+
+    def applies(self, strategy: Strategy) -> bool:
+        """Return whether the adapters are still attached, and the trainer of `strategy` still has this model."""
+        return is_adapted(self.adapted) and strategy.lightning_module is self.pl_module
 
     def description(self) -> dict[str, Any]:
         """Return the entry `lora_lightning`."""
@@ -149,17 +154,11 @@ class AdapterCheckpointIO(CheckpointIO):
         if self.closed:
             return
         # A strategy that starts processes sends the bare state dict home by this way, too.
-        if "state_dict" not in checkpoint or not self._applies():
+        if "state_dict" not in checkpoint or not self.content.applies(self.strategy):
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
             return
-        not_finite = [
-            key for key, value in checkpoint["state_dict"].items() if is_adapter_key(key) and not _finite(value)
-        ]
-        if not_finite:
-            raise NotFiniteError(
-                f"{path} is not written: {some_of(map(repr, not_finite))} hold NaN or infinity. Checkpoints that were written before are kept. "
-                "Lower the learning rate, or clip gradients with gradient_clip_val."
-            )
+        if names := not_finite(checkpoint["state_dict"]):
+            raise NotFiniteError(not_written(path, names))
         base_keys = self.content.base_keys()
 
         def without_base(state: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +170,7 @@ class AdapterCheckpointIO(CheckpointIO):
     @override
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, *args, **kwargs)
-        if "state_dict" not in checkpoint or not self._applies():
+        if "state_dict" not in checkpoint or not self.content.applies(self.strategy):
             return checkpoint
         self.content.check(path, checkpoint.get(ADAPTER_KEY))
         live = self.content.pl_module.state_dict()
@@ -188,9 +187,6 @@ class AdapterCheckpointIO(CheckpointIO):
     def teardown(self) -> None:
         self.checkpoint_io.teardown()
 
-    def _applies(self) -> bool:
-        return is_adapted(self.content.adapted) and self.strategy.lightning_module is self.content.pl_module
-
 
 def _with_states(checkpoint: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
     """Apply `change` to each state of the model in a checkpoint, including those in the states of callbacks."""
@@ -202,8 +198,17 @@ def _with_states(checkpoint: dict[str, Any], change: Callable[[dict[str, Any]], 
     return {**checkpoint, **changed}
 
 
-def _finite(value: Tensor) -> bool:
-    return bool(value.isfinite().all())
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of adapters in a state dict that contain NaN or infinity, in this process's part of sharded ones."""
+    return [key for key, value in state.items() if is_adapter_key(key) and not bool(local(value).isfinite().all())]
+
+
+def not_written(path: object, names: list[str]) -> str:
+    """Return the error message for a checkpoint whose adapters of these names are not finite."""
+    return (
+        f"{path} is not written: {some_of(map(repr, names))} hold NaN or infinity. Checkpoints that were written before are kept. "
+        "Lower the learning rate, or clip gradients with gradient_clip_val."
+    )
 
 
 def _describe(each: AdaptedWeight) -> str:
