@@ -23,6 +23,7 @@ from lora_lightning.report.found import described, tensors_of
 
 @dataclass(frozen=True)
 class _Prediction:
+    loader: int
     sample: int
     classes: list[int]
     probabilities: list[float]
@@ -33,7 +34,8 @@ class PredictionWriter(BasePredictionWriter):
 
     The output contains each sample of all devices once, in the order of the data set. `predict_step` of the module must return logits or
     probabilities of shape (B, C): a tensor, or an object, mapping or tuple with a tensor. The names of files and classes come from
-    `predict_files` and `class_names` of the data module. Without these, they are numbers.
+    `predict_files` and `class_names` of the data module. Without these, they are numbers. With several data loaders, a sample is called
+    `<loader>/<sample>`.
 
     Args:
         top_k: Number of classes per sample, in order of decreasing probability.
@@ -74,7 +76,10 @@ class PredictionWriter(BasePredictionWriter):
             return
         self._num_classes = logits.shape[1]
         top = _probabilities(logits.detach()).topk(min(self.top_k, self._num_classes))
-        self._predictions += map(_Prediction, batch_indices, top.indices.tolist(), top.values.tolist())
+        self._predictions += [
+            _Prediction(dataloader_idx, *each)
+            for each in zip(batch_indices, top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
 
     @override
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,7 +87,7 @@ class PredictionWriter(BasePredictionWriter):
             of_devices: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(of_devices, self._predictions)
             self._predictions = [each for of_device in of_devices for each in of_device]
-        self._predictions.sort(key=lambda each: each.sample)
+        self._predictions.sort(key=lambda each: (each.loader, each.sample))
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,8 +106,12 @@ class PredictionWriter(BasePredictionWriter):
         data = getattr(trainer, "datamodule", None)
         files = getattr(data, "predict_files", None)
         names = names_of_classes(getattr(data, "class_names", None), self._num_classes)
-        labels = [str(files[each.sample]) if files else str(each.sample) for each in self._predictions]
-        folder = os.path.commonpath([str(Path(label).parent) for label in labels]) if files else "."
+        several = len({each.loader for each in self._predictions}) > 1
+        labels = [
+            f"{each.loader}/{each.sample}" if several else str(files[each.sample] if files else each.sample)
+            for each in self._predictions
+        ]
+        folder = os.path.commonpath([str(Path(label).parent) for label in labels]) if files and not several else "."
         rows = [[names[i] for i in each.classes] for each in self._predictions]
         shown = [os.path.relpath(label, folder) for label in labels]
         width = max(map(len, shown))

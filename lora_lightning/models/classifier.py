@@ -21,7 +21,8 @@ from lora_lightning.resume.checkpoints import ADAPTER_KEY, holds_adapters_alone
 class Classifier(LightningModule):
     """Trains a backbone with the cross-entropy loss.
 
-    The steps return `{"loss", "logits", "targets"}`.
+    The steps return `{"loss", "logits", "targets"}`. The logged loss and accuracy of validation and test are means over the samples of all
+    data loaders.
 
     Args:
         backbone: A module that maps a batch of inputs to logits of shape (B, num_classes), or to an object with `logits`. Inputs that
@@ -72,7 +73,7 @@ class Classifier(LightningModule):
         self._reset_means()
 
     @override
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         return self._evaluate(batch)
 
     @override
@@ -84,7 +85,7 @@ class Classifier(LightningModule):
         self._reset_means()
 
     @override
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         return self._evaluate(batch)
 
     @override
@@ -92,7 +93,7 @@ class Classifier(LightningModule):
         self._log_means("test")
 
     @override
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the logits for a batch of inputs, or of inputs and targets."""
         logits: Tensor = self(batch[0] if isinstance(batch, tuple | list) else batch)
         return logits

@@ -130,6 +130,16 @@ def test_logits_inside_the_output_of_a_model_are_found(make_trainer: MakeTrainer
     assert wrapped == predicted(make_trainer(PredictionWriter()))
 
 
+def test_samples_of_several_loaders_are_told_apart(make_trainer: MakeTrainer) -> None:
+    class Two(Data):
+        def predict_dataloader(self) -> Any:
+            return [DataLoader(list(LOGITS), batch_size=2), DataLoader(list(LOGITS.flip(0)), batch_size=2)]
+
+    rows = predicted(make_trainer(PredictionWriter()), data=Two())
+    assert [row["file"] for row in rows] == ["0/0", "0/1", "0/2", "1/0", "1/1", "1/2"]
+    assert [row["class"] for row in rows] == ["1", "0", "2", "2", "0", "1"]
+
+
 def test_one_class_at_least() -> None:
     with pytest.raises(ValueError, match="top_k=0: expected at least 1"):
         PredictionWriter(top_k=0)
