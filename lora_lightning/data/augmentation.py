@@ -22,12 +22,41 @@ def jitter(images: Tensor) -> Tensor:
     Args:
         images: Floating-point images of shape (B, C, H, W).
     """
+    return _moved(images, torch.rand(4, len(images), device=images.device) * 2 - 1, _ROTATION, _SHIFT, _SCALE)
+
+
+def distort(images: Tensor) -> Tensor:
+    """Return images that show parts of two of the images at once, which are mirrored, rotated by any angle and cut at random.
+
+    They are samples without a class for distillation. Each part is shifted by up to 3 pixels and scaled by up to 25 %. Half of the parts are
+    cut along a random line. The maximum of both parts is returned, so the background should be darker than the objects.
+
+    Args:
+        images: Floating-point images of shape (B, C, H, W).
+    """
+    return torch.maximum(_part(images), _part(images[torch.randperm(len(images), device=images.device)]))
+
+
+def _part(images: Tensor) -> Tensor:
     count, _, height, width = images.shape
-    draws = torch.rand(4, count, device=images.device) * 2 - 1
-    angle, zoom = draws[0] * math.radians(_ROTATION), 1 + draws[1] * _SCALE
+    draws = torch.rand(8, count, device=images.device)
+    mirrored = torch.where((draws[4] < 0.5)[:, None, None, None], images.flip(3), images)
+    moved = _moved(mirrored, draws[:4] * 2 - 1, 180.0, 3.0, 0.25)
+    # The line is up to 6 of 28 pixels beyond the center or up to 2 before it, at any angle.
+    angle, offset = draws[5] * 2 * math.pi, (draws[6] * 8 - 2) / 14
+    down, right = torch.linspace(-1, 1, height).to(images), torch.linspace(-1, 1, width).to(images)
+    along = right * angle.cos()[:, None, None] + down[:, None] * angle.sin()[:, None, None]
+    kept = (along < offset[:, None, None]) | (draws[7] < 0.5)[:, None, None]
+    return torch.where(kept[:, None], moved, images.amin((1, 2, 3), keepdim=True))
+
+
+def _moved(images: Tensor, draws: Tensor, rotation: float, shift: float, scale: float) -> Tensor:
+    """Rotate, scale and shift by fractions from -1 to 1 of these degrees, pixels and factors; `draws` has the shape (4, B)."""
+    _, _, height, width = images.shape
+    angle, zoom = draws[0] * math.radians(rotation), 1 + draws[1] * scale
     cosine, sine = angle.cos() * zoom, angle.sin() * zoom
     # In coordinates from -1 to 1; a pixel is 2 / width wide.
-    right, down = draws[2] * 2 * _SHIFT / width, draws[3] * 2 * _SHIFT / height
+    right, down = draws[2] * 2 * shift / width, draws[3] * 2 * shift / height
     rows = torch.stack([cosine, -sine, right]), torch.stack([sine, cosine, down])
     grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1).to(images.dtype), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -62,9 +62,9 @@ class Classifier(LightningModule):
 
     @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        logits, targets, loss, accuracy = self._step(batch)
+        logits, targets, loss = self._step(batch)
         if self._logs_this_step():
-            logged = {"train/loss": loss.detach(), "train/accuracy": accuracy}
+            logged = {"train/loss": loss.detach(), "train/accuracy": _accuracy(logits, targets)}
             self.log_dict(logged, prog_bar=True, batch_size=len(targets))
         return {"loss": loss, "logits": logits.detach(), "targets": targets}
 
@@ -73,7 +73,9 @@ class Classifier(LightningModule):
         self._reset_means()
 
     @override
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def validation_step(
+        self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
         return self._evaluate(batch)
 
     @override
@@ -122,22 +124,20 @@ class Classifier(LightningModule):
             raise ValueError("OneCycle needs to know when the run ends: give the Trainer max_epochs or max_steps.")
         return int(total)
 
-    def _step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         inputs, targets = batch
         logits = self(inputs)
         if self.num_classes not in (None, logits.shape[1]):
             raise ValueError(
                 f"The backbone gives {logits.shape[1]} logits, but num_classes={self.num_classes}: set both to the same."
             )
-        loss = F.cross_entropy(logits, targets)
-        accuracy = (logits.detach().argmax(1) == targets).float().mean()
-        return logits, targets, loss, accuracy
+        return logits, targets, F.cross_entropy(logits, targets)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        logits, targets, loss, accuracy = self._step(batch)
+        logits, targets, loss = self._step(batch)
         if len(targets):  # the mean over no samples is NaN
             self._loss.update(loss.detach().float(), len(targets))
-            self._accuracy.update(accuracy, len(targets))
+            self._accuracy.update(_accuracy(logits, targets), len(targets))
         return {"loss": loss, "logits": logits, "targets": targets}
 
     def _reset_means(self) -> None:
@@ -160,3 +160,8 @@ class Classifier(LightningModule):
         """
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         return self.trainer.is_last_batch or (every > 0 and (self.trainer.global_step + 1) % every == 0)
+
+
+def _accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the fraction of correct predictions among the samples with a target. Samples without one have the target -100."""
+    return (logits.detach().argmax(1) == targets).sum() / (targets != -100).sum()

@@ -29,6 +29,7 @@ WAYS = {
     "the notebook's protocol": "",
     "distillation, weight 0.5": f"--lora.distillation 0.5 {RECIPE}",
     "distillation, weight 0.7": f"--lora.distillation 0.7 {RECIPE}",
+    "distillation, distorted copies too": f"--lora.distillation 0.5 --data.distorted_copies true {RECIPE}",
 }
 Curve = list[tuple[float, Tally]]
 

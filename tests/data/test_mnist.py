@@ -268,34 +268,42 @@ def test_the_sample_is_part_of_the_whole_training_set(mnist_dir: Path) -> None:
     assert all(image.numpy().tobytes() in whole for image in sample)
 
 
-def test_augmentation_changes_training_images_a_little_and_no_others(tmp_path: Path) -> None:
-    class Seen(pl.Callback):
-        def __init__(self) -> None:
-            self.images: dict[str, Tensor] = {}
+class Seen(pl.Callback):
+    """Keeps the last batches."""
 
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            self.images["train"] = batch[0]
+    def __init__(self) -> None:
+        self.batches: dict[str, list[Tensor]] = {}
+        self.accuracies: list[float] = []
 
-        def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-            self.images["val"] = batch[0]
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.batches["train"] = batch
+        self.accuracies.append(float(trainer.callback_metrics["train/accuracy"]))
 
+    def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        self.batches["val"] = batch
+
+
+def seen_in_one_step(**options: Any) -> Seen:
+    pl.seed_everything(3)
+    seen = Seen()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[seen],
+        max_steps=1,
+        log_every_n_steps=1,
+        val_check_interval=1,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(Classifier(RichBoyNet()), datamodule=MNISTDataModule(source="sample", batch_size=32, **options))
+    return seen
+
+
+def test_augmentation_changes_training_images_a_little_and_no_others() -> None:
     def images(augment: bool) -> dict[str, Tensor]:
-        pl.seed_everything(3)
-        seen = Seen()
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            callbacks=[seen],
-            max_steps=1,
-            val_check_interval=1,
-            num_sanity_val_steps=0,
-        )
-        trainer.fit(
-            Classifier(RichBoyNet()), datamodule=MNISTDataModule(source="sample", augment=augment, batch_size=32)
-        )
-        return seen.images
+        return {name: batch[0] for name, batch in seen_in_one_step(augment=augment).batches.items()}
 
     plain, augmented, again = images(False), images(True), images(True)
     assert torch.equal(plain["val"], augmented["val"])
@@ -305,6 +313,19 @@ def test_augmentation_changes_training_images_a_little_and_no_others(tmp_path: P
     pairs = zip(plain["train"], augmented["train"], strict=True)
     alike = [torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] for a, b in pairs]
     assert torch.stack(alike).median() > 0.8
+
+
+def test_distorted_copies_come_after_the_images_without_a_target_in_training_alone() -> None:
+    plain, copied = seen_in_one_step(), seen_in_one_step(distorted_copies=True)
+    images, targets = copied.batches["train"]
+    assert torch.equal(images[:32], plain.batches["train"][0])
+    assert torch.equal(targets[:32], plain.batches["train"][1])
+    assert targets[32:].tolist() == [-100] * 32
+    assert all(not torch.equal(images[32 + index], images[index]) for index in range(32))
+    for end in (Tensor.amin, Tensor.amax):  # no brighter and no darker, up to rounding
+        torch.testing.assert_close(end(images[32:]), end(images[:32]))
+    assert torch.equal(copied.batches["val"][0], plain.batches["val"][0])
+    assert copied.accuracies == plain.accuracies, "the accuracy is that of the samples with a target"
 
 
 def test_one_digit_needs_no_list() -> None:
