@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import
     from matplotlib.figure import Figure
 
 _FIGURES = {name: name for name in ("model", "base", "adapted", "difference")} | {"mistakes": "changed_samples"}
-"""Holds the figures that are logged, and their names there."""
+"""Figures to log, by name."""
 _SETTINGS = ("rank", "alpha", "dropout", "target_modules", "init", "use_rslora", "use_dora")
 
 

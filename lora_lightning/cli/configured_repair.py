@@ -20,7 +20,7 @@ from lora_lightning.repair.training import Runs
 from lora_lightning.resume.checkpoints import ADAPTER_KEY, read_checkpoint
 
 _OF_FULL_NETWORK = 0.1
-"""Is the learning rate of the full network over that of adapters (https://thinkingmachines.ai/blog/lora, section 'LoRA hyperparameters')."""
+"""Ratio of the learning rates for full fine-tuning and for adapters (https://thinkingmachines.ai/blog/lora, 'LoRA hyperparameters')."""
 _SHARE = 0.2
 
 

@@ -12,7 +12,7 @@ from lora_lightning.data.images import EXTENSIONS, check_image, images_among, im
 
 SPLITS = ("train", "val", "test")
 Labelled = tuple[list[Path], list[int]]
-"""Images, and their class indices."""
+"""Images and their class indices."""
 
 
 def split_folders(root: Path) -> dict[str, Path]:

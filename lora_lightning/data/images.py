@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-"""No other decoder is asked, whatever a file's name: some of Pillow's run programs, or are hardly tested."""
+"""Image formats that are read. Other decoders of Pillow run programs or are hardly tested."""
 
 
 def read_image(path: Path) -> Image.Image:

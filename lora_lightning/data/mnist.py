@@ -21,7 +21,7 @@ from lora_lightning.data.samplers import ShuffledSampler
 from lora_lightning.resume.loader import ResumableLoader
 
 MEAN, STD = 0.1307, 0.3081
-"""These are the mean and deviation of MNIST's training pixels, scaled to 0 to 1."""
+"""Mean and standard deviation of the training pixels of MNIST, scaled to 0..1."""
 
 
 class MNISTDataModule(ResumableDataModule):

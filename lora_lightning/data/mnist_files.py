@@ -31,7 +31,7 @@ _DIGESTS = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-"""MD5 of the four files, unpacked."""
+"""MD5 of the four unpacked files."""
 _COUNTS = {"train": 60_000, "t10k": 10_000}
 _PROBE_SECONDS = 5.0
 _STALL_SECONDS = 10.0

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 _WINDOW = 50
-"""Is the number of batches whose samples are sorted by length."""
+"""Number of batches whose samples are sorted by length together."""
 
 
 class ShuffledSampler(DistributedSampler[int]):

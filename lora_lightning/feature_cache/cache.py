@@ -35,9 +35,9 @@ class _Features:
 
     prefix: Prefix
     of_sample: dict[bytes, dict[Step, list[Tensor]]] = field(default_factory=dict)
-    """This maps a sample's digest to its row of every tensor that the kept steps returned."""
+    """For the digest of each sample, its row in every tensor that the kept steps returned."""
     outputs: dict[Step, Any] = field(default_factory=dict)
-    """This describes what the steps return, without the values."""
+    """Descriptions of the outputs of the steps, without values."""
 
     def knows(self, digests: list[bytes]) -> bool:
         """Return whether the features of all these samples are stored."""

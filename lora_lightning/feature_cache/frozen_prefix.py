@@ -32,9 +32,9 @@ class Step:
     name: str
     module: nn.Module
     occurrence: int
-    """How many times this forward pass called the module before."""
+    """Number of earlier calls of the module in the forward pass."""
     output: Any
-    """This is what the module returned when the prefix was found."""
+    """Output of the module when the prefix was found."""
     kept: bool = True
     """Whether the rest of the network uses its output."""
 

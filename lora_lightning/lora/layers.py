@@ -134,7 +134,7 @@ class LoRALinear(LoRALayer):
 
 
 LAYERS: dict[Any, type[LoRALayer]] = {nn.Linear: LoRALinear}
-"""From the class of a layer, or its package and name, to the kind of adapted layer."""
+"""Kinds of adapted layers, by the class of a layer, or by its package and name."""
 
 
 def compose(layer: nn.Module, *mixins: type | str) -> None:

@@ -80,7 +80,7 @@ class _SplitGroups:
         self.lr_ratio = lr_ratio
         self.whole: list[dict[str, Any]] = []
         self.parts: list[dict[str, Any]] = []
-        """One for each of `whole`, with its parameters but the B's; what a step writes into it is copied back."""
+        """For each group of `whole`, a group without the B's. Changes by a step are copied back."""
 
     def split(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.put_back(optimizer)  # if the last step was interrupted

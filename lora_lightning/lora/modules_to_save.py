@@ -33,7 +33,7 @@ class SavedModules:
         self.keys = [key for key, value in state.items() if key.startswith(prefixes) and isinstance(value, Tensor)]
         memory, copies = shared_memory(module), dict[int, Tensor]()
         self._others: dict[str, Tensor] = {}
-        """By state-dict key: the values that are not in the module now."""
+        """Values that are not in the module now, by state-dict key."""
         self._tied: set[str] = set()
         for key in self.keys:
             value = state[key]

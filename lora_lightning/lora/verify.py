@@ -14,7 +14,7 @@ from lora_lightning.lora.model import AdaptedWeight, adapted_weights
 from lora_lightning.lora.state import adapter_parameters, adapter_state_dict
 
 _DRAWS = 8
-"""How often a random forward pass is repeated before an adapter counts as inert: layers may be dropped at random."""
+"""Number of random forward passes before an adapter counts as inert, since layers may be dropped at random."""
 
 
 class InertAdapterError(RuntimeError):

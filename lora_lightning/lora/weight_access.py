@@ -20,9 +20,9 @@ class AdaptedParameter(LoRALayer):
 
     lora_is_inside = True
     lora_weights: tuple[str, ...] = ()
-    """How the names of the weights begin that can be adapted without being asked for by name."""
+    """Beginnings of the names of weights that are adapted by default."""
     lora_mixins: tuple[type, ...] = ()
-    """Holds the mixins that the class of the reading module gets besides the properties."""
+    """Mixins of the class of the module that reads the weights."""
 
     @classmethod
     def lora_find(cls, layer: nn.Module, wanted: list[str]) -> dict[str, type[LoRALayer]]:

@@ -20,7 +20,7 @@ from lora_lightning.peft_format.mapping import PREFIX, base_key, own_key
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _DIGEST, _CONFIG_DIGEST = "lora_lightning_sha256", "lora_lightning_config_sha256"
-"""Metadata of the weights, which the format itself lacks: SHA-256 of all else in the file, and of the configuration."""
+"""Metadata of the weights: SHA-256 digests of the rest of the file and of the configuration, which the format lacks."""
 
 
 def write_files(
@@ -62,11 +62,11 @@ class Content:
     """Holds the tensors of a folder."""
 
     adapters: dict[str, Tensor]
-    """Holds the tensors of adapters, by our own keys."""
+    """Tensors of adapters, by state-dict key."""
     saved: dict[str, Tensor]
-    """Holds the tensors of modules trained in full, by state-dict key."""
+    """Tensors of modules that are trained in full, by state-dict key."""
     base: dict[str, Tensor]
-    """Holds tensors of the base, as PEFT saves the weights of adapted embeddings, by state-dict key."""
+    """Tensors of the base, by state-dict key. PEFT saves the weights of adapted embeddings."""
 
 
 def read_content(path: Path, description: dict[str, Any], module: nn.Module) -> Content:

@@ -32,7 +32,7 @@ from lora_lightning.peft_format.model_card import base_name
 
 PEFT_TYPE = "LORA"
 OWN_TYPE = "LORA_LIGHTNING"
-"""Says `adapter_config.json` where an adapter is in a layer that PEFT does not know or gets wrong: PEFT then refuses it."""
+"""Type in `adapter_config.json` for adapters in layers that PEFT does not know or computes incorrectly. PEFT refuses it."""
 PREFIX = "base_model.model."
 
 # What another kind of adapter, or one with more parts than A and B, says in its configuration.
@@ -139,7 +139,7 @@ _READERS = {
     ("transformers", "Mamba2Mixer"): ("out_proj",),
     ("transformers", "FalconMambaMixer"): ("out_proj",),
 }
-"""Children whose weights a module of these libraries reads, at least in some cases, and does not call them."""
+"""Children whose weights a module of these libraries reads, at least in some cases, instead of calling them."""
 
 
 def _read_by_others(module: nn.Module) -> set[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lora_lightning.repair.answers import Tally
 
 REPAIRED, TRADED, KEPT = 0, 3, 4
-"""Are the exit codes of the three outcomes; 1 and 2 are those of errors."""
+"""Exit codes of the three outcomes. Errors have the codes 1 and 2."""
 
 
 @dataclass(frozen=True)

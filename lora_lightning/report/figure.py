@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import, and most runs nev
 
 _LONGEST_LABEL = 24
 OTHERS = "others"
-"""Names the row of the classes that are not shown one by one."""
+"""Name of the row for all classes that are not shown individually."""
 
 
 def confusion_figures(report: Report) -> dict[str, Figure]:

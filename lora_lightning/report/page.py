@@ -22,7 +22,7 @@ from lora_lightning.report.samples import read_samples
 
 _MARK = '<meta name="generator" content="lora_lightning">'
 REPORTS = "confusion*.json"
-"""Matches the names of the reports in a run's folder."""
+"""Pattern for the file names of the reports of a run."""
 
 
 def write_page(folders: list[Path], path: Path) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import
 _COLUMNS = 6
 _DRAWN = 12
 _WIDTH, _HEIGHT, _WORDS, _SIDE = 1.9, 2.5, 0.55, 1.75
-"""Are inches: of a sample with its words, of the words, and of an image's longer side."""
+"""Sizes in inches: of a sample with its caption, of the caption, and of the longer side of an image."""
 _LONGEST_NAME = 22
 
 
