@@ -127,8 +127,8 @@ def select(module: nn.Module, config: LoRAConfig) -> list[AdaptedWeight]:
     if refused:
         raise ValueError(f"{some_of(refused)}. Leave such layers out with exclude_modules.")
     if lowered := [each for each in selected if each.rank > min(each.shape)]:
-        listed = some_of([f"{each.name!r} has rank {min(each.shape)} instead of {each.rank}" for each in lowered])
-        logging.getLogger("lora_lightning.lora").warning("Ranks are limited by the size of a layer: %s.", listed)
+        listed = some_of(f"{each.name or 'root'!r} has {min(each.shape)} instead of {each.rank}" for each in lowered)
+        logging.getLogger("lora_lightning.lora").warning("Ranks are limited by the size of the layers: %s.", listed)
     for each in lowered:
         each.rank = min(each.shape)
     return selected

@@ -371,7 +371,7 @@ class TestRanksAboveALayers:
         )
         with caplog.at_level(logging.WARNING):
             attach(net, LoRAConfig(rank=16))
-        assert "'head' has rank 10 instead of 16" in caplog.text
+        assert "'head' has 10 instead of 16" in caplog.text
         ranks = {each.name: (each.rank, each.adapter.lora_scaling) for each in adapted_weights(net)}
         assert ranks == {"body": (16, 1.0), "head": (10, 1.0), "pre.head": (16, 1.0)}
 
