@@ -24,12 +24,14 @@ SEEDS = range(5, 10)
 NINE = (9,)
 SCALES = [step / 20 for step in range(21)]
 BIASES = [step / 4 for step in range(33)]
-RECIPE = "--lora.temperature 8 --lora.rank 8 --lora.alpha 8 --data.batch_size 50 --model.optimizer.lr 0.0003 --trainer.max_epochs 6"
+RECIPE = "--lora.rank 8 --lora.alpha 8 --data.batch_size 50 --model.optimizer.lr 0.0003 --trainer.max_epochs 6"
+COPIES = "--data.distorted_copies true"
 WAYS = {
     "the notebook's protocol": "",
-    "distillation, weight 0.5": f"--lora.distillation 0.5 {RECIPE}",
-    "distillation, weight 0.7": f"--lora.distillation 0.7 {RECIPE}",
-    "distillation, distorted copies too": f"--lora.distillation 0.5 --data.distorted_copies true {RECIPE}",
+    "distillation, weight 0.5": f"--lora.distillation 0.5 --lora.temperature 8 {RECIPE}",
+    "distillation, weight 0.7": f"--lora.distillation 0.7 --lora.temperature 8 {RECIPE}",
+    "with distorted copies, weight 0.5": f"--lora.distillation 0.5 --lora.temperature 8 {COPIES} {RECIPE}",
+    "with distorted copies, weight 0.3, T = 4": f"--lora.distillation 0.3 --lora.temperature 4 {COPIES} {RECIPE}",
 }
 Curve = list[tuple[float, Tally]]
 
