@@ -58,8 +58,17 @@ def _moved(images: Tensor, draws: Tensor, rotation: float, shift: float, scale: 
     # In coordinates from -1 to 1; a pixel is 2 / width wide.
     right, down = draws[2] * 2 * shift / width, draws[3] * 2 * shift / height
     rows = torch.stack([cosine, -sine, right]), torch.stack([sine, cosine, down])
-    grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1).to(images.dtype), list(images.shape), align_corners=False)
+    grid = _grid(torch.stack(rows).permute(2, 0, 1).to(images.dtype), height, width)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _grid(matrices: Tensor, height: int, width: int) -> Tensor:
+    """Return `F.affine_grid` for matrices of shape (B, 2, 3), without its batched product, which takes most of the time on a CPU."""
+    identity = torch.eye(2, 3, dtype=matrices.dtype, device=matrices.device)
+    x, y = F.affine_grid(identity[None], [1, 1, height, width], align_corners=False)[0].movedim(2, 0)
+    by_x, by_y, by_one = matrices[..., None, None].unbind(2)
+    grid: Tensor = (by_x * x).add_(by_y * y).add_(by_one)
+    return grid.movedim(1, 3)
 
 
 def seed_of_sample(epoch: int, index: int) -> int:

@@ -21,6 +21,7 @@ from torchvision.datasets import MNIST
 
 from lora_lightning import Classifier, MNISTDataModule, RichBoyNet
 from lora_lightning.data import mnist_files
+from lora_lightning.data.augmentation import _grid
 
 
 @pytest.fixture(autouse=True)
@@ -313,6 +314,13 @@ def test_augmentation_changes_training_images_a_little_and_no_others() -> None:
     pairs = zip(plain["train"], augmented["train"], strict=True)
     alike = [torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] for a, b in pairs]
     assert torch.stack(alike).median() > 0.8
+
+
+@pytest.mark.parametrize("size", [(28, 28), (17, 40)])
+def test_the_grid_of_an_augmentation_is_pytorchs(size: tuple[int, int]) -> None:
+    matrices = torch.randn(5, 2, 3)
+    expected = torch.nn.functional.affine_grid(matrices, [5, 1, *size], align_corners=False)
+    torch.testing.assert_close(_grid(matrices, *size), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_distorted_copies_come_after_the_images_without_a_target_in_training_alone() -> None:
