@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,10 +23,10 @@ def names_of_classes(given: Any, number: int) -> tuple[str, ...]:
     """Return the names of `number` classes, or numbers and a warning if `given` has another number of names.
 
     Args:
-        given: A sequence of names, a mapping from class indices to names, or `None` for numbers.
+        given: Names in the order of the classes, or `None` for numbers.
         number: Number of classes of the model.
     """
-    names = tuple(map(str, given.values() if isinstance(given, Mapping) else given or ()))
+    names = () if given is None else tuple(map(str, given))
     if len(names) == number:
         return names
     if names:

@@ -64,7 +64,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         logits, targets, loss = self._step(batch)
         if self._logs_this_step():
-            logged = {"train/loss": loss.detach(), "train/accuracy": _accuracy(logits, targets)}
+            logged = {"train/loss": loss.detach(), "train/accuracy": _fraction_correct(logits, targets)}
             self.log_dict(logged, prog_bar=True, batch_size=len(targets))
         return {"loss": loss, "logits": logits.detach(), "targets": targets}
 
@@ -137,7 +137,7 @@ class Classifier(LightningModule):
         logits, targets, loss = self._step(batch)
         if len(targets):  # the mean over no samples is NaN
             self._loss.update(loss.detach().float(), len(targets))
-            self._accuracy.update(_accuracy(logits, targets), len(targets))
+            self._accuracy.update(_fraction_correct(logits, targets), len(targets))
         return {"loss": loss, "logits": logits, "targets": targets}
 
     def _reset_means(self) -> None:
@@ -162,6 +162,6 @@ class Classifier(LightningModule):
         return self.trainer.is_last_batch or (every > 0 and (self.trainer.global_step + 1) % every == 0)
 
 
-def _accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+def _fraction_correct(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the fraction of correct predictions among the samples with a target. Samples without one have the target -100."""
     return (logits.detach().argmax(1) == targets).sum() / (targets != -100).sum()

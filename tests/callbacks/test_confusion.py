@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -181,6 +182,18 @@ def test_names_that_do_not_fit_do_not_end_the_run_and_the_classes_are_numbered(m
     with pytest.warns(UserWarning, match=r"2 class names \(cat, dog\) do not fit a model of 3 classes"):
         make_trainer(report).test(own())
     assert report.report.model.class_names == ("0", "1", "2")
+
+
+def test_names_may_be_an_array(make_trainer: MakeTrainer) -> None:
+    class Named(pl.LightningDataModule):
+        class_names = np.array(["cat", "dog", "eel"])
+
+        def test_dataloader(self) -> Any:
+            return DataLoader(TensorDataset(torch.randn(9, 4), torch.arange(9) % 3), batch_size=9)
+
+    report = ConfusionReport()
+    make_trainer(report).test(Classifier(nn.Linear(4, 3)), datamodule=Named())
+    assert report.report.model.class_names == ("cat", "dog", "eel")
 
 
 class Task(pl.LightningModule):
