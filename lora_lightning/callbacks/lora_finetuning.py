@@ -22,7 +22,13 @@ from lora_lightning.callbacks.handover import Handover
 from lora_lightning.callbacks.late_layers import AfterLayers, convert_layers
 from lora_lightning.callbacks.relative_names import relative_names
 from lora_lightning.callbacks.summary import trained_parameters, what_trains
-from lora_lightning.callbacks.training_checks import Finite, Untouched, check_optimizers, refuse_strategy
+from lora_lightning.callbacks.training_checks import (
+    Finite,
+    Untouched,
+    check_optimizers,
+    refuse_pruning,
+    refuse_strategy,
+)
 from lora_lightning.lora import (
     LoRAConfig,
     attach,
@@ -139,6 +145,7 @@ class LoRAFinetuning(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.adapted is not None
+        refuse_pruning(trainer)
         check_optimizers(trainer, pl_module, self.adapted)
         if self.lr_ratio != 1:
             for optimizer in trainer.optimizers:
@@ -156,7 +163,9 @@ class LoRAFinetuning(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._random_state.on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if batch_idx == 0:
+        if batch_idx == 0:  # after the other callbacks have begun the epoch
+            assert self.adapted is not None
+            check_optimizers(trainer, pl_module, self.adapted)
             restore_statistics(trainer, pl_module)
         if self.distillation is not None:
             self.distillation.record(pl_module)

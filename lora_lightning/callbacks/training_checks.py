@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.M
     Raises:
         ValueError: If adapters are in no optimizer, or if an optimizer has other trained parameters. The message names them.
     """
-    if not pl_module.automatic_optimization and not any(optimizer.param_groups for optimizer in trainer.optimizers):
-        return  # the module steps with optimizers of its own
+    if not any(optimizer.param_groups for optimizer in trainer.optimizers):
+        return  # the module steps with optimizers of its own, or does not train, of which Lightning warns
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     if held and held.isdisjoint({id(parameter) for parameter in pl_module.parameters()}):
         return  # a strategy like DeepSpeed's has given them copies of its own
@@ -41,8 +42,29 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.M
         raise ValueError(
             f"The optimizer of this {module} has {some_of(map(repr, whole))}, which are not adapters: they would be trained in full, and be "
             "missing from the adapter folder. Make these layers before the optimizer, in __init__, setup or configure_model, and "
-            "name them in modules_to_save; or freeze them."
+            "name them in modules_to_save; or freeze them, and remove callbacks like BackboneFinetuning that unfreeze them."
         )
+
+
+def refuse_pruning(trainer: Trainer) -> None:
+    """Refuse `ModelPruning` of frozen parameters, which would change the base, or end the run after the first epoch.
+
+    Raises:
+        ValueError: If frozen parameters are to be pruned.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+        if isinstance(callback, ModelPruning):
+            pruned = [(layer, layer._parameters.get(name), name) for layer, name in callback._parameters_to_prune]
+            frozen = [
+                f"{name} of a {type(layer).__name__}"
+                for layer, value, name in pruned
+                if value is not None and not value.requires_grad
+            ]
+            if frozen:
+                raise ValueError(
+                    f"ModelPruning is to prune frozen parameters: {some_of(frozen)}. Prune the base before adapters are attached, or "
+                    "pass the layers in modules_to_save as parameters_to_prune."
+                )
 
 
 def refuse_strategy(strategy: Strategy) -> None:

@@ -18,7 +18,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy
@@ -233,6 +239,40 @@ class TestOptimizers:
         module = ByHand()
         make_trainer(LoRAFinetuning(rank=2), max_epochs=1).fit(module, data())
         assert all(value.any() for value in adapter_state_dict(module).values())
+
+    @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+    def test_a_base_that_another_callback_unfreezes_is_found_in_that_epoch(self, make_trainer: MakeTrainer) -> None:
+        class Unfreezing(pl.Callback):
+            def on_train_epoch_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
+                if trainer.current_epoch == 1:
+                    BaseFinetuning.unfreeze_and_add_param_group(pl_module.body, trainer.optimizers[0])
+
+        trainer = make_trainer(LoRAFinetuning(rank=2), Unfreezing(), max_epochs=3)
+        with pytest.raises(ValueError, match=r"has 'body.0.weight', 'body.0.bias', .* remove callbacks like BackboneF"):
+            trainer.fit(Two(), data())
+        assert trainer.current_epoch == 1
+
+    @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+    def test_a_fit_without_an_optimizer_runs_as_in_lightning(self, make_trainer: MakeTrainer) -> None:
+        class NoOptimizer(Two):
+            def configure_optimizers(self) -> None:
+                return None
+
+        module = NoOptimizer()
+        make_trainer(LoRAFinetuning(rank=2, verify=False), max_epochs=1).fit(module, data())
+        assert not module.head.lora_B.any()
+
+
+@pytest.mark.filterwarnings("ignore:Buffers of the base changed during training")
+def test_pruning_is_refused_for_the_base_and_works_for_layers_trained_in_full(make_trainer: MakeTrainer) -> None:
+    module = Two()
+    with pytest.raises(ValueError, match=r"frozen parameters: .* of a LoRALinear.*Prune the base before"):
+        make_trainer(LoRAFinetuning(rank=2), ModelPruning("l1_unstructured", amount=0.5)).fit(module, data())
+    module = Two()
+    pruning = ModelPruning("l1_unstructured", parameters_to_prune=[(module.head, "weight")], amount=0.5)
+    adapters = LoRAFinetuning(rank=2, target_modules=["body.0"], modules_to_save=["head"])
+    make_trainer(adapters, pruning, max_epochs=1).fit(module, data())
+    assert (module.head.weight == 0).float().mean() == 0.5
 
 
 @pytest.mark.parametrize("lr_ratio", [1.0, 8.0])
