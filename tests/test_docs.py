@@ -16,7 +16,19 @@ from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PACKAGE = ROOT / "lora_lightning"
-ORDER = ("lora", "peft_format", "report", "resume", "data", "models", "feature_cache", "callbacks", "repair", "cli")
+ORDER = (
+    "lora",
+    "peft_format",
+    "report",
+    "lightning_packages",
+    "resume",
+    "data",
+    "models",
+    "feature_cache",
+    "callbacks",
+    "repair",
+    "cli",
+)
 """A package imports itself and those to the left of it."""
 
 

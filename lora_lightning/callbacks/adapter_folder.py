@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from lora_lightning.callbacks.summary import stage_metrics
+from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import is_adapter_key, saved_keys
 from lora_lightning.peft_format import AdapterFolder
 from lora_lightning.report import free_name, write_to
@@ -76,7 +77,7 @@ class _Best:
 def _best_of(trainer: Trainer) -> _Best | None:
     """Return the best checkpoint of a run, or `None` if no metric was monitored, nothing was saved, or checkpoints are sharded."""
     files = trainer.checkpoint_callback
-    if not isinstance(files, ModelCheckpoint) or isinstance(trainer.strategy, ModelParallelStrategy):
+    if not is_a(files, ModelCheckpoint) or is_a(trainer.strategy, ModelParallelStrategy):
         return None
     if files.monitor is None or not files.best_model_path or files.best_model_score is None:
         return None

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
+from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import is_adapted
 from lora_lightning.lora.freeze import FrozenStatistics
 
@@ -45,7 +46,7 @@ def restore_statistics(trainer: Trainer, pl_module: LightningModule) -> None:
     The callback would estimate new statistics for the averaged weights. Its copy of the model still has the original ones.
     """
     for callback, averaged in _averaged(trainer):
-        if isinstance(callback, StochasticWeightAveraging):
+        if is_a(callback, StochasticWeightAveraging):
             for copy, own in zip(averaged.modules(), pl_module.modules(), strict=True):
                 if isinstance(own, FrozenStatistics):
                     for name, buffer in own.named_buffers(recurse=False):
@@ -55,7 +56,7 @@ def restore_statistics(trainer: Trainer, pl_module: LightningModule) -> None:
 def _averaged(trainer: Trainer) -> Iterator[tuple[WeightAveraging | StochasticWeightAveraging, nn.Module]]:
     """Yield the callbacks that average weights and their copies of the model."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined] # Trainer sets it from elsewhere
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+        if is_a(callback, WeightAveraging) and callback._average_model is not None:
             yield callback, callback._average_model.module
-        if isinstance(callback, StochasticWeightAveraging) and callback._average_model is not None:
+        if is_a(callback, StochasticWeightAveraging) and callback._average_model is not None:
             yield callback, callback._average_model

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import adapter_state_dict
 
 
@@ -33,7 +34,7 @@ class Handover:
 
     def put(self, trainer: Trainer, adapted: nn.Module, folder: object) -> None:
         """Write the adapters to the temporary file at the end of `fit`."""
-        if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) or not trainer.is_global_zero:
+        if not is_a(trainer.strategy.launcher, _MultiProcessingLauncher) or not trainer.is_global_zero:
             return
         torch.save({key: value.detach().cpu() for key, value in adapter_state_dict(adapted).items()}, self.path)
         rank_zero_info(

@@ -11,13 +11,14 @@ from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lora_lightning.lightning_packages import is_a, own_class
 from lora_lightning.lora import disabled
 
 
 def convert_layers(trainer: Trainer, pl_module: LightningModule) -> None:
     """Let `BitsandbytesPrecision` replace the linear layers now. Otherwise it would do so after they were adapted."""
     precision = trainer.strategy.precision_plugin
-    if isinstance(precision, BitsandbytesPrecision):
+    if is_a(precision, BitsandbytesPrecision):
         precision.convert_module(pl_module)
 
 
@@ -39,8 +40,11 @@ class AfterLayers:
         self, trainer: Trainer, pl_module: LightningModule, attach: Callable[[], None], settle: Callable[[], None]
     ) -> None:
         self._pl_module = pl_module
-        self.hook = next((name for name in ("configure_model", "setup") if is_overridden(name, pl_module)), None)
-        before = isinstance(trainer.strategy, ModelParallelStrategy) and any(True for _ in pl_module.parameters())
+        parent = own_class(pl_module, LightningModule)
+        self.hook = next(
+            (name for name in ("configure_model", "setup") if is_overridden(name, pl_module, parent)), None
+        )
+        before = is_a(trainer.strategy, ModelParallelStrategy) and any(True for _ in pl_module.parameters())
         if before or self.hook is None:
             attach()
         if self.hook is None:

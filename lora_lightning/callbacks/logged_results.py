@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lora_lightning.callbacks.lora_finetuning import LoRAFinetuning
+from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import attachment_of, backbone_of, is_adapted
 from lora_lightning.report import Report
 from lora_lightning.report.loggers import log_figure
@@ -29,7 +30,7 @@ def log_report(trainer: Trainer, pl_module: LightningModule, report: Report, fig
     """
     for logger in trainer.loggers:
         names = _FIGURES
-        if isinstance(logger, TensorBoardLogger):
+        if is_a(logger, TensorBoardLogger):
             names = names | {"classes": "classes"}
             logger.log_hyperparams(settings(trainer, pl_module), _outcome(report))
         else:
@@ -43,7 +44,7 @@ def log_report(trainer: Trainer, pl_module: LightningModule, report: Report, fig
 def show_classes_as_one_chart(trainer: Trainer) -> None:
     """Let TensorBoard draw the recall of all classes after each validation in one chart, under custom scalars."""
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+        if is_a(logger, TensorBoardLogger) and trainer.is_global_zero:
             experiment: Any = logger.experiment
             experiment.add_custom_scalars({"validation": {"recall by class": ["Multiline", ["val/recall/.*"]]}})
 
@@ -51,7 +52,7 @@ def show_classes_as_one_chart(trainer: Trainer) -> None:
 def log_settings(trainer: Trainer, pl_module: LightningModule) -> None:
     """Log the settings of a run as hyper-parameters."""
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
+        if is_a(logger, TensorBoardLogger):
             logger.log_hyperparams(settings(trainer, pl_module), {})  # without a metric of -1
         else:
             logger.log_hyperparams(settings(trainer, pl_module))

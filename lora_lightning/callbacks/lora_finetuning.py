@@ -29,6 +29,7 @@ from lora_lightning.callbacks.training_checks import (
     refuse_pruning,
     refuse_strategy,
 )
+from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import (
     LoRAConfig,
     attach,
@@ -308,7 +309,7 @@ class LoRAFinetuning(Callback):
             files = files.checkpoint_io
         base_path = str(self.base_path) if self.base_path else None
         content = AdapterContent(pl_module, self.adapted, self.base_fingerprint, base_path)
-        if isinstance(trainer.strategy, ModelParallelStrategy):
+        if is_a(trainer.strategy, ModelParallelStrategy):
             settle(self.adapted, trainer.strategy.device_mesh["data_parallel"].get_group())
             self._checkpoints = ShardedCheckpoints(trainer.strategy, content)
             return

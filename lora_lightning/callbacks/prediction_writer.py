@@ -68,17 +68,22 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         logits = next((each for each in tensors_of(prediction) if each.is_floating_point() and each.dim() == 2), None)
-        if logits is None or batch_indices is None:
+        if logits is None:
             rank_zero_warn(
                 f"The predictions are not saved: predict_step of {type(pl_module).__name__} returns {described(prediction)}; expected "
                 "logits of shape (batch, classes)."
             )
             return
+        samples = list(batch_indices or _sampled(trainer, batch_idx, dataloader_idx))
+        if len(samples) != len(logits):  # an iterable data set has no numbers
+            seen = sum(each.loader == dataloader_idx for each in self._predictions)
+            first = trainer.global_rank + trainer.world_size * seen
+            samples = list(range(first, first + trainer.world_size * len(logits), trainer.world_size))
         self._num_classes = logits.shape[1]
         top = _probabilities(logits.detach()).topk(min(self.top_k, self._num_classes))
         self._predictions += [
             _Prediction(dataloader_idx, *each)
-            for each in zip(batch_indices, top.indices.tolist(), top.values.tolist(), strict=True)
+            for each in zip(samples, top.indices.tolist(), top.values.tolist(), strict=True)
         ]
 
     @override
@@ -126,6 +131,14 @@ class PredictionWriter(BasePredictionWriter):
             show(line, markup=False, highlight=False, soft_wrap=True)
         if path is not None:
             show(f"PredictionWriter: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _sampled(trainer: Trainer, batch_idx: int, loader: int) -> Sequence[int]:
+    """Return the numbers of the samples in a batch, which the trainer of `pytorch_lightning` only passes to its own writers."""
+    loaders = trainer.predict_dataloaders
+    batch_sampler = getattr(loaders[loader] if isinstance(loaders, list | tuple) else loaders, "batch_sampler", None)
+    batches: list[list[int]] = getattr(batch_sampler, "seen_batch_indices", [])
+    return batches[batch_idx] if batch_idx < len(batches) else []
 
 
 def _probabilities(output: Tensor) -> Tensor:

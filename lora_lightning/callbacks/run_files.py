@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 import lora_lightning
 from lora_lightning.callbacks.summary import trained_and_total
+from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import is_adapted
 from lora_lightning.report import free_name, page_of, write_page, write_to
 from lora_lightning.report.figure import write_png
@@ -37,9 +38,9 @@ class RecordedMetrics:
         every = trainer.log_every_n_steps  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         if every and trainer.global_step % every == 0:
             metrics: dict[str, Any] = dict(trainer.logged_metrics)
-            for optimizer in trainer.optimizers[:1]:
-                rate = float(optimizer.param_groups[0]["lr"])
-                self._log(trainer, metrics, "lr", rate)
+            groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+            for group in groups[:1]:  # there is none if configure_optimizers returned None
+                self._log(trainer, metrics, "lr", float(group["lr"]))
             self._record(trainer, metrics)
 
     def after_validation(self, trainer: Trainer) -> None:
@@ -67,7 +68,7 @@ class RecordedMetrics:
         folder = log_folder(trainer)
         if folder is None or not trainer.is_global_zero or not self.history.rows:
             return
-        of_this_name = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+        of_this_name = [logger for logger in trainer.loggers if is_a(logger, CSVLogger)]
         for logger in of_this_name:
             logger.save()
         if not of_this_name:

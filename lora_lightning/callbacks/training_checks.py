@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strate
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import adapted_weights, adapter_parameters, adapter_state_dict, some_of
 from lora_lightning.lora.sharding import full, local
 from lora_lightning.resume.adapter_checkpoint import NotFiniteError
@@ -53,7 +54,7 @@ def refuse_pruning(trainer: Trainer) -> None:
         ValueError: If frozen parameters are to be pruned.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined] # Trainer sets it from elsewhere
-        if isinstance(callback, ModelPruning):
+        if is_a(callback, ModelPruning):
             pruned = [(layer, layer._parameters.get(name), name) for layer, name in callback._parameters_to_prune]
             frozen = [
                 f"{name} of a {type(layer).__name__}"
@@ -73,8 +74,8 @@ def refuse_strategy(strategy: Strategy) -> None:
     Raises:
         ValueError: For FSDP1 and DeepSpeed stage 3. The message names an alternative.
     """
-    stage_3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
-    if isinstance(strategy, FSDPStrategy) or stage_3:
+    stage_3 = is_a(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    if is_a(strategy, FSDPStrategy) or stage_3:
         name = f"{type(strategy).__name__}{' with stage 3' if stage_3 else ''}"
         raise ValueError(
             f"{name} replaces the parameters that adapters belong to. Use ModelParallelStrategy, which is FSDP2, with fully_shard in "

@@ -11,6 +11,7 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from typing_extensions import override
 
+from lora_lightning.lightning_packages import is_a
 from lora_lightning.resume.checkpoints import check_file, explain_damage, paths_are_safe
 
 
@@ -19,7 +20,7 @@ def write_atomically(files: CheckpointIO) -> CheckpointIO:
 
     A CheckpointIO that writes in the background is wrapped on the inside, where the file is completed.
     """
-    if isinstance(files, _WrappingCheckpointIO):
+    if is_a(files, _WrappingCheckpointIO):
         inner = files.checkpoint_io
         # The property of this name sets an inner one only where there is none yet.
         files._checkpoint_io = write_atomically(TorchCheckpointIO() if inner is None else inner)

@@ -10,6 +10,8 @@ from importlib.metadata import version
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.loop import _Loop
 
+from lora_lightning.lightning_packages import own_class
+
 _NEEDED = tuple(map(int, version("lightning").split(".")[:2])) < (2, 7)
 
 
@@ -28,7 +30,7 @@ def begin_the_next_epoch(trainer: Trainer) -> None:
     if total.completed < total.processed:  # type: ignore[attr-defined]
         loop.epoch_progress.increment_completed()
     current.completed = current.processed  # type: ignore[attr-defined]
-    _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined] # the loop's own setter is what is wrong
+    own_class(loop, _Loop).restarting.fset(loop, False)  # the loop's own setter is what is wrong
     loop.update_restart_stage()
 
 

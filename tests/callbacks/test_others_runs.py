@@ -259,7 +259,8 @@ class TestOptimizers:
                 return None
 
         module = NoOptimizer()
-        make_trainer(LoRAFinetuning(rank=2, verify=False), max_epochs=1).fit(module, data())
+        callbacks = [LoRAFinetuning(rank=2, verify=False), ConfusionReport()]
+        make_trainer(*callbacks, max_epochs=1, log_every_n_steps=1).fit(module, data())
         assert not module.head.lora_B.any()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lora_lightning import Classifier, MNISTDataModule, PredictionWriter, RichBoyNet
 
@@ -66,6 +66,22 @@ def test_without_files_and_names_there_are_numbers(make_trainer: MakeTrainer) ->
 
     rows = predicted(make_trainer(PredictionWriter()), data=Bare())
     assert [(row["file"], row["category"]) for row in rows] == [("0", "1"), ("1", "0"), ("2", "2")]
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't infer the batch indices")  # Lightning's, of every iterable data set
+def test_samples_of_an_iterable_data_set_are_numbered_in_their_order(make_trainer: MakeTrainer) -> None:
+    class Stream(IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            yield from LOGITS
+
+    class Streamed(Data):
+        predict_files = ()
+
+        def predict_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(Stream(), batch_size=2)
+
+    rows = predicted(make_trainer(PredictionWriter()), data=Streamed())
+    assert [(row["file"], row["class"]) for row in rows] == [("0", "1"), ("1", "0"), ("2", "2")]
 
 
 def test_digits_are_predicted_too(make_trainer: MakeTrainer) -> None:
