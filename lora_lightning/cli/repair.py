@@ -213,7 +213,8 @@ def _summarize(verdicts: list[Verdict], noun: str) -> None:
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Suppress log messages of Lightning about hardware and files, and of transformers about new heads, which a base replaces."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "transformers")]
+    names = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "transformers")
+    loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)

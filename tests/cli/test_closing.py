@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lightning_utilities.core import rank_zero
 
 from lora_lightning.cli import progress_lines
 from tests.conftest import ROOT
@@ -59,7 +61,10 @@ def test_a_run_of_adapters_names_their_folder(run: Run) -> None:
     assert closing(text)["base"].startswith("bitwise unchanged (SHA-256 ")
 
 
-def test_nothing_is_advertised_printed_twice_or_zero(run: Run) -> None:
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_nothing_is_advertised_printed_twice_or_zero(run: Run, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Both packages log with the logger of the one that was imported last.
+    monkeypatch.setattr(rank_zero, "log", logging.getLogger(f"{package}.utilities.rank_zero"))
     status, text = run(*FIT)
     assert status == 0, text
     for noise in ("Tip:", "litlogger", "FLOPs", "━"):
