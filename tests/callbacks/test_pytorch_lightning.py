@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins import AsyncCheckpointIO
 from pytorch_lightning.strategies import FSDPStrategy
@@ -134,6 +135,25 @@ def test_checkpoints_in_the_background_hold_adapters(tmp_path: Path) -> None:
     saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert "lora_lightning" in saved
     assert len(saved["state_dict"]) == 4
+
+
+def test_a_command_line_of_its_own_gets_the_callbacks_in_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return data()
+
+        def val_dataloader(self) -> DataLoader[Any]:
+            return data()
+
+    monkeypatch.setattr("sys.argv", ["train"])
+    defaults = {"callbacks": [LoRAFinetuning(rank=2)], "accelerator": "cpu", "log_every_n_steps": 1}
+    words = ["fit", "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    cli = LightningCLI(Module, Data, trainer_defaults=defaults, args=[*words, *quiet])
+    assert is_adapted(cli.model)
+    assert list(tmp_path.rglob("adapter_config.json"))
 
 
 def test_a_strategy_that_replaces_parameters_is_refused() -> None:
