@@ -243,10 +243,8 @@ def main(args: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # progress bars and tables have characters that not every encoding has
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
-    for package in (
-        "lightning.pytorch",
-        "pytorch_lightning",
-    ):  # both log with the logger of the last one that was imported
+    # Both packages log with the logger of the one that was imported last.
+    for package in ("lightning.pytorch", "pytorch_lightning"):
         logging.getLogger(f"{package}.utilities.rank_zero").addFilter(_is_no_advertisement)
     try:
         return _run(words, args)
