@@ -33,12 +33,16 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU that CUDA sees"),
     pytest.mark.filterwarnings(
+        # Small data in the process of the test: https://github.com/Lightning-AI/pytorch-lightning/issues/19223 and pull/7734
         "ignore:.*does not have many workers.*",
         "ignore:The number of training batches",
+        # The sizes in Lightning's summary, which this test does not read
         "ignore:Precision .*-mixed is not supported by the model summary",
+        # Runs on the CPU for comparison: https://github.com/Lightning-AI/pytorch-lightning/pull/11909
         "ignore:GPU available but not used",
-        # Inductor of PyTorch 2.11
+        # Inductor of PyTorch 2.11: https://github.com/pytorch/pytorch/pull/173015
         "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+        # Layers narrower than 64: https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2027
         "ignore:inner dimension .* is not aligned for fast kernel",
     ),
 ]
