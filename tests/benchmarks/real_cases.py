@@ -127,7 +127,7 @@ def _processes(runs: list[tuple[Any, ...]], jobs: int, out: Path | None = None) 
     finished: dict[str, dict[str, Any]] = json.loads(out.read_text()) if out and out.exists() else {}
 
     def process(arguments: tuple[Any, ...]) -> dict[str, Any]:
-        key = ", ".join(map(str, arguments[:5]))
+        key = ", ".join(map(str, (*arguments[:5], *arguments[6])))
         if key in finished:
             return finished[key]
         code = f"import json; from tests.benchmarks.real_cases import train; print('\\n' + json.dumps(train(*{arguments!r})))"
@@ -156,11 +156,11 @@ def choose(case: str, device: str, jobs: int, more: list[str]) -> dict[str, floa
     return {method: max(rates, key=lambda rate: accuracies[method, rate]) for method, rates in _GRID[case].items()}
 
 
-def run(case: str, device: str = "cpu", jobs: int = 1, out: Path | None = None) -> Table:
-    """Run all methods with the reported seeds, but for the runs that are in `out`."""
+def run(case: str, device: str, jobs: int, out: Path | None, more: list[str]) -> Table:
+    """Run all methods with the reported seeds and these further options, but for the runs that are in `out`."""
     columns = ("test accuracy, %", "median", "seconds", "peak MB", "trained", "file MB")
     table = Table("", *columns, title=f"{case}, seeds {', '.join(map(str, SEEDS))}, {device}")
-    runs = [(case, method, seed, rate, device, False, []) for method, rate in RATES[case].items() for seed in SEEDS]
+    runs = [(case, method, seed, rate, device, False, more) for method, rate in RATES[case].items() for seed in SEEDS]
     each_found = iter(_processes(runs, jobs, out))
     results = {method: [next(each_found) for _ in SEEDS] for method in RATES[case]}
     for method, found in results.items():
@@ -172,7 +172,10 @@ def run(case: str, device: str = "cpu", jobs: int = 1, out: Path | None = None) 
 
 
 def main() -> None:
-    """Run what the command line names: `python -m tests.benchmarks.real_cases text --device cuda --jobs 3`."""
+    """Run what the command line names: `python -m tests.benchmarks.real_cases text --device cuda --jobs 3`.
+
+    Further options, such as `--trainer.max_epochs=1`, override the configuration.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("case", choices=list(_HEADS))
     parser.add_argument("--choose", action="store_true", help="print validation accuracies of the learning rates")
@@ -183,7 +186,7 @@ def main() -> None:
     if options.choose:
         print(choose(options.case, options.device, options.jobs, more))
         return
-    get_console().print(run(options.case, options.device, options.jobs, options.out))
+    get_console().print(run(options.case, options.device, options.jobs, options.out, more))
 
 
 if __name__ == "__main__":
