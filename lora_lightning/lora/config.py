@@ -135,8 +135,7 @@ class Names:
         """Return the first pattern that matches one of these names."""
         ends = [end for name in names for end in (endings(name) if self._by_end else (name,))]
         found = [index for index, expression in self._expressions if any(map(expression.fullmatch, ends))][:1]
-        if self._literals:
-            found += [self._literals[end] for name in names for end in endings(name) if end in self._literals]
+        found += [self._literals[end] for name in names for end in endings(name) if end in self._literals]
         return self._patterns[min(found)] if found else None
 
     def unmatched(self, names: Iterable[str]) -> list[str]:

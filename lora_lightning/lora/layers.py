@@ -107,12 +107,11 @@ class LoRALayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Adapters stay in float32 when the base is converted, since optimizer steps are often too small for bfloat16.
-        dicts = (self._parameters, self._buffers)
-        places = [(place, key) for place in dicts for key in place if key.startswith("lora_")]
-        kept = [cast(Tensor, place[key]).data for place, key in places]
+        places: Any = (self._parameters, self._buffers)
+        kept = [(place, key, place[key].data) for place in places for key in place if key.startswith("lora_")]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for (place, key), data in zip(places, kept, strict=True):
-            value = cast(Tensor, place[key])
+        for place, key, data in kept:
+            value = place[key]
             if value.dtype != (dtype := torch.promote_types(value.dtype, torch.float32)):
                 value.data = data.to(value.device, dtype)
                 value.grad = None if value.grad is None else value.grad.to(dtype)
@@ -158,7 +157,9 @@ def _composed(recipe: tuple[Any, ...]) -> Any:
     members |= {"lora_recipe": recipe, "lora_sharded_over": None}
     members |= {"__reduce_ex__": lambda self, _: (_new, (recipe,), self.__getstate__())}
     name = getattr(mixins[0], "lora_prefix", "LoRA") + plain.__name__
-    return type(name, (*(mixin for mixin in mixins if not isinstance(mixin, str)), plain), members)
+    ours = type(name, tuple(mixin for mixin in mixins if not isinstance(mixin, str)), {}).__mro__[1:]
+    first = type(f"{name}Base", (plain,), {})  # Python replaces the class of an object only if the first bases agree
+    return type(name, (first, *(cls for cls in ours if not issubclass(plain, cls)), plain), members)
 
 
 def _new(recipe: tuple[Any, ...]) -> Any:  # recreates the class of copies and unpickled layers

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+from abc import ABC
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -278,6 +280,51 @@ def test_a_scripted_module_inside_is_left_alone() -> None:
         assert not torch.allclose(net(x), y)
     detach(net)
     assert torch.equal(net(x), y)
+
+
+class Layer(ABC, nn.Linear):
+    """A layer whose first base is no module, as in pytorch-forecasting."""
+
+    made: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls) -> None:
+        Layer.made.append(cls.__name__)
+
+
+class Recurrent(ABC, nn.LSTM):
+    """A recurrent module whose first base is no module."""
+
+
+class Norm(ABC, nn.BatchNorm1d):
+    """A norm layer whose first base is no module."""
+
+
+class TestClassesWhoseFirstBaseIsNoModule:
+    def test_are_adapted_merged_and_detached(self) -> None:
+        torch.manual_seed(0)
+        net, x = nn.ModuleDict({"layer": Layer(4, 4), "norm": Norm(4), "lstm": Recurrent(4, 3)}), torch.randn(5, 4)
+
+        def output(net: nn.ModuleDict) -> Tensor:
+            return net["lstm"](net["norm"](net["layer"](x)))[0]
+
+        plain = copy.deepcopy(net).eval()
+        assert attach(net, LoRAConfig(rank=2)) == ["layer", "lstm.weight_ih_l0", "lstm.weight_hh_l0"]
+        assert torch.equal(output(net), output(plain))
+        stir(net)
+        adapted = output(net)
+        assert not torch.allclose(adapted, output(plain), atol=1e-3)
+        assert torch.equal(output(copy.deepcopy(net)), adapted)
+        merging = copy.deepcopy(net)
+        merge(merging)
+        assert type(merging["layer"]) is Layer
+        torch.testing.assert_close(output(merging.eval()), adapted)
+        detach(net)
+        assert [type(child) for child in net.children()] == [Layer, Norm, Recurrent]
+        assert torch.equal(output(net.eval()), output(plain))
+
+    def test_a_registry_of_classes_gets_no_name_twice(self) -> None:
+        attach(nn.Sequential(Layer(4, 4)), LoRAConfig(rank=2))
+        assert len(Layer.made) == len(set(Layer.made)) > 0
 
 
 class TestBiases:
