@@ -1,8 +1,8 @@
 """Low-rank adaptation in pure PyTorch.
 
 The core is `config.py`, `layers.py`, `freeze.py` and `model.py`. The other files extend it with layer types
-(`transformers_layers.py`, `weight_access.py`, `experts.py`), variants (`variants.py`), a faster forward pass (`fused.py`), options of `attach`
-(`bypass.py`, `modules_to_save.py`, `named_adapters.py`), and functions on adapted modules.
+(`transformers_layers.py`, `geometric_layers.py`, `weight_access.py`, `experts.py`), variants (`variants.py`), a faster forward pass
+(`fused.py`), options of `attach` (`bypass.py`, `modules_to_save.py`, `named_adapters.py`), and functions on adapted modules.
 """
 
 from lora_lightning.lora import (  # noqa: F401
@@ -12,6 +12,7 @@ from lora_lightning.lora import (  # noqa: F401
     embedding,
     experts,
     fused,
+    geometric_layers,
     modules_to_save,
     transformers_layers,
     variants,

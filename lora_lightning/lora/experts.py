@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.layers import LAYERS, LoRALayer, full_precision
 from lora_lightning.lora.low_rank import low_rank_factors
-from lora_lightning.lora.weight_access import AdaptedParameter
+from lora_lightning.lora.weight_access import AdaptedParameter, StoredState
 
 
 class ReadOnce:
@@ -43,7 +43,7 @@ class ExpertsParameter(AdaptedParameter):
     `lora_A` is of shape (r, experts, in), `lora_B` of shape (out, r, experts); expert e adds s B[:, :, e] A[:, e].
     """
 
-    lora_mixins = (ReadOnce,)
+    lora_mixins = (StoredState, ReadOnce)
     lora_kept: Tensor | None = None
 
     # The A of each expert is drawn as that of a linear layer.

@@ -96,10 +96,11 @@ def candidates(module: nn.Module, config: LoRAConfig) -> dict[str, AdaptedWeight
 
 
 def kind_of(layer: nn.Module) -> type[LoRALayer]:
-    """Return the adapter class for `layer`, which depends on whether its `forward` is that of the supported class."""
+    """Return the adapter class for `layer`, which depends on whether its methods are those of the supported class."""
     keys = ((cls, key) for cls in type(layer).__mro__ for key in (cls, (cls.__module__.split(".")[0], cls.__name__)))
     cls, kind = next((cls, LAYERS[key]) for cls, key in keys if key in LAYERS)
-    same = all(getattr(type(layer), name, None) is getattr(cls, name, None) for name in ("forward", "_conv_forward"))
+    names = ("forward", "_conv_forward", "_save_to_state_dict")
+    same = all(getattr(type(layer), name, None) is getattr(cls, name, None) for name in names)
     return kind if kind.lora_is_inside or (same and "forward" not in layer.__dict__) else LAYERS["own forward"]
 
 
@@ -122,7 +123,9 @@ def select(module: nn.Module, config: LoRAConfig) -> list[AdaptedWeight]:
         close = [name for key in missing for name in difflib.get_close_matches(key, known)]
         what = f"Targets {missing} match no layer" if missing else "No layer is left to adapt"
         listed = some_of(dict.fromkeys([*close, *known] if len(known) > 20 else known), 20) or "none"
-        raise ValueError(f"{what} of a supported kind. Layers that can be adapted: {listed}.")
+        raise ValueError(
+            f"{what} of a supported kind. Layers that can be adapted: {listed}. See target_parameters for others."
+        )
     refused = [f"Layer {each.name!r} {why}" for each in selected if (why := _refusal(each, config))]
     if refused:
         raise ValueError(f"{some_of(refused)}. Leave such layers out with exclude_modules.")
@@ -160,9 +163,8 @@ def leave_plain(module: nn.Module) -> None:
     """Remove the adapters and the records of `attach`. Modules that were trained in full keep their values."""
     remove_adapters(module)
     unfreeze_statistics(module)
-    trainable = attachment_of(module).was_trainable
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in trainable)
+        parameter.requires_grad_(name in attachment_of(module).was_trainable)
     del module._lora_attachment
 
 

@@ -15,13 +15,23 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.layers import LAYERS, LoRALayer, compose, mixins_of
 
 
+class StoredState(nn.Module):
+    """Mixin for modules that may save the weights that they read: the state dict contains the stored weights and the adapter."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, value in self._parameters.items():
+            if value is not None:
+                destination[prefix + name] = value if keep_vars else value.detach()
+
+
 class AdaptedParameter(LoRALayer):
     """Holds the adapter of a parameter of any module."""
 
     lora_is_inside = True
     lora_weights: tuple[str, ...] = ()
     """Beginnings of the names of weights that are adapted by default."""
-    lora_mixins: tuple[type, ...] = ()
+    lora_mixins: tuple[type, ...] = (StoredState,)
     """Mixins of the class of the module that reads the weights."""
 
     @classmethod
@@ -84,7 +94,7 @@ class RecurrentWeight(AdaptedParameter):
     """Adapts a weight of `nn.LSTM`, `nn.GRU` or `nn.RNN`."""
 
     lora_weights = ("weight_",)
-    lora_mixins = (Recurrent,)
+    lora_mixins = (StoredState, Recurrent)
 
 
 class CellWeight(AdaptedParameter):

@@ -23,6 +23,7 @@ from lora_lightning.lora import (
     is_adapter_key,
 )
 from lora_lightning.lora.config import endings
+from lora_lightning.lora.geometric_layers import LoRAGeometricLinear
 from lora_lightning.lora.named_adapters import exactly
 from lora_lightning.lora.sharding import full
 from lora_lightning.lora.transformers_layers import LoRATransposedLinear
@@ -156,7 +157,7 @@ def _known_to_peft(each: AdaptedWeight) -> bool:
     layer = each.layer
     if is_experts(each):
         return bool(each.layer_name)  # PEFT wraps the module that holds them, which can't be the whole one
-    if each.kind.lora_is_inside or not each.parameter:
+    if each.kind.lora_is_inside or not each.parameter or isinstance(layer, LoRAGeometricLinear):
         return False
     return not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or conv_is_plain(layer)
 
