@@ -123,9 +123,7 @@ def select(module: nn.Module, config: LoRAConfig) -> list[AdaptedWeight]:
         close = [name for key in missing for name in difflib.get_close_matches(key, known)]
         what = f"Targets {missing} match no layer" if missing else "No layer is left to adapt"
         listed = some_of(dict.fromkeys([*close, *known] if len(known) > 20 else known), 20) or "none"
-        raise ValueError(
-            f"{what} of a supported kind. Layers that can be adapted: {listed}. See target_parameters for others."
-        )
+        raise ValueError(f"{what} of a supported kind. Layers that can be adapted: {listed}.")
     refused = [f"Layer {each.name!r} {why}" for each in selected if (why := _refusal(each, config))]
     if refused:
         raise ValueError(f"{some_of(refused)}. Leave such layers out with exclude_modules.")

@@ -150,13 +150,3 @@ def test_a_layer_that_saves_the_weight_it_reads_saves_that_of_the_base_and_the_a
     saved = net.state_dict()
     assert torch.equal(saved["0.weight"], before["0.weight"])
     assert len(saved) == 4
-
-
-def test_a_network_without_known_layers_is_told_about_parameters() -> None:
-    class Own(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.matrix = nn.Parameter(torch.zeros(3, 3))
-
-    with pytest.raises(ValueError, match=r"Layers that can be adapted: none\. See target_parameters for others"):
-        attach(Own(), LoRAConfig())
