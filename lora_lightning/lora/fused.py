@@ -78,7 +78,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         input, weight, a, b, low, mask = ctx.saved_tensors
         gradient, scaling = _rows(grad_output), ctx.scaling
-        x = _rows(input if mask is None else torch.ops.aten.native_dropout_backward(input, mask, ctx.factor))
+        x = _rows(input if mask is None else _masked(input, mask, ctx.factor))
         if torch.is_grad_enabled():
             # A second derivative (create_graph=True) needs h as a function of x and A, not as a saved number.
             low = x.mm(a.t())
@@ -91,7 +91,7 @@ class _Fused(torch.autograd.Function):
             if mask is None:
                 grad_input = grad_input.addmm_(grad_low, a)
             else:
-                grad_input += torch.ops.aten.native_dropout_backward(grad_low.mm(a), _rows(mask), ctx.factor)
+                grad_input += _masked(grad_low.mm(a), _rows(mask), ctx.factor)
             grad_input = grad_input.view_as(input)
         return grad_input, None, None, grad_low.t().mm(x), gradient.t().mm(low), None, None
 
@@ -110,6 +110,13 @@ def _applies(input: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
         and not torch._C._is_any_autocast_enabled()
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def _masked(tensor: Tensor, mask: Tensor, factor: float) -> Tensor:
+    """Return tensor * mask * factor. On a CPU, this takes a third of the time if the mask is converted to numbers first."""
+    if not tensor.is_cpu:
+        return cast(Tensor, torch.ops.aten.native_dropout_backward(tensor, mask, factor))
+    return (tensor * mask.view(torch.uint8).to(tensor.dtype)).mul_(factor)
 
 
 def _add_product(y: Tensor, low: Tensor, b: Tensor, scaling: float) -> Tensor:
