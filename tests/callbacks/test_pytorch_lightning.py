@@ -151,7 +151,7 @@ def test_a_command_line_of_its_own_gets_the_callbacks_in_python(
     defaults = {"callbacks": [LoRAFinetuning(rank=2)], "accelerator": "cpu", "log_every_n_steps": 1}
     words = ["fit", "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}"]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-    cli = LightningCLI(Module, Data, trainer_defaults=defaults, args=[*words, *quiet])
+    cli = LightningCLI(Module, Data, seed_everything_default=1, trainer_defaults=defaults, args=[*words, *quiet])
     assert is_adapted(cli.model)
     assert list(tmp_path.rglob("adapter_config.json"))
 
