@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lora_lightning.callbacks.adapter_folder import write_adapter_folder
+from lora_lightning.callbacks.adapters_of_run import attach_adapters, check_present_adapters
 from lora_lightning.callbacks.averaged_base import average_with_adapters, restore_averaged_base, restore_statistics
 from lora_lightning.callbacks.distillation import Distillation
 from lora_lightning.callbacks.frozen_base import FrozenBase
 from lora_lightning.callbacks.handover import Handover
 from lora_lightning.callbacks.late_layers import AfterLayers, convert_layers
-from lora_lightning.callbacks.relative_names import relative_names
 from lora_lightning.callbacks.summary import trained_parameters, what_trains
 from lora_lightning.callbacks.training_checks import (
     Finite,
@@ -32,7 +31,6 @@ from lora_lightning.callbacks.training_checks import (
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import (
     LoRAConfig,
-    attach,
     backbone_of,
     base_fingerprint,
     check_lr_ratio,
@@ -41,14 +39,12 @@ from lora_lightning.lora import (
     keep_lr_ratio,
     some_of,
 )
-from lora_lightning.lora.config import Names
 from lora_lightning.lora.sharding import settle
-from lora_lightning.peft_format import load_adapter
 from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO, AdapterContent, NotFiniteError
 from lora_lightning.resume.atomic_checkpoint import write_atomically
-from lora_lightning.resume.checkpoints import load_base, newest_adapter, newest_checkpoint
+from lora_lightning.resume.checkpoints import load_base, newest_checkpoint
 from lora_lightning.resume.packed_layers import let_packed_keys_be_missing
-from lora_lightning.resume.random_state import RandomState, own_random_numbers
+from lora_lightning.resume.random_state import RandomState
 from lora_lightning.resume.sharded_checkpoints import ShardedCheckpoints
 
 
@@ -123,14 +119,13 @@ class LoRAFinetuning(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if is_adapted(pl_module) and self.adapted is not backbone_of(pl_module):
-            raise ValueError(
-                f"This {type(pl_module).__name__} came with adapters that this LoRAFinetuning did not attach. Pass the "
-                "plain model, or remove the callback."
-            )
+            source = next((name for name in ("base_checkpoint", "adapter") if getattr(self, name) is not None), None)
+            check_present_adapters(pl_module, self.config, source)
+            self.adapted = None
         refuse_strategy(trainer.strategy)
 
         def adapt() -> None:
-            if not is_adapted(pl_module):
+            if self.adapted is None or not is_adapted(pl_module):
                 self._adapt(trainer, pl_module)
 
         self._after_layers = AfterLayers(trainer, pl_module, adapt, lambda: self._prepare(trainer, pl_module, stage))
@@ -277,23 +272,11 @@ class LoRAFinetuning(Callback):
             load_base(pl_module, self.base_path)
 
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._load_base(pl_module)
-        convert_layers(trainer, pl_module)
+        if not is_adapted(pl_module):
+            self._load_base(pl_module)
+            convert_layers(trainer, pl_module)
+            attach_adapters(pl_module, self.config, self.adapter)
         self.adapted = backbone_of(pl_module)
-        new_head = vars(self.adapted).get("new_head") or []
-        new_heads = [new_head] if isinstance(new_head, str) else new_head
-        config = relative_names(self.config, pl_module, self.adapted)
-        saved = config.modules_to_save
-        if self.adapter is not None:
-            folder = newest_adapter(self.adapter)
-            rank_zero_info(f"Adapter: {folder}")
-            load_adapter(self.adapted, folder)
-        else:
-            if isinstance(saved, list) and (new := [name for name in new_heads if not Names(saved)(name)]):
-                rank_zero_info(f"New layers are trained in full: {', '.join(new)}.")
-                config = replace(config, modules_to_save=[*saved, *new])
-            with own_random_numbers():
-                attach(self.adapted, config)
         self._handover.take(self.adapted)
         # Without a seed each process has a base of its own, until `ddp` gives all of them that of the first one.
         digest = base_fingerprint(self.adapted)

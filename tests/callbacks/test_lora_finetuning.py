@@ -10,13 +10,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_lightning import Classifier, LoRAFinetuning, MNISTDataModule, RichBoyNet, load_adapter
-from lora_lightning.lora import adapter_state_dict, base_fingerprint, is_adapted
+from lora_lightning import Classifier, LoRAConfig, LoRAFinetuning, MNISTDataModule, RichBoyNet, load_adapter
+from lora_lightning.lora import adapter_state_dict, attach, base_fingerprint, is_adapted
 from lora_lightning.resume.checkpoints import newest_checkpoint
 
 MakeTrainer = Callable[..., Trainer]
@@ -305,12 +305,52 @@ class TestRefusals:
         trainer = make_trainer(LoRAFinetuning(target_modules=["linear9"]))
         self.refuse(trainer, r"Targets \['linear9'\] match no layer .* linear1, linear2, linear3")
 
-    def test_a_model_that_came_with_adapters(self, make_trainer: MakeTrainer) -> None:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"rank": 2, "alpha": 3}, "has adapters with rank 1 instead of 2, alpha None instead of 3"),
+            ({"rank": 1, "adapter": "adapter"}, "has adapters, but adapter is for a model without adapters"),
+            (
+                {"rank": 1, "base_checkpoint": "base"},
+                "has adapters, but base_checkpoint is for a model without adapters",
+            ),
+        ],
+    )
+    def test_a_model_with_other_adapters(
+        self, make_trainer: MakeTrainer, arguments: dict[str, Any], message: str
+    ) -> None:
         _, module, _ = finetune(make_trainer, None)
-        trainer = make_trainer(LoRAFinetuning(rank=1))
-        self.refuse(
-            trainer, "This Classifier came with adapters that this LoRAFinetuning did not attach", module=module
-        )
+        trained = adapters(module)
+        trainer = make_trainer(LoRAFinetuning(**arguments))
+        self.refuse(trainer, rf"{message}\. .*remove its adapters with lora.detach\(model.backbone\)", module=module)
+        assert equal(adapters(module), trained)
+
+    def test_a_model_whose_adapters_are_elsewhere(self, make_trainer: MakeTrainer) -> None:
+        module = model()
+        attach(module, LoRAConfig())
+        self.refuse(make_trainer(LoRAFinetuning()), "do not belong to model.backbone as a whole", module=module)
+
+
+def test_a_notebook_cell_that_runs_twice_trains_the_adapters_further(make_trainer: MakeTrainer) -> None:
+    class AtStart(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.adapters = adapters(pl_module)
+
+    _, module, first = finetune(make_trainer, None)
+    trained, at_start = adapters(module), AtStart()
+    second = LoRAFinetuning(rank=1)
+    make_trainer(second, at_start, max_epochs=1).fit(module, datamodule=sample(digits=[9]))
+    assert equal(at_start.adapters, trained)
+    assert not equal(adapters(module), trained)
+    assert base_fingerprint(module.backbone) == first.base_fingerprint == second.base_fingerprint
+
+
+def test_a_new_trainer_and_callback_test_the_adapters_that_were_trained(make_trainer: MakeTrainer) -> None:
+    trainer, module, _ = finetune(make_trainer, None)
+    expected = trainer.test(module, datamodule=sample(), verbose=False)
+    trained = adapters(module)
+    assert make_trainer(LoRAFinetuning(rank=1)).test(module, datamodule=sample(), verbose=False) == expected
+    assert equal(adapters(module), trained)
 
 
 def test_one_callback_serves_two_models_in_turn(make_trainer: MakeTrainer, tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""Determines the adapters that a run trains or tests: new ones, those of a folder, or those that the model already has."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields, replace
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lora_lightning.callbacks.relative_names import relative_names
+from lora_lightning.lora import LoRAConfig, attach, backbone_of, some_of
+from lora_lightning.lora.config import Names
+from lora_lightning.lora.model import Attachment, unwrapped
+from lora_lightning.peft_format import load_adapter
+from lora_lightning.resume.checkpoints import newest_adapter
+from lora_lightning.resume.random_state import own_random_numbers
+
+
+def attach_adapters(pl_module: LightningModule, config: LoRAConfig, folder: str | os.PathLike[str] | None) -> None:
+    """Attach the adapters of a folder, or new ones, to a model without adapters.
+
+    Args:
+        pl_module: The model. Its child with all parameters is adapted.
+        config: The configuration of new adapters. Names can be relative to the child or to the whole module.
+        folder: An adapter folder, or a log folder, whose newest adapter is used. `None` creates new adapters.
+    """
+    adapted = backbone_of(pl_module)
+    if folder is not None:
+        folder = newest_adapter(folder)
+        rank_zero_info(f"Adapter: {folder}")
+        load_adapter(adapted, folder)
+        return
+    complete, new = _complete(config, pl_module, adapted)
+    if new:
+        rank_zero_info(f"New layers are trained in full: {', '.join(new)}.")
+    with own_random_numbers():
+        attach(adapted, complete)
+
+
+def check_present_adapters(pl_module: LightningModule, config: LoRAConfig, source: str | None) -> None:
+    """Check that a run can continue with the adapters that the model already has.
+
+    A cell of a notebook that runs twice then continues to train the adapters, as plain Lightning continues to train the weights.
+
+    Args:
+        pl_module: A model whose adapters come from another callback or from `attach`.
+        config: The configuration of the run.
+        source: The argument that names a file or folder to start from, if any.
+
+    Raises:
+        ValueError: If the run starts from a file or folder, or if the adapters have another configuration.
+    """
+    adapted = backbone_of(pl_module)
+    found = vars(adapted).get("_lora_attachment")
+    expected, _ = _complete(config, pl_module, adapted)
+    name = next(name for name, child in pl_module.named_modules() if unwrapped(child) is adapted)
+    path = f"model.{name}".rstrip(".")
+    if not isinstance(found, Attachment):
+        reason = f"adapters that do not belong to {path} as a whole"
+    elif source is not None:
+        reason = f"adapters, but {source} is for a model without adapters"
+    elif found.config != expected:
+        pairs = {
+            each.name: (getattr(found.config, each.name), getattr(expected, each.name)) for each in fields(expected)
+        }
+        differences = [
+            f"{name} {has!r} instead of {wanted!r}" for name, (has, wanted) in pairs.items() if has != wanted
+        ]
+        reason = f"adapters with {some_of(differences)}"
+    else:
+        rank_zero_info("The model already has adapters. The run continues with them.")
+        return
+    raise ValueError(
+        f"This {type(pl_module).__name__} already has {reason}. Create the model again, remove its adapters with "
+        f"lora.detach({path}), or remove LoRAFinetuning."
+    )
+
+
+def _complete(config: LoRAConfig, pl_module: LightningModule, adapted: nn.Module) -> tuple[LoRAConfig, list[str]]:
+    """Return the configuration with names relative to the adapted child and with its new layers, and these layers."""
+    config = relative_names(config, pl_module, adapted)
+    new_head = vars(adapted).get("new_head") or []
+    new_heads = [new_head] if isinstance(new_head, str) else new_head
+    saved = config.modules_to_save
+    new = [name for name in new_heads if not Names(saved)(name)] if isinstance(saved, list) else []
+    return (replace(config, modules_to_save=[*saved, *new]) if new else config), new
