@@ -12,7 +12,7 @@ from torch import nn
 from lora_lightning.callbacks.relative_names import relative_names
 from lora_lightning.lora import LoRAConfig, attach, backbone_of, some_of
 from lora_lightning.lora.config import Names
-from lora_lightning.lora.model import Attachment, unwrapped
+from lora_lightning.lora.model import attachment_of, unwrapped
 from lora_lightning.peft_format import load_adapter
 from lora_lightning.resume.checkpoints import newest_adapter
 from lora_lightning.resume.random_state import own_random_numbers
@@ -53,12 +53,12 @@ def check_present_adapters(pl_module: LightningModule, config: LoRAConfig, sourc
         ValueError: If the run starts from a file or folder, or if the adapters have another configuration.
     """
     adapted = backbone_of(pl_module)
-    found = vars(adapted).get("_lora_attachment")
-    expected, _ = _complete(config, pl_module, adapted)
-    name = next(name for name, child in pl_module.named_modules() if unwrapped(child) is adapted)
-    path = f"model.{name}".rstrip(".")
-    if not isinstance(found, Attachment):
-        reason = f"adapters that do not belong to {path} as a whole"
+    modules = {f"model.{name}".rstrip("."): child for name, child in pl_module.named_modules()}
+    path, owner = next((name, child) for name, child in modules.items() if "_lora_attachment" in vars(child))
+    found, (expected, _) = attachment_of(owner), _complete(config, pl_module, adapted)
+    if owner is not adapted:
+        expected_path = next(name for name, child in modules.items() if unwrapped(child) is adapted)
+        reason = f"adapters of {path} instead of {expected_path}"
     elif source is not None:
         reason = f"adapters, but {source} is for a model without adapters"
     elif found.config != expected:

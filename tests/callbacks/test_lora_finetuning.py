@@ -328,7 +328,8 @@ class TestRefusals:
     def test_a_model_whose_adapters_are_elsewhere(self, make_trainer: MakeTrainer) -> None:
         module = model()
         attach(module, LoRAConfig())
-        self.refuse(make_trainer(LoRAFinetuning()), "do not belong to model.backbone as a whole", module=module)
+        message = r"has adapters of model instead of model.backbone\. .*remove its adapters with lora.detach\(model\)"
+        self.refuse(make_trainer(LoRAFinetuning()), message, module=module)
 
 
 def test_a_notebook_cell_that_runs_twice_trains_the_adapters_further(make_trainer: MakeTrainer) -> None:
