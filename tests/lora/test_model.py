@@ -254,7 +254,9 @@ class TestRefusals:
         assert type(mlp[1]) is nn.BatchNorm1d
 
     def test_a_model_without_supported_layers(self) -> None:
-        with pytest.raises(ValueError, match=r"No layer is left to adapt .* can be adapted: none"):
+        with pytest.raises(
+            ValueError, match=r"No layer is left to adapt\. .* can be adapted: none; name weights in target_parameters"
+        ):
             attach(nn.Sequential(nn.ReLU()), LoRAConfig())
 
     def test_attaching_twice(self, mlp: nn.Sequential) -> None:
