@@ -25,6 +25,7 @@ from lora_lightning.lora.config import Names
 from lora_lightning.lora.model import EXTENSIONS, candidates, unwrapped
 from lora_lightning.lora.named_adapters import add_selected, bare
 from lora_lightning.peft_format.base_check import base_metadata, base_of, check_base
+from lora_lightning.peft_format.differences import unknown_to_peft
 from lora_lightning.peft_format.experts import experts_from_peft
 from lora_lightning.peft_format.files import (
     CONFIG_NAME,
@@ -44,7 +45,6 @@ from lora_lightning.peft_format.mapping import (
     describe,
     expected_shapes,
     exported,
-    unknown_to_peft,
 )
 from lora_lightning.peft_format.model_card import CARD_NAME, model_card
 

@@ -9,7 +9,6 @@ after a dot, and a string is a regular expression for the full name.
 from __future__ import annotations
 
 import re
-import sys
 from typing import Any
 
 import torch
@@ -23,11 +22,11 @@ from lora_lightning.lora import (
     is_adapter_key,
 )
 from lora_lightning.lora.config import endings
-from lora_lightning.lora.geometric_layers import LoRAGeometricLinear
 from lora_lightning.lora.named_adapters import exactly
 from lora_lightning.lora.sharding import full
 from lora_lightning.lora.transformers_layers import LoRATransposedLinear
 from lora_lightning.lora.variants import magnitude_shape
+from lora_lightning.peft_format.differences import unknown_to_peft
 from lora_lightning.peft_format.experts import experts_to_peft, is_experts
 from lora_lightning.peft_format.model_card import base_name
 
@@ -108,77 +107,6 @@ def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
     names = {name for name, value in values.items() if value != default}
     names |= {name for name in values if any(ending in names for ending in endings(name))}
     return {re.escape(name) or "(?:)": values[name] for name in sorted(names, key=len, reverse=True)}
-
-
-def unknown_to_peft(module: nn.Module) -> list[str]:
-    """Return the names of the adapters that PEFT computes differently or ignores.
-
-    PEFT drops the dilation and padding mode of a convolution (https://github.com/huggingface/peft/issues/3697), mixes the channels of its
-    groups, and ignores adapters on weights that are read instead of called, or adds them twice
-    (https://github.com/huggingface/peft/issues/3774). In some mixtures of experts from the transformers library, it treats linear layers
-    as experts because experts had the same names in an older version, and drops their adapters.
-    """
-    experts, read = _taken_for_experts(module), _read_by_others(module)
-    return [
-        each.name
-        for each in adapted_weights(module)
-        if not _known_to_peft(each)
-        or each.name in read
-        or (each.name.rpartition(".")[2] in experts and not is_experts(each))
-    ]
-
-
-_READERS = {
-    ("torch", "MultiheadAttention"): ("out_proj",),
-    ("torch", "TransformerEncoderLayer"): ("linear1", "linear2"),
-    ("torchvision", "ShiftedWindowAttention"): ("qkv", "proj"),
-    ("torchvision", "ShiftedWindowAttentionV2"): ("qkv", "proj"),
-    ("timm", "Attention"): ("qkv",),  # of BEiT
-    ("timm", "EvaAttention"): ("qkv",),
-    ("timm", "WindowAttention"): ("qkv",),
-    ("transformers", "MambaMixer"): ("out_proj",),  # which PEFT refuses itself
-    ("transformers", "Mamba2Mixer"): ("out_proj",),
-    ("transformers", "FalconMambaMixer"): ("out_proj",),
-}
-"""Children whose weights a module of these libraries reads, at least in some cases, instead of calling them."""
-
-
-def _read_by_others(module: nn.Module) -> set[str]:
-    """Return the names of layers whose weights other supported modules read."""
-    return {
-        f"{name}.{child}".lstrip(".")
-        for name, layer in module.named_modules()
-        for cls in type(layer).__mro__
-        for child in _READERS.get((cls.__module__.split(".")[0], cls.__name__), ())
-    }
-
-
-def _known_to_peft(each: AdaptedWeight) -> bool:
-    layer = each.layer
-    if is_experts(each):
-        return bool(each.layer_name)  # PEFT wraps the module that holds them, which can't be the whole one
-    if each.kind.lora_is_inside or not each.parameter or isinstance(layer, LoRAGeometricLinear):
-        return False
-    return not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or conv_is_plain(layer)
-
-
-_OLD_NAMES_OF_EXPERTS = {
-    "mixtral": ("gate", "w1", "w2", "w3"),
-    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
-}
-
-
-def _taken_for_experts(module: nn.Module) -> tuple[str, ...]:
-    """Return the last components of the target names that PEFT renames, according to the table of the transformers library that it uses."""
-    library = sys.modules.get("transformers.conversion_mapping")
-    patterns = {**getattr(library, "_MODEL_TO_CONVERSION_PATTERN", {}), "mixtral": "mixtral"}
-    kind = getattr(getattr(module, "config", None), "model_type", None)
-    return _OLD_NAMES_OF_EXPERTS.get(str(patterns.get(kind)), ())
-
-
-def conv_is_plain(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
-    """Return whether PEFT supports all arguments of this convolution."""
-    return layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
 
 
 def exported(module: nn.Module) -> dict[str, Tensor]:

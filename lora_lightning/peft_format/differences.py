@@ -1,0 +1,96 @@
+"""Finds the adapters that PEFT would compute differently or ignore, so that their folders can say so."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from lora_lightning.lora import AdaptedWeight, adapted_weights
+from lora_lightning.lora.geometric_layers import LoRAGeometricLinear
+from lora_lightning.peft_format.experts import is_experts
+
+
+def unknown_to_peft(module: nn.Module) -> list[str]:
+    """Return the names of the adapters that PEFT computes differently or ignores.
+
+    PEFT drops the dilation and padding mode of a convolution (https://github.com/huggingface/peft/issues/3697), mixes the channels of its
+    groups, and ignores adapters on weights that are read instead of called, or adds them twice
+    (https://github.com/huggingface/peft/issues/3774). In some mixtures of experts from the transformers library, it treats linear layers
+    as experts because experts had the same names in an older version, and drops their adapters.
+    """
+    experts, read = _taken_for_experts(module), _read_by_others(module)
+    return [
+        each.name
+        for each in adapted_weights(module)
+        if not _known_to_peft(each)
+        or each.name in read
+        or (each.name.rpartition(".")[2] in experts and not is_experts(each))
+    ]
+
+
+_ROWS = """
+torch         MultiheadAttention             out_proj
+torch         TransformerEncoderLayer        linear1 linear2
+torchvision   ShiftedWindowAttention         qkv proj
+torchvision   ShiftedWindowAttention3d       qkv proj
+torchvision   ShiftedWindowAttentionV2       qkv proj
+timm          Attention                      qkv
+timm          EvaAttention                   qkv
+timm          WindowAttention                qkv
+transformers  ConditionalDetrMHAttentionMap  k_proj
+transformers  DabDetrMHAttentionMap          k_linear
+transformers  DetrMHAttentionMap             k_proj
+transformers  FalconH1Mixer                  out_proj
+transformers  FalconMambaMixer               x_proj dt_proj out_proj
+transformers  JambaMambaMixer                dt_proj
+transformers  LongcatFlashTopkRouter         classifier
+transformers  Mamba2Mixer                    out_proj
+transformers  MambaMixer                     x_proj dt_proj out_proj
+transformers  MaskFormerDetrMHAttentionMap   k_proj
+transformers  MobileBertLMPredictionHead     dense decoder
+transformers  NemotronHMamba2Mixer           out_proj
+transformers  NeoMMEForMaskedLM              unembedding_projection
+transformers  TDNNLayer                      kernel
+transformers  WavLMAttention                 q_proj k_proj v_proj out_proj
+"""
+_READERS = {(library, name): children for library, name, *children in map(str.split, _ROWS.strip().splitlines())}
+"""Children whose weights a module of these libraries reads, at least on some devices, instead of calling them, or that PEFT refuses for it."""
+
+
+def _read_by_others(module: nn.Module) -> set[str]:
+    """Return the names of layers whose weights other supported modules read."""
+    return {
+        f"{name}.{child}".lstrip(".")
+        for name, layer in module.named_modules()
+        for cls in type(layer).__mro__
+        for child in _READERS.get((cls.__module__.split(".")[0], cls.__name__), ())
+    }
+
+
+def _known_to_peft(each: AdaptedWeight) -> bool:
+    layer = each.layer
+    if is_experts(each):
+        return bool(each.layer_name)  # PEFT wraps the module that holds them, which can't be the whole one
+    if each.kind.lora_is_inside or not each.parameter or isinstance(layer, LoRAGeometricLinear):
+        return False
+    return not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or _conv_is_plain(layer)
+
+
+_OLD_NAMES_OF_EXPERTS = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def _taken_for_experts(module: nn.Module) -> tuple[str, ...]:
+    """Return the last components of the target names that PEFT renames, according to the table of the transformers library that it uses."""
+    library = sys.modules.get("transformers.conversion_mapping")
+    patterns = {**getattr(library, "_MODEL_TO_CONVERSION_PATTERN", {}), "mixtral": "mixtral"}
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    return _OLD_NAMES_OF_EXPERTS.get(str(patterns.get(kind)), ())
+
+
+def _conv_is_plain(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+    """Return whether PEFT supports all arguments of this convolution."""
+    return layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
