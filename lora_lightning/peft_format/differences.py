@@ -38,6 +38,12 @@ torchvision   ShiftedWindowAttentionV2       qkv proj
 timm          Attention                      qkv
 timm          EvaAttention                   qkv
 timm          WindowAttention                qkv
+clip          AttentionPool2d                q_proj k_proj v_proj c_proj
+open_clip     AttentionPool2d                q_proj k_proj v_proj c_proj
+fairseq       MultiheadAttention             q_proj k_proj v_proj out_proj
+diffusers     HunyuanDiTAttentionPool        q_proj k_proj v_proj c_proj
+diffusers     FirDownsample2D                Conv2d_0
+diffusers     FirUpsample2D                  Conv2d_0
 transformers  ConditionalDetrMHAttentionMap  k_proj
 transformers  DabDetrMHAttentionMap          k_linear
 transformers  DetrMHAttentionMap             k_proj
