@@ -70,7 +70,7 @@ def named_classes(focus: int | str, names: tuple[str, ...]) -> tuple[int, ...]:
     if unknown := [word for word in asked if word not in names]:
         known = ", ".join(names[:20])
         raise ValueError(
-            f"focus={focus!r}: {', '.join(map(repr, unknown))} is no class of {known}; or 'worst', or 'worst-pair'."
+            f"focus={focus!r}: {', '.join(map(repr, unknown))} is not a class: expected {known}, worst or worst-pair."
         )
     chosen = tuple(dict.fromkeys(names.index(word) for word in asked))
     if len(chosen) == len(names):

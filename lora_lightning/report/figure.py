@@ -101,8 +101,8 @@ def _names(report: Report, shown: list[int]) -> tuple[str, ...]:
 
 def _most(*matrices: torch.Tensor) -> float:
     """Return the largest off-diagonal count."""
-    beside_diagonal = ~torch.eye(len(matrices[0]), dtype=torch.bool)
-    return max(float((matrix * beside_diagonal).abs().max()) for matrix in matrices)
+    off_diagonal = ~torch.eye(len(matrices[0]), dtype=torch.bool)
+    return max(float((matrix * off_diagonal).abs().max()) for matrix in matrices)
 
 
 def _side_by_side(matrices: dict[str, torch.Tensor], names: tuple[str, ...]) -> Figure:
@@ -140,7 +140,7 @@ def _draw(
     size, scale = len(names), max(most_errors, 1)
     shade = matrix.double()
     if diverging:
-        # On the diagonal more is better, beside it less is: blue is better, red is worse.
+        # Higher is better on the diagonal, lower is better elsewhere: blue is better, red is worse.
         shade = torch.where(torch.eye(size, dtype=torch.bool), -shade, shade)
         axis.imshow(shade.numpy(), cmap="RdBu_r", vmin=-scale, vmax=scale)
     else:

@@ -151,8 +151,8 @@ class Section:
         if self.report.base is not None:
             found = {"base": shown_alone(self.report.base.matrix, self._shown), "adapted": found["model"]}
             found["difference"] = found["adapted"] - found["base"]
-        beside = ~torch.eye(len(self.names), dtype=torch.bool)
-        most = max(1, *(int((each * beside).abs().max()) for each in found.values()))
+        off_diagonal = ~torch.eye(len(self.names), dtype=torch.bool)
+        most = max(1, *(int((each * off_diagonal).abs().max()) for each in found.values()))
         return {key: _cells(each, most, signed=key == "difference") for key, each in found.items()}
 
     @property
@@ -224,7 +224,7 @@ def _cells(matrix: torch.Tensor, most: int, *, signed: bool) -> list[list[Cell]]
     for row, counts in enumerate(matrix.tolist()):
         cells = []
         for column, count in enumerate(counts):
-            # On the diagonal more is better, beside it less is.
+            # Higher is better on the diagonal, lower is better elsewhere.
             shade = count / most * (-1 if row == column else 1) if signed or row != column else 0.0
             cells.append(Cell(f"{count:+,}" if signed and count else f"{count:,}" if count else "", _bounded(shade)))
         rows.append(cells)

@@ -152,7 +152,7 @@ def test_digits_by_a_configuration_are_repaired(run: Run, workspace: Path) -> No
     [
         (["--data.test", "null"], "The test samples are those that validate"),
         (["--data.val_fraction", "0"], "no validation data"),
-        (["--focus", "loan"], "focus='loan': 'loan' is no class of card, money, rate"),
+        (["--focus", "loan"], "focus='loan': 'loan' is not a class: expected card, money, rate"),
         (["--base_checkpoint", "nowhere"], "nowhere does not exist"),
         (["--source", "sample"], "source='sample', data_dir='data': the configuration names the data"),
         (["--data.train", "nowhere.csv"], "nowhere.csv"),

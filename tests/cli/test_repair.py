@@ -206,7 +206,7 @@ def test_a_terminal_that_lacks_characters_loses_no_table_and_no_file(workspace: 
     [
         (
             ["--focus", "12"],
-            "focus=12: '12' is no class of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9; or 'worst', or 'worst-pair'.",
+            "focus=12: '12' is not a class: expected 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, worst or worst-pair.",
         ),
         (["--focus", "0,1,2,3,4,5,6,7,8,9"], "leaves no other class to mix in"),
         (["--rank", "0"], "rank=0: a LoRA rank"),

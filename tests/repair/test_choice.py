@@ -72,7 +72,7 @@ def test_the_focus_may_be_found_or_named() -> None:
         "taken for each other 9 times on 235 validation samples",
     )
     assert classes_in_focus("owl, cat", confusion)[0] == (2, 0)
-    with pytest.raises(ValueError, match="'bat' is no class of cat, dog, owl"):
+    with pytest.raises(ValueError, match="'bat' is not a class: expected cat, dog, owl, worst or worst-pair"):
         classes_in_focus("bat", confusion)
 
 
