@@ -1,7 +1,7 @@
 """Runs the benchmarks, prints their tables and writes them as JSON.
 
 LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol] [memory] [prefix]
-[architectures] [layers] [language_model] [report_cost] [one_digit] [hooks] [start_end] [text_step]
+[architectures] [layers] [language_model] [report_cost] [one_digit] [hooks] [loops] [start_end] [text_step]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tests.benchmarks import (
     hooks,
     language_model,
     layers,
+    loops,
     lora_step,
     networks,
     one_digit,
@@ -44,6 +45,7 @@ BENCHMARKS = {
     "report_cost": report_cost.run,
     "one_digit": one_digit.run,
     "hooks": hooks.run,
+    "loops": loops.run,
     "start_end": start_end.run,
     "text_step": text_step.run,
 }
