@@ -64,11 +64,10 @@ class _Fused(torch.autograd.Function):
         scaling: float,
         dropout: float,
     ) -> Tensor:
-        # Draws the same random numbers as F.dropout, and gives the same result.
-        dropped, mask = torch.native_dropout(input, dropout, True) if dropout else (input, None)
+        dropped, mask = _dropout(input, dropout) if dropout else (input, None)
         low = _rows(dropped).mm(a.t())
         ctx.save_for_backward(input, weight, a, b, low, mask)
-        ctx.scaling, ctx.factor = scaling, 1 / (1 - dropout)
+        ctx.scaling, ctx.dropout = scaling, dropout
         y = _add_product(F.linear(input, weight, bias), low, b, scaling)
         # With more dimensions, y is a view, and autograd would refuse later in-place operations (nn.ReLU(inplace=True), y += x) on a
         # view from a custom function.
@@ -77,21 +76,24 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         input, weight, a, b, low, mask = ctx.saved_tensors
-        gradient, scaling = _rows(grad_output), ctx.scaling
-        x = _rows(input if mask is None else _masked(input, mask, ctx.factor))
+        gradient, x, scaling = _rows(grad_output), _rows(input), ctx.scaling
+        grad_low = gradient.mm(b)
+        if scaling != 1:
+            grad_low = grad_low * scaling
+        grad_input = gradient.mm(weight) if ctx.needs_input_grad[0] else None
+        if mask is not None:
+            grad_dropped = None if grad_input is None else grad_low.mm(a)
+            x, grad_dropped = _dropout_again(x, grad_dropped, _rows(mask), ctx.dropout)
+            if grad_input is not None and grad_dropped is not None:
+                grad_input += grad_dropped
+        elif grad_input is not None:
+            grad_input = grad_input.addmm_(grad_low, a)
         if torch.is_grad_enabled():
             # A second derivative (create_graph=True) needs h as a function of x and A, not as a saved number.
             low = x.mm(a.t())
-        grad_low = gradient.mm(b)
         if scaling != 1:
-            grad_low, low = grad_low * scaling, low * scaling
-        grad_input = None
-        if ctx.needs_input_grad[0]:
-            grad_input = gradient.mm(weight)
-            if mask is None:
-                grad_input = grad_input.addmm_(grad_low, a)
-            else:
-                grad_input += _masked(grad_low.mm(a), _rows(mask), ctx.factor)
+            low = low * scaling
+        if grad_input is not None:
             grad_input = grad_input.view_as(input)
         return grad_input, None, None, grad_low.t().mm(x), gradient.t().mm(low), None, None
 
@@ -112,11 +114,26 @@ def _applies(input: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
     )
 
 
-def _masked(tensor: Tensor, mask: Tensor, factor: float) -> Tensor:
-    """Return tensor * mask * factor. On a CPU, this takes a third of the time if the mask is converted to numbers first."""
-    if not tensor.is_cpu:
-        return cast(Tensor, torch.ops.aten.native_dropout_backward(tensor, mask, factor))
-    return (tensor * mask.view(torch.uint8).to(tensor.dtype)).mul_(factor)
+def _dropout(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Return the result of `F.dropout`, for the same random numbers, and the mask of the elements that are kept."""
+    if not input.is_cpu:
+        return torch.native_dropout(input, p, True)
+    mask = torch.empty_like(input, dtype=torch.bool).bernoulli_(1 - p)
+    return _scales(mask, input.dtype, p).mul_(input), mask
+
+
+def _dropout_again(x: Tensor, grad: Tensor | None, mask: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
+    """Return the result of dropout with this mask, and the gradient of x for the gradient of the result, which is overwritten."""
+    if not mask.is_cpu:
+        backward = torch.ops.aten.native_dropout_backward
+        return backward(x, mask, 1 / (1 - p)), grad if grad is None else backward(grad, mask, 1 / (1 - p))
+    scales = _scales(mask, x.dtype, p)
+    return x * scales, grad if grad is None else grad.mul_(scales)
+
+
+def _scales(mask: Tensor, dtype: torch.dtype, p: float) -> Tensor:
+    """Return mask / (1 - p) as numbers, by which a CPU multiplies faster than by booleans."""
+    return mask.view(torch.uint8).to(dtype).div_(1 - p)
 
 
 def _add_product(y: Tensor, low: Tensor, b: Tensor, scaling: float) -> Tensor:

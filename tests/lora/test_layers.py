@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lightning.lora import LoRAConfig, LoRALinear, attach, disabled
+from lora_lightning.lora.fused import _dropout, _dropout_again
 
 SHAPES = st.lists(st.integers(0, 3), max_size=3)
 
@@ -157,6 +158,23 @@ def test_dropout_draws_the_same_numbers_as_pytorchs_and_has_its_gradients(transp
         return torch.func.functional_call(layer, {"lora_A": down, "lora_B": up}, (x,))
 
     assert torch.autograd.gradgradcheck(function, (x, layer.lora_A, layer.lora_B))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.013])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dropout_is_that_of_pytorch_bit_for_bit(dtype: torch.dtype, rate: float) -> None:
+    for x in (torch.randn(9, 33).to(dtype), torch.randn(3, 5, 7).to(dtype).mT, torch.randn(4, 6, 8).to(dtype)[:, ::2]):
+        gradient = torch.randn_like(x)
+        torch.manual_seed(3)
+        expected = F.dropout(x.requires_grad_(), rate)
+        (through,) = torch.autograd.grad(expected, x, gradient)
+        torch.manual_seed(3)
+        found, mask = _dropout(x.detach(), rate)
+        again, backward = _dropout_again(x.detach(), gradient.clone(), mask, rate)
+        assert torch.equal(found, expected)
+        assert torch.equal(again, expected)
+        assert backward is not None
+        assert torch.equal(backward, through)
 
 
 def test_layers_with_one_input_keep_it_once_for_the_backward_pass_also_with_dropout() -> None:
