@@ -108,17 +108,23 @@ def test_adapters_that_peft_ignores_are_kept_from_it_and_work_here(case: str, tm
     make, target, make_inputs = READERS[case]
     torch.manual_seed(0)
     net, inputs = make(), make_inputs()
+    for parameter in net.parameters():
+        if parameter.dim() > 1:  # at first, some weights are so small that adapters next to them change nothing
+            nn.init.normal_(parameter, std=0.3)
     base = copy.deepcopy(net)
     attach(net, LoRAConfig(rank=2, target_modules=[target]))
     stir(net, 1.0)
     save_adapter(net, tmp_path)
     adapted, before = output(net, inputs), output(base, inputs)
+    assert not torch.allclose(adapted, before, rtol=0.01, atol=0.01)
     other = copy.deepcopy(base)
     load_adapter(other, tmp_path)
     assert torch.equal(output(other, inputs), adapted)
 
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA_LIGHTNING"
+    if target == "dt_proj":
+        return  # the transformers library calls it in 5.10, and reads its weight in 5.24
     del config["bypass"]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LORA", "target_parameters": None}))
     theirs = output(peft.PeftModel.from_pretrained(base, tmp_path), inputs)
