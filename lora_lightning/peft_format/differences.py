@@ -61,7 +61,7 @@ transformers  TDNNLayer                      kernel
 transformers  WavLMAttention                 q_proj k_proj v_proj out_proj
 """
 _READERS = {(library, name): children for library, name, *children in map(str.split, _ROWS.strip().splitlines())}
-"""Children whose weights a module of these libraries reads, at least on some devices, instead of calling them, or that PEFT refuses for it."""
+"""Children whose weights a module of these libraries reads, at least in some cases, instead of calling them, or that PEFT refuses for it."""
 
 
 def _read_by_others(module: nn.Module) -> set[str]:
