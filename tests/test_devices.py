@@ -177,10 +177,13 @@ def test_two_nodes_by_torchrun_train_what_two_processes_of_one_train() -> None:
 def test_a_command_leaves_the_process_group_so_that_no_process_aborts_at_its_exit() -> None:
     words = ["test", "-c", "configs/pretrain.yaml", *SAMPLE, "--trainer.strategy", "ddp", "--trainer.devices", "2"]
     Path("command.py").write_text(f"""
+import os
+from pathlib import Path
 from torch import distributed
 from lora_lightning.cli.main import main
 code = main({words} + ["--trainer.accelerator", "cpu"])
-print(code, distributed.is_initialized())
+rank = os.environ.get("LOCAL_RANK", "0")
+Path("outcome_" + rank).write_text(str(code) + " " + str(distributed.is_initialized()))
 """)
     outcome = subprocess.run(
         [sys.executable, "command.py"],
@@ -190,4 +193,5 @@ print(code, distributed.is_initialized())
         timeout=240,
         check=False,
     )
-    assert outcome.stdout.split("\n").count("0 False") == 2, outcome.stdout + outcome.stderr
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert [Path(f"outcome_{rank}").read_text() for rank in range(2)] == ["0 False", "0 False"]
