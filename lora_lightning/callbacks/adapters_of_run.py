@@ -54,14 +54,18 @@ def check_present_adapters(pl_module: LightningModule, config: LoRAConfig, sourc
     """
     adapted = backbone_of(pl_module)
     modules = {f"model.{name}".rstrip("."): child for name, child in pl_module.named_modules()}
-    path, owner = next((name, child) for name, child in modules.items() if "_lora_attachment" in vars(child))
-    found, (expected, _) = attachment_of(owner), _complete(config, pl_module, adapted)
-    if owner is not adapted:
+    path, owner = next(
+        ((name, child) for name, child in modules.items() if "_lora_attachment" in vars(child)), ("outer_module", None)
+    )
+    expected, _ = _complete(config, pl_module, adapted)
+    if owner is None:
+        reason = "adapters that belong to an outer module, which contains it"
+    elif owner is not adapted:
         expected_path = next(name for name, child in modules.items() if unwrapped(child) is adapted)
         reason = f"adapters of {path} instead of {expected_path}"
     elif source is not None:
         reason = f"adapters, but {source} is for a model without adapters"
-    elif found.config != expected:
+    elif (found := attachment_of(owner)).config != expected:
         pairs = {
             each.name: (getattr(found.config, each.name), getattr(expected, each.name)) for each in fields(expected)
         }

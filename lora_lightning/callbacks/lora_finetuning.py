@@ -72,8 +72,8 @@ class LoRAFinetuning(Callback):
             `image_backbone` and `text_backbone` are added to `modules_to_save` if this is a list.
 
     Raises:
-        ValueError: If a value is out of range. In `setup`, for the reasons of `attach`, or if a checkpoint or folder does not fit. In
-            `fit`, if the optimizer lacks the adapters or has other parameters.
+        ValueError: If a value is out of range. In `setup`, for the reasons of `attach`, if a checkpoint or folder does not fit, or if the
+            model already has other adapters. In `fit`, if the optimizer lacks the adapters or has other parameters.
         FileNotFoundError: In `setup`, if a checkpoint or folder does not exist.
         NotFiniteError: In `fit`, if the adapters contain NaN or infinity.
         RuntimeError: At the end of `fit`, if the frozen base has changed.

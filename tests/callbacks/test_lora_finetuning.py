@@ -331,6 +331,12 @@ class TestRefusals:
         message = r"has adapters of model instead of model.backbone\. .*remove its adapters with lora.detach\(model\)"
         self.refuse(make_trainer(LoRAFinetuning()), message, module=module)
 
+    def test_a_model_whose_adapters_belong_to_an_outer_module(self, make_trainer: MakeTrainer) -> None:
+        module = model()
+        attach(nn.ModuleDict({"student": module}), LoRAConfig())
+        message = r"has adapters that belong to an outer module, .*remove its adapters with lora.detach\(outer_module\)"
+        self.refuse(make_trainer(LoRAFinetuning()), message, module=module)
+
 
 def test_a_notebook_cell_that_runs_twice_trains_the_adapters_further(make_trainer: MakeTrainer) -> None:
     class AtStart(Callback):
