@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ def test_they_are_trained_saved_merged_and_detached_as_other_layers(
     with disabled(net):
         assert torch.equal(net(x), plain(x))
     save_adapter(net, tmp_path / "adapter")
+    # PEFT does not know these layers.
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["peft_type"] == "LORA_LIGHTNING"
     again = copy.deepcopy(plain)
     load_adapter(again, tmp_path / "adapter")
     assert torch.equal(again(x), net(x))
