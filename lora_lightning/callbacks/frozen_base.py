@@ -5,16 +5,18 @@ from __future__ import annotations
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lora_lightning.lora import some_of
+from lora_lightning.lora import attachment_of, some_of
 from lora_lightning.lora.fingerprint import digests
 from lora_lightning.lora.freeze import FrozenStatistics
+from lora_lightning.lora.merging import is_quantized
 
 
 class FrozenBase:
     """Compares the base with its state at the start of training.
 
-    Parameters and the statistics of norm layers must not change by a single bit. The user's code may update other buffers (the centre of
-    DINO's teacher, the counts of a metric). A warning names these buffers, and checkpoints include them.
+    No tensor may change by a single bit, except those that the user's code may update itself: buffers other than the statistics of norm
+    layers (the centre of DINO's teacher, the counts of a metric), and parameters that were already frozen before `attach` while others
+    were not (a teacher that follows its student by a moving average). A warning names those that change, and checkpoints include them.
 
     Args:
         adapted: The module that `attach` was called with.
@@ -26,27 +28,42 @@ class FrozenBase:
         self._warned = False
 
     def changed(self) -> tuple[list[str], list[str]]:
-        """Return the keys of the parameters and norm statistics that changed, and of the other buffers that changed."""
-        own = self._buffers_of_the_users()
-        now = digests(self.adapted)
+        """Return the keys of the frozen tensors that changed, and of the tensors that changed and that the user's code may update."""
+        own, now = self.updatable(), digests(self.adapted)
         changed = [key for key, digest in self.at_start.items() if now.get(key) != digest]
         return [key for key in changed if key not in own], [key for key in changed if key in own]
 
-    def warn_of_buffers(self) -> None:
-        """Warn once about the buffers that the user's code has changed."""
+    def warn_of_updates(self) -> None:
+        """Warn once about the tensors that the user's code has updated."""
         if self._warned:
             return
-        own = self._buffers_of_the_users()
+        own = self.updatable()
         now = digests(self.adapted, only=own)
-        changed = [key for key, digest in now.items() if self.at_start.get(key) != digest]
+        changed = [key for key, digest in own.items() if now.get(key) != digest]
         if changed:
             self._warned = True
             rank_zero_warn(
-                f"Buffers of the base changed during training: {some_of(map(repr, changed))}. They are saved in checkpoints, but not in adapter "
-                "folders. Frozen parameters and norm statistics have not changed."
+                f"{self.kind_of(changed).capitalize()} of the base changed during training: {some_of(map(repr, changed))}. They are saved in "
+                "checkpoints, but not in adapter folders."
             )
 
-    def _buffers_of_the_users(self) -> set[str]:
+    def updatable(self) -> dict[str, str]:
+        """Return the digests at the start of the tensors that the user's code may update."""
+        trainable = attachment_of(self.adapted).was_trainable
+        frozen_before = {
+            name
+            for name, value in self.adapted.named_parameters()
+            if trainable and name not in trainable and value.is_floating_point() and not is_quantized(value)
+        }
+        own = frozen_before | self._user_buffers()
+        return {key: digest for key, digest in self.at_start.items() if key in own}
+
+    def kind_of(self, keys: list[str]) -> str:
+        """Return what the tensors of these keys are: `buffers`, `parameters`, or `tensors` for both."""
+        buffers = self._user_buffers().intersection(keys)
+        return "parameters" if not buffers else "buffers" if len(buffers) == len(keys) else "tensors"
+
+    def _user_buffers(self) -> set[str]:
         return {
             f"{name}.{key}".lstrip(".")
             for name, module in self.adapted.named_modules()

@@ -148,6 +148,8 @@ class LoRAFinetuning(Callback):
                 self._handles += keep_lr_ratio(optimizer, self.adapted, self.lr_ratio)
         # Not in setup: a precision like bf16-true has converted the base since.
         self._frozen = FrozenBase(self.adapted)
+        if self._checkpoints is not None:
+            self._checkpoints.content.at_start = self._frozen.updatable()
         self._finite = Finite(self.adapted)
 
     @override
@@ -210,7 +212,7 @@ class LoRAFinetuning(Callback):
             self._save_no_more()
             raise
         restore_averaged_base(trainer, pl_module, self.adapted)
-        self._frozen.warn_of_buffers()
+        self._frozen.warn_of_updates()
         if self._untouched is not None:
             untouched, self._untouched = self._untouched, None
             untouched.warn(trainer)
@@ -244,13 +246,14 @@ class LoRAFinetuning(Callback):
         self.adapter_folder, of_best = write_adapter_folder(trainer, pl_module, self.adapted)
         self._handover.put(trainer, self.adapted, self.adapter_folder)
         trainer.strategy.barrier("adapter folder")  # it is there once fit returns, on every device
-        frozen, buffers = self._frozen.changed()
+        frozen, updated = self._frozen.changed()
         if frozen:
             raise RuntimeError(
                 f"The frozen base changed during training: {some_of(map(repr, frozen))}. Some code writes to them, for example an optimizer "
                 f"that has these parameters. Adapter: {self.adapter_folder}."
             )
-        but = f", but for buffers that the model's own code changes: {some_of(map(repr, buffers))}" if buffers else ""
+        kind, names = self._frozen.kind_of(updated), some_of(map(repr, updated))
+        but = f", but for {kind} that the model's own code changes: {names}" if updated else ""
         where = f"Adapter: {self.adapter_folder}{of_best}" if self.adapter_folder else "This run writes no adapter."
         self.base_in_words = f"bitwise unchanged{but} (SHA-256 {self.base_fingerprint[:12]})"
         rank_zero_info(f"The base is {self.base_in_words}. {where}")

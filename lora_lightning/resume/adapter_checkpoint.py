@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,20 @@ class AdapterContent:
         adapted: The part of the model that `attach` was called with.
         base_fingerprint: The `base_fingerprint` of this part.
         base_path: The file of the base, if any.
+
+    Attributes:
+        at_start: Digests of the tensors of the base that the user's code may update, at the start of training.
     """
 
     def __init__(
         self, pl_module: LightningModule, adapted: nn.Module, base_fingerprint: str, base_path: str | None
     ) -> None:
-        self._buffers = digests(adapted, only={key for key, _ in adapted.named_buffers()})
         self.pl_module = pl_module
         self.adapted = adapted
         self.base_fingerprint = base_fingerprint
         self.base_path = base_path
+        self.at_start: dict[str, str] = {}
+        self._updated: set[str] = set()
 
     def applies(self, strategy: Strategy) -> bool:
         """Return whether the adapters are still attached, and the trainer of `strategy` still has this model."""
@@ -101,21 +105,25 @@ class AdapterContent:
     def base_keys(self) -> set[str]:
         """Return the names of the parameters and buffers of the frozen base, which checkpoints omit.
 
-        Checkpoints include trained parameters, buffers outside the adapted part, and buffers inside it that have changed.
+        Checkpoints include trained parameters, buffers outside the adapted part, and tensors inside it that the user's code has updated.
         """
         prefix = next(name for name, module in self.pl_module.named_modules() if module is self.adapted)
-        whole = saved_keys(self.pl_module)
         frozen = {
             name
             for name, parameter in self.pl_module.named_parameters(remove_duplicate=False)
             if not parameter.requires_grad and not is_adapter_key(name)
         }
-        now = digests(self.adapted, only=self._buffers)
-        changed = {f"{prefix}.{key}".lstrip(".") for key, digest in self._buffers.items() if now.get(key) != digest}
-        buffers = {name for name, _ in self.adapted.named_buffers(prefix=prefix, remove_duplicate=False)} - changed
-        return (
-            (frozen | buffers | packed_keys(self.pl_module)) - whole - {key for key in buffers if is_adapter_key(key)}
-        )
+        now = digests(self.adapted, only=self.at_start)
+        self._updated |= {
+            f"{prefix}.{key}".lstrip(".") for key, digest in self.at_start.items() if now.get(key) != digest
+        }
+        buffers = {name for name, _ in self.adapted.named_buffers(prefix=prefix, remove_duplicate=False)}
+        adapters = {key for key in buffers if is_adapter_key(key)}
+        return (frozen | buffers | packed_keys(self.pl_module)) - saved_keys(self.pl_module) - adapters - self._updated
+
+    def keep(self, keys: Iterable[str]) -> None:
+        """Include these tensors of the base in checkpoints, since a checkpoint that was loaded includes them."""
+        self._updated |= self.base_keys().intersection(keys)
 
     def _adapters(self) -> dict[str, str]:
         """Describe each adapter by name, for example `rank 1, scale 1`, and the modules that are trained in full."""
@@ -173,6 +181,7 @@ class AdapterCheckpointIO(CheckpointIO):
         if "state_dict" not in checkpoint or not self.content.applies(self.strategy):
             return checkpoint
         self.content.check(path, checkpoint.get(ADAPTER_KEY))
+        self.content.keep(checkpoint["state_dict"])
         live = self.content.pl_module.state_dict()
         filled_in = self.content.base_keys() - packed_keys(self.content.pl_module)
         base = {key: live[key] for key in filled_in if key in live}

@@ -730,6 +730,55 @@ class TestBuffersThatTheModelChanges:
         assert (Path(callback.adapter_folder) / "adapter_config.json").is_file()
 
 
+class Teacher(Two):
+    """Has a frozen teacher that follows its student by a moving average, as BYOL, MoCo and mean teachers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).requires_grad_(False)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + (self.body(batch[0]) - self.teacher(batch[0])).square().mean()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        for value, student in zip(self.teacher.parameters(), self.body.parameters(), strict=True):
+            value.data = 0.9 * value.data + 0.1 * student.data
+
+
+class TestAFrozenTeacherThatFollowsItsStudent:
+    def test_is_named_and_resumed_and_its_run_ends_well(
+        self, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        base = Teacher()
+
+        def run(name: str, epochs: int, ckpt_path: Path | None = None) -> Teacher:
+            module = copy.deepcopy(base)
+            torch.manual_seed(3)
+            trainer = make_trainer(LoRAFinetuning(rank=2), ModelCheckpoint(tmp_path / name), max_epochs=epochs)
+            with pytest.warns(UserWarning, match="Parameters of the base changed during training: 'teacher.0.weight'"):
+                trainer.fit(module, data(), ckpt_path=ckpt_path)
+            assert "but for parameters that the model's own code changes: 'teacher.0.weight'" in caplog.text
+            return module
+
+        whole = run("whole", 3)
+        run("one", 1)
+        run("two", 2, newest_checkpoint(tmp_path / "one"))
+        resumed = run("resumed", 3, newest_checkpoint(tmp_path / "two"))
+        assert not torch.allclose(whole.teacher[0].weight, base.teacher[0].weight)
+        assert same(dict(resumed.state_dict()), dict(whole.state_dict()))
+        saved = torch.load(newest_checkpoint(tmp_path / "two"), weights_only=True)["state_dict"]
+        assert {key for key in saved if "lora_" not in key} == {"teacher.0.weight", "teacher.0.bias"}
+
+    def test_is_tested_as_it_was_trained(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        base, trained = Teacher(), ModelCheckpoint(tmp_path / "c")
+        module, trainer = copy.deepcopy(base), make_trainer(LoRAFinetuning(rank=2), trained, max_epochs=1)
+        with pytest.warns(UserWarning, match="Parameters of the base changed"):
+            trainer.fit(module, data())
+        make_trainer(LoRAFinetuning(rank=2)).test(base, data(), ckpt_path=trained.best_model_path, verbose=False)
+        assert same(dict(base.state_dict()), dict(module.state_dict()))
+
+
 class TestCheckpointFiles:
     def test_are_written_in_the_background(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
         module, files = Two(), ModelCheckpoint(tmp_path / "c", save_last=True)
