@@ -76,6 +76,28 @@ class Module(pl.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.05, foreach=False)
 
 
+class Following(Module):
+    # Its own code updates a frozen parameter and a buffer.
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.teacher = nn.Linear(8, 3).requires_grad_(False)
+        self.register_buffer("centre", torch.zeros(3))
+
+    def configure_model(self):
+        super().configure_model()
+        if not isinstance(self.teacher, FSDPModule):
+            fully_shard(self.teacher, mesh=self.device_mesh["data_parallel"])
+
+    def forward(self, x):
+        return self.net(x) - self.teacher(x) - self.centre
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *_):
+        self.teacher.weight.mul_(0.9)
+        self.centre += 0.1
+
+
 def loader():
     x = torch.randn(24, 8, generator=torch.Generator().manual_seed(1))
     samples, share = TensorDataset(x, x.argmax(1) % 3), devices if kind == "fsdp" else 1
@@ -87,7 +109,8 @@ def loader():
 seed_everything(1, verbose=False)
 sizes = {"fsdp": (devices, 1), "tensor": (1, devices)}
 strategy = "auto" if kind == "one" else ModelParallelStrategy(*sizes[kind], save_distributed_checkpoint=how["distributed"])
-report, module = ConfusionReport(verbose=False), Module()
+make = Following if how.get("follows") else Module
+report, module = ConfusionReport(verbose=False), make()
 files = ModelCheckpoint(how["out"], save_last=True, filename="{epoch}")
 trainer = Trainer(
     accelerator="cpu", devices=devices, strategy=strategy, max_epochs=how.get("epochs", 2), enable_progress_bar=False,
@@ -95,7 +118,10 @@ trainer = Trainer(
     callbacks=[LoRAFinetuning(rank=2), report, files], use_distributed_sampler=False,
 )
 trainer.fit(module, loader(), loader(), ckpt_path=how.get("ckpt_path"))
-state = {key: sharding.full(value).tolist() for key, value in lora.adapter_state_dict(module.net).items()}
+adapted = lora.backbone_of(module)
+state = {key: sharding.full(value).tolist() for key, value in lora.adapter_state_dict(adapted).items()}
+if how.get("follows"):
+    state |= {"teacher": sharding.full(module.teacher.weight).tolist(), "centre": module.centre.tolist()}
 trainer.test(module, loader(), verbose=False)
 if trainer.is_global_zero:
     matrices = [report.report.model.matrix.tolist(), report.report.base.matrix.tolist()]
@@ -107,9 +133,9 @@ if kind == "fsdp":
     other = ModelParallelStrategy(*sizes[kind], save_distributed_checkpoint=how["distributed"])
     again = Trainer(accelerator="cpu", devices=devices, strategy=other, logger=False, enable_progress_bar=False,
                     callbacks=[LoRAFinetuning(rank=2)], use_distributed_sampler=False)
-    again.test(Module(), loader(), ckpt_path=weights, verbose=False)
+    again.test(make(), loader(), ckpt_path=weights, verbose=False)
     assert torch.equal(again.callback_metrics["val_loss"], trainer.callback_metrics["val_loss"])
-    up = lora.adapted_weights(module.net)[0].factors[1]
+    up = lora.adapted_weights(adapted)[0].factors[1]
     if trainer.global_rank == devices - 1:
         sharding.local(up.detach()).fill_(float("nan"))
     refused = os.path.join(how["out"], "refused.ckpt")
@@ -119,7 +145,7 @@ if kind == "fsdp":
     except NotFiniteError as error:
         assert "refused.ckpt is not written: " in str(error)
     assert not os.path.exists(refused)
-    lora.detach(module.net)
+    lora.detach(adapted)
     plain = os.path.join(how["out"], "plain.ckpt")
     trainer.save_checkpoint(plain, weights_only=True)
     if trainer.is_global_zero:
@@ -197,6 +223,17 @@ def test_a_checkpoint_of_two_processes_holds_adapters_and_resumes_on_one_and_thr
     assert three["state"].keys() == alone["state"].keys()
     message = run(tmp_path / "other", devices=1, ckpt_path=str(path), base=4, fails=True, **how)
     assert "holds adapters of another base" in message
+
+
+@pytest.mark.parametrize(
+    "distributed", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["sharded", "one file"]
+)
+def test_frozen_tensors_that_the_modules_own_code_updates_are_resumed(distributed: bool, tmp_path: Path) -> None:
+    how = {"kind": "fsdp", "devices": 2, "distributed": distributed, "follows": True}
+    whole = run(tmp_path / "whole", **how)
+    run(tmp_path / "half", epochs=1, **how)
+    assert run(tmp_path / "resumed", ckpt_path=str(tmp_path / "half" / "last.ckpt"), **how) == whole
+    assert whole["state"]["centre"] == pytest.approx([0.6] * 3)
 
 
 BOTH_WAYS = """

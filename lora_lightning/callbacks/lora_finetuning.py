@@ -115,6 +115,7 @@ class LoRAFinetuning(Callback):
         self._frozen: FrozenBase | None = None
         self._finite: Finite | None = None
         self._untouched: Untouched | None = None
+        self._updated: set[str] = set()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -280,6 +281,7 @@ class LoRAFinetuning(Callback):
             convert_layers(trainer, pl_module)
             attach_adapters(pl_module, self.config, self.adapter)
         self.adapted = backbone_of(pl_module)
+        self._updated = set()
         self._handover.take(self.adapted)
         # Without a seed each process has a base of its own, until `ddp` gives all of them that of the first one.
         digest = base_fingerprint(self.adapted)
@@ -294,7 +296,7 @@ class LoRAFinetuning(Callback):
         if isinstance(files, AdapterCheckpointIO):
             files = files.checkpoint_io
         base_path = str(self.base_path) if self.base_path else None
-        content = AdapterContent(pl_module, self.adapted, self.base_fingerprint, base_path)
+        content = AdapterContent(pl_module, self.adapted, self.base_fingerprint, base_path, self._updated)
         if is_a(trainer.strategy, ModelParallelStrategy):
             settle(self.adapted, trainer.strategy.device_mesh["data_parallel"].get_group())
             self._checkpoints = ShardedCheckpoints(trainer.strategy, content)

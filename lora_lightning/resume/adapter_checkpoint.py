@@ -50,20 +50,26 @@ class AdapterContent:
         adapted: The part of the model that `attach` was called with.
         base_fingerprint: The `base_fingerprint` of this part.
         base_path: The file of the base, if any.
+        updated: Names of the tensors of the base that the user's code has updated. Later ones are added.
 
     Attributes:
         at_start: Digests of the tensors of the base that the user's code may update, at the start of training.
     """
 
     def __init__(
-        self, pl_module: LightningModule, adapted: nn.Module, base_fingerprint: str, base_path: str | None
+        self,
+        pl_module: LightningModule,
+        adapted: nn.Module,
+        base_fingerprint: str,
+        base_path: str | None,
+        updated: set[str],
     ) -> None:
         self.pl_module = pl_module
         self.adapted = adapted
         self.base_fingerprint = base_fingerprint
         self.base_path = base_path
+        self.updated = updated
         self.at_start: dict[str, str] = {}
-        self._updated: set[str] = set()
 
     def applies(self, strategy: Strategy) -> bool:
         """Return whether the adapters are still attached, and the trainer of `strategy` still has this model."""
@@ -114,16 +120,16 @@ class AdapterContent:
             if not parameter.requires_grad and not is_adapter_key(name)
         }
         now = digests(self.adapted, only=self.at_start)
-        self._updated |= {
+        self.updated |= {
             f"{prefix}.{key}".lstrip(".") for key, digest in self.at_start.items() if now.get(key) != digest
         }
         buffers = {name for name, _ in self.adapted.named_buffers(prefix=prefix, remove_duplicate=False)}
         adapters = {key for key in buffers if is_adapter_key(key)}
-        return (frozen | buffers | packed_keys(self.pl_module)) - saved_keys(self.pl_module) - adapters - self._updated
+        return (frozen | buffers | packed_keys(self.pl_module)) - saved_keys(self.pl_module) - adapters - self.updated
 
     def keep(self, keys: Iterable[str]) -> None:
         """Include these tensors of the base in checkpoints, since a checkpoint that was loaded includes them."""
-        self._updated |= self.base_keys().intersection(keys)
+        self.updated |= self.base_keys().intersection(keys)
 
     def _adapters(self) -> dict[str, str]:
         """Describe each adapter by name, for example `rank 1, scale 1`, and the modules that are trained in full."""

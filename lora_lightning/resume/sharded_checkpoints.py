@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
@@ -64,7 +65,7 @@ class ShardedCheckpoints:
             checkpoint[ADAPTER_KEY] = self.content.description()
         self._save(checkpoint, filepath, storage_options)
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint into the model and check that it belongs to the base and the adapters.
 
         Raises:
@@ -74,9 +75,10 @@ class ShardedCheckpoints:
         strict = module._strict_loading
         if self.content.applies(self.strategy):
             module.strict_loading = False  # the description is compared instead
+            self.content.keep(_keys_in(Path(self.strategy.broadcast(checkpoint_path)), *args, **kwargs))
         try:
             with self._without_base():
-                checkpoint = self._load(*args, **kwargs)
+                checkpoint = self._load(checkpoint_path, *args, **kwargs)
         finally:
             module._strict_loading = strict
         if self.content.applies(self.strategy):
@@ -103,3 +105,14 @@ class ShardedCheckpoints:
             yield
         finally:
             handle.remove()
+
+
+def _keys_in(path: Path, weights_only: bool | None = None) -> set[str]:
+    """Return the keys of the model's state in a checkpoint: a folder of shards, or a file, which is not read into memory."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    if (path / ".metadata").is_file():
+        return {key.removeprefix("state_dict.") for key in FileSystemReader(path).read_metadata().state_dict_metadata}
+    if path.is_file():
+        return set(torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)["state_dict"])
+    return set()  # which Lightning refuses

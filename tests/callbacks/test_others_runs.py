@@ -775,8 +775,12 @@ class TestAFrozenTeacherThatFollowsItsStudent:
         module, trainer = copy.deepcopy(base), make_trainer(LoRAFinetuning(rank=2), trained, max_epochs=1)
         with pytest.warns(UserWarning, match="Parameters of the base changed"):
             trainer.fit(module, data())
-        make_trainer(LoRAFinetuning(rank=2)).test(base, data(), ckpt_path=trained.best_model_path, verbose=False)
-        assert same(dict(base.state_dict()), dict(module.state_dict()))
+        trainer.test(module, data(), verbose=False)
+        trainer.save_checkpoint(tmp_path / "after_test.ckpt")
+        for path in (trained.best_model_path, tmp_path / "after_test.ckpt"):
+            again = copy.deepcopy(base)
+            make_trainer(LoRAFinetuning(rank=2)).test(again, data(), ckpt_path=path, verbose=False)
+            assert same(dict(again.state_dict()), dict(module.state_dict()))
 
 
 class TestCheckpointFiles:
