@@ -20,26 +20,31 @@ class FrozenBase:
 
     Args:
         adapted: The module that `attach` was called with.
+
+    Attributes:
+        updatable: Digests of the tensors that the user's code may update, at the start of training.
     """
 
     def __init__(self, adapted: nn.Module) -> None:
         self.adapted = adapted
         self.at_start = digests(adapted)
+        self._buffers = _user_buffers(adapted)
+        own = self._buffers | _frozen_before(adapted)
+        self.updatable = {key: digest for key, digest in self.at_start.items() if key in own}
         self._warned = False
 
     def changed(self) -> tuple[list[str], list[str]]:
         """Return the keys of the frozen tensors that changed, and of the tensors that changed and that the user's code may update."""
-        own, now = self.updatable(), digests(self.adapted)
+        now = digests(self.adapted)
         changed = [key for key, digest in self.at_start.items() if now.get(key) != digest]
-        return [key for key in changed if key not in own], [key for key in changed if key in own]
+        return [key for key in changed if key not in self.updatable], [key for key in changed if key in self.updatable]
 
     def warn_of_updates(self) -> None:
         """Warn once about the tensors that the user's code has updated."""
         if self._warned:
             return
-        own = self.updatable()
-        now = digests(self.adapted, only=own)
-        changed = [key for key, digest in own.items() if now.get(key) != digest]
+        now = digests(self.adapted, only=self.updatable)
+        changed = [key for key, digest in self.updatable.items() if now.get(key) != digest]
         if changed:
             self._warned = True
             rank_zero_warn(
@@ -47,26 +52,27 @@ class FrozenBase:
                 "checkpoints, but not in adapter folders."
             )
 
-    def updatable(self) -> dict[str, str]:
-        """Return the digests at the start of the tensors that the user's code may update."""
-        trainable = attachment_of(self.adapted).was_trainable
-        frozen_before = {
-            name
-            for name, value in self.adapted.named_parameters()
-            if trainable and name not in trainable and value.is_floating_point() and not is_quantized(value)
-        }
-        own = frozen_before | self._user_buffers()
-        return {key: digest for key, digest in self.at_start.items() if key in own}
-
     def kind_of(self, keys: list[str]) -> str:
         """Return what the tensors of these keys are: `buffers`, `parameters`, or `tensors` for both."""
-        buffers = self._user_buffers().intersection(keys)
+        buffers = self._buffers.intersection(keys)
         return "parameters" if not buffers else "buffers" if len(buffers) == len(keys) else "tensors"
 
-    def _user_buffers(self) -> set[str]:
-        return {
-            f"{name}.{key}".lstrip(".")
-            for name, module in self.adapted.named_modules()
-            if not isinstance(module, FrozenStatistics)
-            for key in module._buffers
-        }
+
+def _user_buffers(adapted: nn.Module) -> set[str]:
+    """Return the keys of the buffers other than the statistics of norm layers."""
+    return {
+        f"{name}.{key}".lstrip(".")
+        for name, module in adapted.named_modules()
+        if not isinstance(module, FrozenStatistics)
+        for key in module._buffers
+    }
+
+
+def _frozen_before(adapted: nn.Module) -> set[str]:
+    """Return the keys of the parameters that were frozen before `attach`, if others were not."""
+    trainable = attachment_of(adapted).was_trainable
+    return {
+        name
+        for name, value in adapted.named_parameters()
+        if trainable and name not in trainable and value.is_floating_point() and not is_quantized(value)
+    }

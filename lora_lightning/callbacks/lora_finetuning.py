@@ -150,7 +150,7 @@ class LoRAFinetuning(Callback):
         # Not in setup: a precision like bf16-true has converted the base since.
         self._frozen = FrozenBase(self.adapted)
         if self._checkpoints is not None:
-            self._checkpoints.content.at_start = self._frozen.updatable()
+            self._checkpoints.content.at_start = self._frozen.updatable
         self._finite = Finite(self.adapted)
 
     @override
