@@ -120,6 +120,7 @@ def test_a_file_that_is_no_yaml_is_named_with_the_line(run: Run, option: str) ->
     assert "unicode string" not in text
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_it_imports_is_one_line() -> None:
     code = (
         "import sys; from lora_lightning.cli.start import main; print(1, flush=True); sys.exit(main(['fit', '--help']))"
