@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -684,6 +685,30 @@ class TestStochasticWeightAveraging:
         )
 
 
+def fit_a_copy(
+    base: Any,
+    kind: str,
+    key: str,
+    make_trainer: MakeTrainer,
+    caplog: pytest.LogCaptureFixture,
+    folder: Path,
+    epochs: int,
+    ckpt_path: Path | None = None,
+) -> Any:
+    """Train a copy of a module whose own code updates the tensor `key`, and expect that the warning and the last line name it."""
+    caplog.clear()
+    module = copy.deepcopy(base)
+    torch.manual_seed(3)
+    trainer = make_trainer(LoRAFinetuning(rank=2), ModelCheckpoint(folder), max_epochs=epochs)
+    with (
+        caplog.at_level("INFO"),
+        pytest.warns(UserWarning, match=f"{kind.capitalize()} of the base changed during training: {key!r}"),
+    ):
+        trainer.fit(module, data(), ckpt_path=ckpt_path)
+    assert f"bitwise unchanged, but for {kind} that the model's own code changes: {key!r}" in caplog.text
+    return module
+
+
 class Centre(Two):
     """Keeps a running centre, as DINO's teacher does."""
 
@@ -701,21 +726,10 @@ class TestBuffersThatTheModelChanges:
     def test_are_named_after_the_first_epoch_and_resumed(
         self, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        caplog.set_level("INFO")
-        base = Centre()
-
-        def run(name: str, epochs: int, ckpt_path: Path | None = None) -> Centre:
-            module = copy.deepcopy(base)
-            torch.manual_seed(3)
-            trainer = make_trainer(LoRAFinetuning(rank=2), ModelCheckpoint(tmp_path / name), max_epochs=epochs)
-            with pytest.warns(UserWarning, match="Buffers of the base changed during training: 'centre'"):
-                trainer.fit(module, data(), ckpt_path=ckpt_path)
-            assert "bitwise unchanged, but for buffers that the model's own code changes: 'centre'" in caplog.text
-            return module
-
-        whole = run("whole", 4)
-        run("half", 2)
-        resumed = run("resumed", 4, newest_checkpoint(tmp_path / "half"))
+        fit = partial(fit_a_copy, Centre(), "buffers", "centre", make_trainer, caplog)
+        whole = fit(tmp_path / "whole", 4)
+        fit(tmp_path / "half", 2)
+        resumed = fit(tmp_path / "resumed", 4, newest_checkpoint(tmp_path / "half"))
         assert whole.centre.any()
         assert same(dict(resumed.state_dict()), dict(whole.state_dict()))
 
@@ -749,22 +763,12 @@ class TestAFrozenTeacherThatFollowsItsStudent:
     def test_is_named_and_resumed_and_its_run_ends_well(
         self, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        caplog.set_level("INFO")
         base = Teacher()
-
-        def run(name: str, epochs: int, ckpt_path: Path | None = None) -> Teacher:
-            module = copy.deepcopy(base)
-            torch.manual_seed(3)
-            trainer = make_trainer(LoRAFinetuning(rank=2), ModelCheckpoint(tmp_path / name), max_epochs=epochs)
-            with pytest.warns(UserWarning, match="Parameters of the base changed during training: 'teacher.0.weight'"):
-                trainer.fit(module, data(), ckpt_path=ckpt_path)
-            assert "but for parameters that the model's own code changes: 'teacher.0.weight'" in caplog.text
-            return module
-
-        whole = run("whole", 3)
-        run("one", 1)
-        run("two", 2, newest_checkpoint(tmp_path / "one"))
-        resumed = run("resumed", 3, newest_checkpoint(tmp_path / "two"))
+        fit = partial(fit_a_copy, base, "parameters", "teacher.0.weight", make_trainer, caplog)
+        whole = fit(tmp_path / "whole", 3)
+        fit(tmp_path / "one", 1)
+        fit(tmp_path / "two", 2, newest_checkpoint(tmp_path / "one"))
+        resumed = fit(tmp_path / "resumed", 3, newest_checkpoint(tmp_path / "two"))
         assert not torch.allclose(whole.teacher[0].weight, base.teacher[0].weight)
         assert same(dict(resumed.state_dict()), dict(whole.state_dict()))
         saved = torch.load(newest_checkpoint(tmp_path / "two"), weights_only=True)["state_dict"]
