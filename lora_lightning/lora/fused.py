@@ -24,12 +24,12 @@ class FusedLoRALinear(LoRALinear):
         weight = cast(Tensor, parameters["weight"])
         bias = parameters["bias"] if "bias" in parameters else cast("Tensor | None", self.bias)
         a, b = self.lora_factors()
-        if a.dtype != input.dtype:
-            a, b = a.to(input.dtype), b.to(input.dtype)
         if _applies(input, weight, bias, a, b):
             return cast(Tensor, _Fused.apply(input, weight, bias, a, b, self.lora_scaling, dropout))
         if dropout:
             return super().forward(input)
+        if a.dtype != input.dtype:
+            a, b = a.to(input.dtype), b.to(input.dtype)
         y = F.linear(input, weight, bias)
         low = F.linear(input, a)
         if torch.is_grad_enabled() or not y.dtype == low.dtype == b.dtype:
@@ -49,6 +49,8 @@ class _Fused(torch.autograd.Function):
 
         dB = s Gᵀ h        dA = (s G B)ᵀ d(x)        dx = G W + d((s G B) A)
 
+    The products use A and B in the dtype of x. On CUDA, the gradients of float32 adapters are not rounded to the half precision of x.
+
     With dropout, it keeps x and a mask of one byte per element until the backward pass, and computes d(x) again from them. x is kept once
     for all layers that share it, while the plain operations keep d(x) and a mask for each layer.
     """
@@ -65,18 +67,22 @@ class _Fused(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         dropped, mask = _dropout(input, dropout) if dropout else (input, None)
-        low = _rows(dropped).mm(a.t())
-        ctx.save_for_backward(input, weight, a, b, low, mask)
+        cast_a, cast_b = (a, b) if a.dtype == input.dtype else (a.to(input.dtype), b.to(input.dtype))
+        low = _rows(dropped).mm(cast_a.t())
+        ctx.save_for_backward(input, weight, a, b, cast_a, cast_b, low, mask)
         ctx.scaling, ctx.dropout = scaling, dropout
-        y = _add_product(F.linear(input, weight, bias), low, b, scaling)
+        y = _add_product(F.linear(input, weight, bias), low, cast_b, scaling)
         # With more dimensions, y is a view, and autograd would refuse later in-place operations (nn.ReLU(inplace=True), y += x) on a
         # view from a custom function.
         return y if y.dim() == 2 else cast(Tensor, torch.ops.aten._unsafe_view(y, y.shape))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        input, weight, a, b, low, mask = ctx.saved_tensors
+        input, weight, full_a, full_b, a, b, low, mask = ctx.saved_tensors
         gradient, x, scaling = _rows(grad_output), _rows(input), ctx.scaling
+        is_differentiated = torch.is_grad_enabled()  # by a second derivative (create_graph=True)
+        if is_differentiated:
+            a, b = full_a.to(input.dtype), full_b.to(input.dtype)
         grad_low = gradient.mm(b)
         if scaling != 1:
             grad_low = grad_low * scaling
@@ -88,14 +94,14 @@ class _Fused(torch.autograd.Function):
                 grad_input += grad_dropped
         elif grad_input is not None:
             grad_input = grad_input.addmm_(grad_low, a)
-        if torch.is_grad_enabled():
-            # A second derivative (create_graph=True) needs h as a function of x and A, not as a saved number.
-            low = x.mm(a.t())
+        if is_differentiated:
+            low = x.mm(a.t())  # h as a function of x and A, not as a saved number
         if scaling != 1:
             low = low * scaling
         if grad_input is not None:
             grad_input = grad_input.view_as(input)
-        return grad_input, None, None, grad_low.t().mm(x), gradient.t().mm(low), None, None
+        grad_a, grad_b = _product(grad_low.t(), x, full_a.dtype), _product(gradient.t(), low, full_b.dtype)
+        return grad_input, None, None, grad_a, grad_b, None, None
 
 
 def _applies(input: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> bool:
@@ -112,6 +118,14 @@ def _applies(input: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
         and not torch._C._is_any_autocast_enabled()
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def _product(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the product of two matrices in `dtype`. CUDA adds up half precision in float32 and need not round the sums."""
+    is_half = first.is_cuda and first.dtype in (torch.bfloat16, torch.float16) and torch.version.hip is None
+    if is_half and dtype == torch.float32 and not torch.is_grad_enabled():
+        return torch.mm(first, second, out_dtype=dtype)
+    return first.mm(second).to(dtype)
 
 
 def _dropout(input: Tensor, p: float) -> tuple[Tensor, Tensor]:

@@ -86,6 +86,20 @@ def test_second_derivatives_are_right() -> None:
     assert torch.autograd.gradgradcheck(function, (x, layer.lora_A, layer.lora_B))
 
 
+def test_second_derivatives_reach_adapters_that_are_wider_than_the_base() -> None:
+    layer = adapted_linear(dtype=torch.bfloat16)
+    x = torch.randn(2, 3, 5, dtype=torch.bfloat16, requires_grad=True)
+    inputs = (x, layer.lora_A, layer.lora_B)
+    found = []
+    for forward in (layer, partial(LoRALinear.forward, layer)):  # the second is the plain one
+        gradients = torch.autograd.grad(forward(x).float().square().sum(), inputs, create_graph=True)
+        found.append(torch.autograd.grad(sum(each.float().square().sum() for each in gradients), inputs))
+    for fused, plain in zip(*found, strict=True):
+        assert fused.dtype == plain.dtype
+        assert plain.any()
+        torch.testing.assert_close(fused, plain, rtol=0.1, atol=0.05 * float(plain.abs().max()))
+
+
 def test_function_transforms_see_the_adapter() -> None:
     layer = adapted_linear()
     x = torch.randn(6, 5, dtype=torch.float64)
