@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_lightning import Classifier, ConfusionReport, LoRAConfig, LoRAFinetuning, MNISTDataModule, RichBoyNet
 from lora_lightning.lora import (
+    adapter_parameters,
     adapter_state_dict,
     attach,
     base_fingerprint,
@@ -42,6 +43,8 @@ pytestmark = [
         "ignore:GPU available but not used",
         # Inductor of PyTorch 2.11: https://github.com/pytorch/pytorch/pull/173015
         "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+        # Inductor on float32, whose precision stays as it is: https://github.com/pytorch/pytorch/issues/175484
+        "ignore:TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled",
         # Layers narrower than 64: https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2027
         "ignore:inner dimension .* is not aligned for fast kernel",
     ),
@@ -126,6 +129,80 @@ def test_adam_s_kernels_give_what_its_plain_loop_gives(gpu_trainer: MakeTrainer,
     for key, value in trained[0].items():
         # Where a gradient is almost zero, rounding decides the direction of a step.
         assert (value - trained[1][key]).norm() < 1e-2 * value.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_float32_adapters_are_not_rounded_to_the_base_s_precision(dtype: torch.dtype) -> None:
+    layer = nn.Sequential(nn.Linear(64, 48)).to("cuda", dtype)
+    attach(layer, LoRAConfig(rank=8, alpha=4))
+    stir(layer)
+    x, g = (torch.randn(4, 100, width, device="cuda", dtype=dtype) for width in (64, 48))
+    layer(x).backward(g)
+    for name, value in layer.named_parameters():
+        if value.requires_grad:
+            assert value.grad is not None
+            assert value.grad.dtype == torch.float32
+            assert (value.grad != value.grad.to(dtype)).float().mean() > 0.9, name
+
+
+@pytest.mark.parametrize("shape", [(2048, 256), (256, 2048), (256, 256)])
+@pytest.mark.parametrize("scaling", [1, 1.5])
+def test_a_large_batch_in_half_precision_agrees_with_float64(shape: tuple[int, int], scaling: float) -> None:
+    layer = nn.Sequential(nn.Linear(*shape)).to("cuda", torch.bfloat16)
+    attach(layer, LoRAConfig(rank=8, alpha=8 * scaling))
+    stir(layer)
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(4, 4096, shape[0], device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    g = torch.randn(4, 4096, shape[1], device="cuda", dtype=torch.bfloat16)
+    wide = x.detach().double().requires_grad_()
+    found = (layer(x), *torch.autograd.grad(layer(x), (x, *adapter_parameters(layer)), g))
+    expected = (exact(wide), *torch.autograd.grad(exact(wide), (wide, *adapter_parameters(exact)), g.double()))
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() < 1e-2 * other.norm()
+
+
+def test_an_empty_batch_has_no_gradient() -> None:
+    layer = nn.Sequential(nn.Linear(64, 48)).to("cuda", torch.bfloat16)
+    attach(layer, LoRAConfig(rank=8))
+    stir(layer)
+    layer(torch.randn(0, 64, device="cuda", dtype=torch.bfloat16)).sum().backward()
+    gradients = [each.grad for each in layer.parameters() if each.requires_grad]
+    assert len(gradients) == 2
+    assert not any(each is None or each.any() for each in gradients)
+
+
+def test_a_captured_step_trains_like_an_eager_one() -> None:
+    def trained(captures: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)).cuda()
+        attach(net, LoRAConfig(rank=4))
+        optimizer = torch.optim.AdamW(
+            [each for each in net.parameters() if each.requires_grad], lr=1e-2, capturable=True
+        )
+        x, y = torch.randn(32, 64, device="cuda"), torch.randint(8, (32,), device="cuda")
+
+        def step() -> None:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):  # as CUDA graphs want it: https://docs.pytorch.org/docs/stable/notes/cuda.html
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        if captures:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            step = graph.replay
+        for _ in range(5):
+            step()
+        return adapter_state_dict(net)
+
+    eager, captured = trained(False), trained(True)
+    for key, value in eager.items():
+        torch.testing.assert_close(captured[key], value, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
