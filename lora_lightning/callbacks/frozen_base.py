@@ -6,9 +6,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lora_lightning.lora import attachment_of, some_of
-from lora_lightning.lora.fingerprint import digests
+from lora_lightning.lora.fingerprint import base_tensors, digests
 from lora_lightning.lora.freeze import FrozenStatistics
 from lora_lightning.lora.merging import is_quantized
+from lora_lightning.lora.sharding import is_distributed
 
 
 class FrozenBase:
@@ -32,6 +33,7 @@ class FrozenBase:
         own = self._buffers | _frozen_before(adapted)
         self.updatable = {key: digest for key, digest in self.at_start.items() if key in own}
         self._warned = False
+        self._writes: dict[str, int] | None = self._count_writes()
 
     def changed(self) -> tuple[list[str], list[str]]:
         """Return the keys of the frozen tensors that changed, and of the tensors that changed and that the user's code may update."""
@@ -39,8 +41,29 @@ class FrozenBase:
         changed = [key for key, digest in self.at_start.items() if now.get(key) != digest]
         return [key for key in changed if key not in self.updatable], [key for key in changed if key in self.updatable]
 
-    def warn_of_updates(self) -> None:
-        """Warn once about the tensors that the user's code has updated."""
+    def warn_of_changes(self) -> None:
+        """Warn once about tensors that the user's code has updated, and once about frozen tensors that have changed.
+
+        Frozen tensors are only hashed if something has written to them since the last call. They are not refused yet, since the code may
+        restore them before the end of training.
+        """
+        self._warn_of_frozen()
+        self._warn_of_updates()
+
+    def _warn_of_frozen(self) -> None:
+        if self._writes is None:
+            return
+        before, self._writes = self._writes, self._count_writes()
+        written = {key for key, count in self._writes.items() if before.get(key) != count}
+        changed = [key for key, digest in digests(self.adapted, only=written).items() if digest != self.at_start[key]]
+        if changed:
+            self._writes = None
+            rank_zero_warn(
+                f"The frozen base has changed: {some_of(map(repr, changed))}. Some code writes to them. fit ends with an error unless they are "
+                "restored, since adapters fit a single base."
+            )
+
+    def _warn_of_updates(self) -> None:
         if self._warned:
             return
         now = digests(self.adapted, only=self.updatable)
@@ -51,6 +74,16 @@ class FrozenBase:
                 f"{self.kind_of(changed).capitalize()} of the base changed during training: {some_of(map(repr, changed))}. They are saved in "
                 "checkpoints, but not in adapter folders."
             )
+
+    def _count_writes(self) -> dict[str, int]:
+        """Return PyTorch's counts of in-place operations on the frozen tensors that are whole on this device."""
+        return {
+            key: value._version
+            for key, value in base_tensors(self.adapted)
+            if key in self.at_start
+            and key not in self.updatable
+            and not (is_distributed(value) or value.is_inference())
+        }
 
     def kind_of(self, keys: list[str]) -> str:
         """Return what the tensors of these keys are: `buffers`, `parameters`, or `tensors` for both."""

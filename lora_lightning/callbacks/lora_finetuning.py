@@ -213,7 +213,7 @@ class LoRAFinetuning(Callback):
             self._save_no_more()
             raise
         restore_averaged_base(trainer, pl_module, self.adapted)
-        self._frozen.warn_of_updates()
+        self._frozen.warn_of_changes()
         if self._untouched is not None:
             untouched, self._untouched = self._untouched, None
             untouched.warn(trainer)

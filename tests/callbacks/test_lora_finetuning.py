@@ -223,6 +223,35 @@ def test_a_base_that_something_changes_is_an_error(make_trainer: MakeTrainer) ->
         make_trainer(LoRAFinetuning(rank=1), max_steps=1).fit(Meddling(RichBoyNet(4, 4)), datamodule=sample())
 
 
+def test_writes_to_the_base_are_reported_after_the_epoch_and_may_be_undone(make_trainer: MakeTrainer) -> None:
+    class Meddling(Classifier):
+        restores = False
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            with torch.no_grad():
+                self.backbone.linear1.bias.add_(1)
+
+        def on_train_epoch_end(self) -> None:
+            if self.restores:
+                with torch.no_grad():
+                    self.backbone.linear1.bias.copy_(bias)
+
+    module = Meddling(RichBoyNet(4, 4))
+    bias = module.backbone.linear1.bias.detach().clone()
+    trainer = make_trainer(LoRAFinetuning(rank=1), max_epochs=2)
+    with (
+        pytest.warns(UserWarning, match=r"The frozen base has changed: 'linear1\.bias'"),
+        pytest.raises(RuntimeError, match="The frozen base changed during training"),
+    ):
+        trainer.fit(module, datamodule=sample())
+
+    module = Meddling(RichBoyNet(4, 4))
+    bias, module.restores = module.backbone.linear1.bias.detach().clone(), True
+    with pytest.warns(UserWarning, match="The frozen base has changed") as caught:
+        make_trainer(LoRAFinetuning(rank=1), max_epochs=2).fit(module, datamodule=sample())
+    assert len([each for each in caught if "frozen base" in str(each.message)]) == 1
+
+
 class TestRefusals:
     """Each message names both sides and what to do; the model is left as it was."""
 
