@@ -32,7 +32,7 @@ class LoRALayer(nn.Module):
     lora_is_inside = False  # whether the adapter is a separate module in a layer that reads the effective weight
     lora_parameter = "weight"
     lora_transposed = False  # whether the weight is stored in the shape (in, out)
-    lora_draw = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))  # uniform within 1 / sqrt(in)
+    lora_draw: Any = staticmethod(partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))  # uniform within 1 / sqrt(in)
     lora_reshape: Any = staticmethod(lambda a, b, weight: (a, b))  # reshapes A and B to the shapes of the layer
     lora_is_packed = False  # whether only the layer can unpack its stored weight
     lora_dense: Any = staticmethod(lambda weight: dense(weight))  # returns W
