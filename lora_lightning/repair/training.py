@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from lora_lightning.callbacks import LoRAFinetuning
+from lora_lightning.lora.freeze import freeze
 from lora_lightning.models import Classifier
 from lora_lightning.repair.answers import Answers, AnswersOf
 from lora_lightning.repair.task import Task, Way
@@ -67,23 +68,29 @@ class Runs:
     def train(
         self, part: str, task: Task, base: Path, data: LightningDataModule, way: Way, steps: int, rank: int
     ) -> Trained:
-        """Train from the base, with the same order of samples and the same augmentation for all methods."""
+        """Train from the base, with the same order of samples and the same augmentation for all methods.
+
+        Norm layers keep their statistics in all methods, as they do with adapters.
+        """
         model = task.model(way)
         callback = None
         if way == "adapters":
             callback = task.adapters(rank, base)
         else:
             load_base(model, base)
+            trained = [value for value in model.parameters() if value.requires_grad]
             if way == "last layer":
-                model.requires_grad_(False)
-                [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1].requires_grad_(True)
+                trained = list([layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1].parameters())
+            freeze(model)
+            for value in trained:
+                value.requires_grad_(True)
         epochs = -(-steps // len(data.train_dataloader()))
         trainer = self.trainer(part, *filter(None, [callback]), max_epochs=epochs, max_steps=steps)
         start = time.perf_counter()
         trainer.fit(model, datamodule=data)
         seconds = time.perf_counter() - start
-        trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
-        return Trained(model, trained, seconds, callback)
+        count = sum(value.numel() for value in model.parameters() if value.requires_grad)
+        return Trained(model, count, seconds, callback)
 
     def load(self, task: Task, base: Path, adapter: Path, data: LightningDataModule) -> Trained:
         """Attach the adapters of a folder to the base."""

@@ -39,6 +39,7 @@ _OPTIONS = {
     ],
     "ants_bees": [f"--data.root={_DATA}/hymenoptera", "--data.num_workers=0", "--data.in_memory=true"],
 }
+_KEPT = "full fine-tuning, norm statistics kept"
 # PEFT makes its convolutions of the adapted layer's class, whose arguments in this network it does not know: an AssertionError.
 _GRID = {
     "text": {
@@ -49,12 +50,13 @@ _GRID = {
     "ants_bees": {
         "LoRA": (1e-4, 5e-4, 1e-3, 2e-3, 5e-3),
         "full fine-tuning": (3e-5, 1e-4, 3e-4),
+        _KEPT: (3e-5, 1e-4, 3e-4),
         "last layer": (3e-4, 1e-3, 3e-3),
     },
 }
 RATES = {
     "text": {"LoRA": 2e-3, "PEFT": 2e-3, "full fine-tuning": 2e-4, "last layer": 1e-2},
-    "ants_bees": {"LoRA": 1e-4, "full fine-tuning": 3e-5, "last layer": 3e-4},
+    "ants_bees": {"LoRA": 1e-4, "full fine-tuning": 3e-5, _KEPT: 3e-5, "last layer": 3e-4},
 }
 
 
@@ -67,6 +69,7 @@ def train(
     from lightning.pytorch.cli import LightningCLI
 
     from lora_lightning import LoRAFinetuning
+    from lora_lightning.lora.freeze import freeze
     from tests.benchmarks.vgg19 import peak_resident
 
     options = [f"--config={_CONFIGS / case}.yaml", *_OPTIONS[case], f"--seed_everything={seed}"]
@@ -82,9 +85,10 @@ def train(
         cli.trainer.callbacks = [ours]
     elif method == "PEFT":
         cli.model.backbone = _with_peft(cli.model.backbone, ours.config, head)
-    elif method == "last layer":
+    elif method in (_KEPT, "last layer"):
+        freeze(cli.model.backbone)  # norm layers keep their statistics, as beside adapters
         for name, parameter in cli.model.backbone.named_parameters():
-            parameter.requires_grad_(name.startswith(head))
+            parameter.requires_grad_(method == _KEPT or name.startswith(head))
     began = time.perf_counter()
     cli.trainer.fit(cli.model, cli.datamodule)
     seconds = time.perf_counter() - began
