@@ -12,6 +12,7 @@ from lora_lightning import Classifier, LoRAFinetuning, MNISTDataModule
 from lora_lightning.repair.task import Way
 from lora_lightning.repair.training import Runs
 
+
 class Normed:
     """A task whose model has a norm layer with statistics."""
 
