@@ -95,8 +95,8 @@ def test_every_command_is_understood(
         words += ["--model.backbone.weights", "null"]
     if "configs/text.yaml" in words:  # which names a model of the hub
         words += ["--model.backbone.name", tiny_bert]
-    if words[0] == "merge":
-        cli = LoRALightningCLI(words[1:], run=False)
+    if words[0] in ("merge", "export"):
+        cli = LoRALightningCLI(words[1:], run=False, command=words[0])
     else:
         cli = LoRALightningCLI(words)
         assert cli.subcommand == words[0]

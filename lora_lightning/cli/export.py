@@ -1,78 +1,48 @@
-"""Exports a model to ONNX."""
+"""Implements `lora-lightning export`."""
 
 from __future__ import annotations
 
-import json
-import warnings
 from pathlib import Path
-from typing import Any
 
-import torch
-from lightning.pytorch import LightningDataModule, LightningModule
-from torch import Tensor
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-_TOLERANCE = 1e-4
+from lora_lightning.cli.merge import finetuning_of, load_merged, refuse_to_overwrite
+from lora_lightning.cli.onnx_file import example_input, write_onnx
+from lora_lightning.report import free_path
+from lora_lightning.resume.checkpoints import load_base
 
 
-def export(model: LightningModule, example: Tensor, path: Path, datamodule: LightningDataModule | None = None) -> None:
-    """Export the forward pass of the model to ONNX for batches of any size, and run the file once to compare.
+def export(
+    trainer: Trainer,
+    model: LightningModule,
+    datamodule: LightningDataModule | None = None,
+    ckpt_path: str | None = None,
+    output: Path | None = None,
+) -> Path:
+    """Write a trained model to an ONNX file. Adapters are merged first.
 
-    The input is named `input` and the output `logits`. The metadata of the file contain `class_names` as a JSON list and a description of
-    the `preprocessing`, if `datamodule` provides them.
+    Args:
+        trainer: A trainer, with the `LoRAFinetuning` of the training if the checkpoint holds adapters.
+        model: The model of the training.
+        datamodule: Provides the example input, the names of the classes and the preprocessing.
+        ckpt_path: The checkpoint. It is not needed with `LoRAFinetuning(adapter=...)`.
+        output: The file to write. By default `model.onnx`, or the first unused one of `model-v1.onnx`, ....
+
+    Returns:
+        The path of the file.
 
     Raises:
-        ValueError: If a required package is not installed, or if the outputs differ.
+        ValueError: If there is no checkpoint, or if the outputs of the file differ from the model.
+        FileExistsError: If the file already exists.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 - PyTorch's exporter needs it
-    except ImportError as error:
-        raise ValueError(f"--onnx needs the package {error.name}: pip install 'lora-lightning[onnx]'.") from None
-    model.eval()
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the exporter's own modules
-        program = torch.onnx.export(
-            model,
-            (example,),
-            input_names=["input"],
-            output_names=["logits"],
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-            verbose=False,
-        )
-        expected = model(example[:1])
-    assert program is not None
-    program.model.metadata_props.update(_metadata(datamodule))
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        program.save(unfinished)
-        session = onnxruntime.InferenceSession(unfinished, providers=["CPUExecutionProvider"])
-        [found] = session.run(None, {session.get_inputs()[0].name: example[:1].numpy()})
-        difference = float((torch.from_numpy(found) - expected).abs().max())
-        if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
-            raise ValueError(f"{path} is not written: its output differs from the model's by {difference:g}.")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _metadata(datamodule: LightningDataModule | None) -> dict[str, str]:
-    found = {}
-    if names := getattr(datamodule, "class_names", None):
-        found["class_names"] = json.dumps([str(name) for name in names])
-    if words := getattr(datamodule, "preprocessing_in_words", None):
-        found["preprocessing"] = words()
-    return found
-
-
-def example_input(model: LightningModule, datamodule: LightningDataModule | None) -> Tensor:
-    """Return a batch of two inputs for the forward pass of the model."""
-    example: Any = model.example_input_array
-    if isinstance(example, Tensor):
-        return example.expand(2, *example.shape[1:]) if len(example) == 1 else example
-    if datamodule is None:
-        raise ValueError("--onnx needs an example input: give --data, or a model with an example_input_array.")
-    datamodule.prepare_data()
-    datamodule.setup("test")
-    batch = datamodule.on_after_batch_transfer(next(iter(datamodule.test_dataloader())), 0)
-    return torch.as_tensor(batch[0][:2])
+    callback = finetuning_of(trainer)
+    if ckpt_path is None and (callback is None or callback.adapter is None):
+        raise ValueError("export needs --ckpt_path, a checkpoint or a log folder, or --adapter, a folder of adapters.")
+    output = free_path(Path("model.onnx")) if output is None else Path(output)
+    refuse_to_overwrite(output)
+    if callback is not None:
+        load_merged(trainer, model, callback, ckpt_path)
+    else:
+        load_base(model, Path(str(ckpt_path)))
+    write_onnx(model, example_input(trainer, model, datamodule), output, datamodule)
+    return output

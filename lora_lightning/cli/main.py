@@ -1,4 +1,4 @@
-"""Runs the commands: `fit`, `validate`, `test` and `predict` by `LightningCLI`, and `merge`, `report` and `repair`."""
+"""Runs the commands: `fit`, `validate`, `test` and `predict` by `LightningCLI`, and `merge`, `export`, `report` and `repair`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import sys
 import warnings
 from argparse import ArgumentError
+from collections.abc import Callable
+from inspect import signature
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from lora_lightning.callbacks import PredictionWriter
 from lora_lightning.cli.closing import show_closing
 from lora_lightning.cli.cpu import tune_for_cpu
 from lora_lightning.cli.errors import explain, named_class
+from lora_lightning.cli.export import export
 from lora_lightning.cli.head import size_head
 from lora_lightning.cli.lora_options import add_lora_options, apply_lora_options, is_lora_finetuning
 from lora_lightning.cli.merge import merge_checkpoint
@@ -43,6 +46,8 @@ from lora_lightning.resume.stop_after_batch import StopAfterBatch
 
 DEBUG_VARIABLE = "LORA_LIGHTNING_DEBUG"
 NO_ADAPTER = "none"
+_FUNCTIONS: dict[str, Callable[..., Path]] = {"merge": merge_checkpoint, "export": export}
+_OBJECTS = ("trainer", "model", "datamodule")
 _KEYWORDS = ("best", "hpc")
 _SWITCHED_BY: dict[str, type] = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}
 _NOISE = (
@@ -60,8 +65,8 @@ _NOISE = (
 _ADVERTISEMENT = "Tip: For seamless"
 _DESCRIPTION = (
     "Train a classifier, fine-tune it with LoRA, and see what changed, class by class. Further commands have their own help: "
-    "'lora-lightning merge --help' (merge adapters into a plain checkpoint), 'lora-lightning report --help' (compare runs) "
-    "and 'lora-lightning repair --help' (find and repair a weak class)."
+    "'lora-lightning merge --help' (merge adapters into a plain checkpoint), 'lora-lightning export --help' (write an ONNX file), "
+    "'lora-lightning report --help' (compare runs) and 'lora-lightning repair --help' (find and repair a weak class)."
 )
 
 
@@ -76,21 +81,20 @@ class LoRALightningCLI(LightningCLI):
 
     Args:
         args: The command-line arguments.
-        run: Whether the first argument is a command to run. If not, the options are those of `merge`.
+        run: Whether the first argument is a command to run. If not, the options are those of `command`.
+        command: `merge` or `export`.
     """
 
-    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
-        self.with_options_of_merge = not run
+    def __init__(self, args: ArgsType = None, run: bool = True, command: str = "merge") -> None:
+        self.function = None if run else _FUNCTIONS[command]
         commands = self.subcommands() if run else ()
         super().__init__(
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_callback=SaveSharedConfig,
             parser_kwargs={
-                "description": _DESCRIPTION
-                if run
-                else "Merge trained adapters into their base and write a plain checkpoint.",
-                "prog": "lora-lightning" if run else "lora-lightning merge",
+                "description": str(self.function.__doc__).partition("\n")[0] if self.function else _DESCRIPTION,
+                "prog": "lora-lightning" if run else f"lora-lightning {command}",
                 "exit_on_error": False,
                 **{command: {"exit_on_error": False} for command in commands},
             },
@@ -128,8 +132,8 @@ class LoRALightningCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"trainer.enable_model_summary": False})  # it counts no FLOPs without an example input
         parser.add_argument("--adapter", type=str | None, help=_ADAPTER_HELP)
-        if self.with_options_of_merge:
-            parser.add_function_arguments(merge_checkpoint, skip={"trainer", "model", "datamodule"})
+        if self.function is not None:
+            parser.add_function_arguments(self.function, skip=set(_OBJECTS))
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -272,10 +276,10 @@ def _run(words: list[str], args: list[str] | None) -> int:
         from lora_lightning.cli.report import report
 
         return report(words[1:])
-    if words[:1] == ["merge"]:
-        cli = LoRALightningCLI(words[1:], run=False)
-        options = {key: cli.config_init[key] for key in ("ckpt_path", "output", "onnx")}
-        merge_checkpoint(cli.trainer, cli.model, cli.datamodule, **options)
+    if words and (function := _FUNCTIONS.get(words[0])):
+        cli = LoRALightningCLI(words[1:], run=False, command=words[0])
+        options = {name: cli.config_init[name] for name in signature(function).parameters if name not in _OBJECTS}
+        function(cli.trainer, cli.model, cli.datamodule, **options)
         return 0
     cli = LoRALightningCLI(args)
     show_closing(cli.trainer, str(cli.subcommand), words)

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lora_lightning.callbacks import LoRAFinetuning
-from lora_lightning.cli.export import example_input, export
+from lora_lightning.cli.onnx_file import example_input, write_onnx
 from lora_lightning.lora import merge
 from lora_lightning.report import free_path
 from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO
@@ -40,15 +40,30 @@ def merge_checkpoint(
         ValueError: If there is nothing to merge, or if the outputs of the ONNX file differ from the model.
         FileExistsError: If a file to write already exists.
     """
-    callbacks = trainer.callbacks  # type: ignore[attr-defined] # Trainer sets it from elsewhere
-    callback = next((each for each in callbacks if isinstance(each, LoRAFinetuning)), None)
+    callback = finetuning_of(trainer)
     if callback is None or (ckpt_path is None and callback.adapter is None):
         missing = "--ckpt_path, a checkpoint with adapters" if callback else "a LoRAFinetuning among trainer.callbacks"
         raise ValueError(f"merge needs {missing}. Pass the configuration of the training.")
     output = free_path(Path("merged.ckpt")) if output is None else Path(output)
     for path in (output, onnx):
-        if path is not None and Path(path).exists():
-            raise FileExistsError(f"{path} exists: it is not overwritten. Choose another name, or remove it.")
+        if path is not None:
+            refuse_to_overwrite(Path(path))
+    load_merged(trainer, model, callback, ckpt_path)
+    if onnx is not None:
+        write_onnx(model, example_input(trainer, model, datamodule), onnx, datamodule)
+    trainer.save_checkpoint(output, weights_only=True)
+    rank_zero_info(f"Merged: {output}")
+    return output
+
+
+def finetuning_of(trainer: Trainer) -> LoRAFinetuning | None:
+    """Return the `LoRAFinetuning` of a trainer, if any."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+    return next((each for each in callbacks if isinstance(each, LoRAFinetuning)), None)
+
+
+def load_merged(trainer: Trainer, model: LightningModule, callback: LoRAFinetuning, ckpt_path: str | None) -> None:
+    """Load the base and the adapters into the model as a trainer does, and merge them."""
     trainer.strategy.connect(model)
     callback.setup(trainer, model, "test")
     if callback.adapted is None:  # the layers are made in a hook that a trainer would call
@@ -60,9 +75,9 @@ def merge_checkpoint(
     if ckpt_path is not None:
         model.load_state_dict(files.load_checkpoint(ckpt_path)["state_dict"])
     merge(callback.adapted)
-    if onnx is not None:
-        export(model, example_input(model, datamodule), onnx, datamodule)
-        rank_zero_info(f"ONNX: {onnx}, of the forward pass of the model; its outputs agree with PyTorch.")
-    trainer.save_checkpoint(output, weights_only=True)
-    rank_zero_info(f"Merged: {output}")
-    return output
+
+
+def refuse_to_overwrite(path: Path) -> None:
+    """Raise a `FileExistsError` if the file exists."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists: it is not overwritten. Choose another name, or remove it.")

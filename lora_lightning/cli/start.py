@@ -13,7 +13,8 @@ COMMANDS = {
     "validate": "evaluate on validation data",
     "test": "evaluate on test data, and compare base and adapted model",
     "predict": "predict, with --adapter for a folder of adapters, or none",
-    "merge": "merge adapters into a plain checkpoint or an ONNX file",
+    "merge": "merge adapters into a plain checkpoint",
+    "export": "write a trained model to an ONNX file",
     "report": "regenerate the report of a run, or compare runs",
     "repair": "find a weak class, repair it, and compare the result with baselines",
 }

@@ -102,6 +102,12 @@ class TextDataModule(ResumableDataModule):
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self._datasets: dict[str, TextDataset] = {}
 
+    def preprocessing_in_words(self) -> str:
+        """Return a description of the preprocessing: the tokenizer."""
+        tokenizer = self._tokenizer()
+        limit = self.max_length or tokenizer.model_max_length
+        return f"The tokenizer {tokenizer.name_or_path}, with at most {limit:,} tokens per text, and padding to the longest text of a batch."
+
     @override
     def setup(self, stage: str) -> None:
         if not self._datasets:

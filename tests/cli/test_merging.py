@@ -91,6 +91,6 @@ def test_what_is_missing_is_named(trained: Run, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     code, output = trained(*MERGE, "--ckpt_path", "logs/adapt", "--onnx", "merged.onnx")
     assert code == 1
-    assert "--onnx needs the package onnxruntime: pip install 'lora-lightning[onnx]'" in output
+    assert "ONNX needs the package onnxruntime: pip install 'lora-lightning[onnx]'" in output
     assert not Path("merged.onnx").exists()
     assert not Path("merged.ckpt").exists()

@@ -1,0 +1,103 @@
+"""Writes a model to an ONNX file."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+_TOLERANCE = 1e-4
+
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: LightningDataModule | None) -> None:
+    """Write the forward pass of the model to an ONNX file for batches of any size, and run the file once to compare.
+
+    A tensor becomes the input `input`, and a mapping, as from `TextDataModule`, one input for each key, with texts of any length. The
+    output is `logits`. The metadata of the file contain `class_names` as a JSON list and a description of the `preprocessing`, if
+    `datamodule` provides them.
+
+    Args:
+        model: The model. It is in evaluation mode afterwards.
+        example: The input of `forward`, with at least two samples.
+        path: The file.
+        datamodule: Provides the metadata.
+
+    Raises:
+        ValueError: If a required package is not installed, or if the outputs differ.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - PyTorch's exporter needs it
+    except ImportError as error:
+        raise ValueError(f"ONNX needs the package {error.name}: pip install 'lora-lightning[onnx]'.") from None
+    model.eval()
+    named = {"input": example} if isinstance(example, Tensor) else dict(example)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the exporter's own modules
+        program = torch.onnx.export(
+            model,
+            (example, {}),  # a mapping in the last place would be keyword arguments
+            input_names=list(named),
+            output_names=["logits"],
+            dynamo=True,
+            dynamic_shapes=(_dynamic(example),),
+            verbose=False,
+        )
+        expected = model(example)
+    assert program is not None
+    program.model.metadata_props.update(_metadata(datamodule))
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        program.save(unfinished)
+        session = onnxruntime.InferenceSession(unfinished, providers=["CPUExecutionProvider"])
+        [found] = session.run(None, {each.name: named[each.name].numpy() for each in session.get_inputs()})
+        difference = float((torch.from_numpy(found) - expected).abs().max())
+        if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
+            raise ValueError(f"{path} is not written: its output differs from the model's by {difference:g}.")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    rank_zero_info(f"ONNX: {path}, of the forward pass of the model; its outputs agree with PyTorch.")
+
+
+def example_input(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> Inputs:
+    """Return two samples as an input of the forward pass: the model's `example_input_array`, or from the test data."""
+    example: Any = model.example_input_array
+    if isinstance(example, Tensor):
+        return example.expand(2, *example.shape[1:]) if len(example) == 1 else example
+    if datamodule is None:
+        raise ValueError("ONNX needs an example input: give --data, or a model with an example_input_array.")
+    trainer.strategy.connect(model)
+    datamodule.trainer = trainer  # from which it gets the tokenizer of the model
+    datamodule.prepare_data()
+    datamodule.setup("test")
+    batch = datamodule.on_after_batch_transfer(next(iter(datamodule.test_dataloader())), 0)
+    inputs = batch[0] if isinstance(batch, tuple | list) else batch
+    if isinstance(inputs, Mapping):
+        return {key: value[:2] for key, value in inputs.items()}
+    return torch.as_tensor(inputs[:2])
+
+
+def _dynamic(example: Inputs) -> Any:
+    """Return the names of the dimensions of any size: the batch, and the second one of the tensors in a mapping."""
+    if isinstance(example, Tensor):
+        return {0: "batch"}
+    return {key: dict(enumerate(("batch", "tokens")[: value.dim()])) for key, value in example.items()}
+
+
+def _metadata(datamodule: LightningDataModule | None) -> dict[str, str]:
+    found = {}
+    if names := getattr(datamodule, "class_names", None):
+        found["class_names"] = json.dumps([str(name) for name in names])
+    if words := getattr(datamodule, "preprocessing_in_words", None):
+        found["preprocessing"] = words()
+    return found

@@ -1,0 +1,102 @@
+"""`lora-lightning export`: a trained model as an ONNX file that gives the same logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from lora_lightning import RichBoyNet, load_adapter
+
+Run = Callable[..., tuple[int, str]]
+MNIST = ("--data.source", "sample")
+TEXTS = ["where is my card", "what is the rate", "lost", "please top up my money"]
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning"
+)  # of the exporter's own modules
+
+
+def session_of(path: str) -> Any:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def logits_of(session: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    [found] = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    return torch.from_numpy(found)
+
+
+@pytest.fixture
+def trained(run: Run) -> Run:
+    """A base and adapters, trained for a few steps."""
+    for config in ("pretrain", "adapt"):
+        code, output = run("fit", "--config", f"configs/{config}.yaml", *MNIST, "--trainer.max_steps", "20")
+        assert code == 0, output
+    return run
+
+
+def test_base_and_adapters_are_exported_from_a_checkpoint_or_a_folder(trained: Run) -> None:
+    adapt, pretrain = (("export", "--config", f"configs/{name}.yaml", *MNIST) for name in ("adapt", "pretrain"))
+    for words in (
+        (*pretrain, "--ckpt_path", "logs/pretrain", "--output", "base.onnx"),
+        (*adapt, "--ckpt_path", "logs/adapt", "--output", "checkpoint.onnx"),
+        (*adapt, "--adapter", "logs/adapt"),
+        (*adapt, "--adapter", "logs/adapt"),
+    ):
+        code, output = trained(*words)
+        assert code == 0, output
+        assert "its outputs agree with PyTorch" in output
+    net, images = RichBoyNet(), torch.randn(3, 1, 28, 28)
+    state = torch.load(next(Path("logs/pretrain").rglob("*.ckpt")), weights_only=True)["state_dict"]
+    net.load_state_dict({key.removeprefix("backbone."): value for key, value in state.items() if "backbone" in key})
+    base = net(images)
+    load_adapter(net, next(Path("logs/adapt").rglob("adapter")))
+    adapted = net(images)
+    assert not torch.allclose(base, adapted, atol=1e-3)
+    expected = {"base": base, "checkpoint": adapted, "model": adapted, "model-v1": adapted}
+    assert {path.stem for path in Path().glob("*.onnx")} == set(expected)
+    for name, logits in expected.items():
+        found = logits_of(session_of(f"{name}.onnx"), {"input": images})
+        torch.testing.assert_close(found, logits.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_texts_of_any_length_are_tokenized_outside(run: Run, workspace: Path, tiny_bert: str) -> None:
+    rows = [f"{text},{'card' if 'card' in text else 'other'}" for text in TEXTS * 5]
+    Path("mine.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    words = ("--config", "configs/text.yaml", "--model.backbone.name", tiny_bert, "--data.train", "mine.csv")
+    words += ("--data.test", "mine.csv", "--data.label_column", "label")
+    short = ("--trainer.max_steps", "3", "--trainer.log_every_n_steps", "1", "--data.batch_size", "4")
+    code, output = run("fit", *words, *short)
+    assert code == 0, output
+    code, output = run("export", *words, "--ckpt_path", "logs/text")
+    assert code == 0, output
+    session, tokenizer = session_of("model.onnx"), AutoTokenizer.from_pretrained(tiny_bert)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["class_names"]) == ["card", "other"]
+    assert tiny_bert in metadata["preprocessing"]
+    assert "16 tokens" in metadata["preprocessing"]
+    together = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    assert {each.name for each in session.get_inputs()} == set(together)
+    batch = logits_of(session, together)
+    for text, logits in zip(TEXTS, batch, strict=True):
+        alone = logits_of(session, tokenizer([text], return_tensors="pt"))
+        torch.testing.assert_close(alone[0], logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_missing_is_named_and_nothing_is_overwritten(trained: Run) -> None:
+    for config in ("pretrain", "adapt"):
+        code, output = trained("export", "--config", f"configs/{config}.yaml", *MNIST)
+        assert code == 1
+        assert "export needs --ckpt_path" in output
+    Path("mine.onnx").write_text("mine")
+    words = ("--config", "configs/pretrain.yaml", *MNIST, "--ckpt_path", "logs/pretrain", "--output", "mine.onnx")
+    code, output = trained("export", *words)
+    assert code == 1
+    assert "mine.onnx exists: it is not overwritten" in output
+    assert Path("mine.onnx").read_text() == "mine"
