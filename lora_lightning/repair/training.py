@@ -100,9 +100,13 @@ class Runs:
         return Trained(model, trained, 0.0, callback)
 
     def base_answers(self, task: Task, base: Path, data: LightningDataModule, split: Split) -> Answers:
-        """Return the predictions of the base on disk, without attaching adapters."""
+        """Return the predictions of the base on disk, without attaching adapters.
+
+        It is frozen as below adapters, since PyTorch selects the kernels of some products by whether a weight requires gradients.
+        """
         model = task.model()
         load_base(model, base)
+        model.requires_grad_(False)
         return self.answers(model, data, split)
 
     def answers(self, model: Classifier, data: LightningDataModule, split: Split) -> Answers:

@@ -45,3 +45,18 @@ def test_methods_differ_in_what_they_train_alone(way: Way, changed: set[str], tm
     assert {key for key, value in before.items() if not torch.equal(after[key], value)} == changed
     if way != "adapters":
         assert trained.parameters == sum(before[key].numel() for key in changed)
+
+
+def test_the_base_is_counted_as_frozen_as_below_adapters(tmp_path: Path) -> None:
+    """A product with a weight that requires gradients may round differently."""
+
+    class Observed(Normed):
+        def model(self, way: Way = "adapters") -> Classifier:
+            self.last = super().model(way)
+            return self.last
+
+    task, data, base = Observed(), MNISTDataModule("sample"), tmp_path / "base.ckpt"
+    torch.save({"state_dict": task.model().state_dict()}, base)
+    answers = Runs(tmp_path / "logs", "cpu", 1).base_answers(task, base, data, "validate")
+    assert sum(map(sum, answers.confusion([str(digit) for digit in range(10)]).matrix.tolist())) == 400
+    assert not any(parameter.requires_grad for parameter in task.last.parameters())
