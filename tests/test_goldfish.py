@@ -138,7 +138,7 @@ class TestSmall:
     def test_validate_has_nothing_to_validate_on(self, run: Run) -> None:
         code, text = run("validate", *self.CONFIG)
         assert code == 1
-        assert "has no folder val, and val_fraction=0.0 holds nothing out." in text
+        assert "has no folder val, and val_fraction=0.0 leaves no images for validation." in text
 
     def test_test_shows_base_and_adapted(self, run: Run, fitted: Path) -> None:
         code, text = run("test", *self.CONFIG, "--ckpt_path", str(fitted))
@@ -200,12 +200,12 @@ class TestSmall:
         [
             (
                 ("--adapter", "logs/nowhere"),
-                "logs/nowhere is not an adapter folder and holds none (adapter_config.json)",
+                "logs/nowhere is not an adapter folder and contains none (adapter_config.json)",
             ),
-            (("--data.predict", "*.tiff"), "*.tiff is or matches no image"),
+            (("--data.predict", "*.tiff"), "*.tiff is not an image and matches none"),
             (("--model.backbone.name", "vgg20"), "torchvision has no classification network 'vgg20'. Did you mean vgg"),
             (("--model.backbone.weights", "IMAGENET"), "weights='IMAGENET' is not a file."),
-            (("--data.root", "nowhere"), "nowhere is or matches no image"),
+            (("--data.root", "nowhere"), "nowhere is not an image and matches none"),
             (
                 ("--data.classes", "VGG"),
                 "classes='VGG': expected a list of names, or the name of torchvision's weights",
@@ -228,7 +228,7 @@ class TestSmall:
         assert code == 1
         line = next(line for line in text.splitlines() if line.startswith("lora-lightning: error:"))
         assert line.startswith(
-            "lora-lightning: error: root/goldfish/half.jpg is damaged, or no JPEG, PNG, WEBP or BMP image"
+            "lora-lightning: error: root/goldfish/half.jpg is damaged, or not a JPEG, PNG, WEBP or BMP image"
         )
 
     def test_a_network_of_torchvision_may_be_named_as_a_class(self, run: Run) -> None:

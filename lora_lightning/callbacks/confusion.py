@@ -220,7 +220,7 @@ class ConfusionReport(Callback):
             logits, classes = found
             if logits.dim() > 1 and logits.shape[1] > _MOST_CLASSES:
                 self._warn(
-                    f"ConfusionReport counts nothing: {logits.shape[1]:,} classes are more than {_MOST_CLASSES:,}."
+                    f"ConfusionReport counts nothing: there are {logits.shape[1]:,} classes, and at most {_MOST_CLASSES:,} are supported."
                 )
                 return None
             return call, logits.detach(), classes, len(targets)

@@ -59,8 +59,8 @@ class FeatureCache(Callback):
             self._said = True
             names = ", ".join(repr(step.name) for step in self.cache.prefix.kept)
             rank_zero_info(
-                f"Frozen prefix: the output of {names} is computed once a sample and kept, {self.cache.bytes_per_sample:,} bytes "
-                f"each. First after it comes {self.cache.prefix.ended_by}."
+                f"Frozen prefix: the output of {names} is computed once per sample and stored ({self.cache.bytes_per_sample:,} bytes per "
+                f"sample). The prefix ends before {self.cache.prefix.ended_by}."
             )
 
     @override

@@ -59,8 +59,8 @@ class FrozenBase:
         if changed:
             self._writes = None
             rank_zero_warn(
-                f"The frozen base has changed: {some_of(map(repr, changed))}. Some code writes to them. fit ends with an error unless they are "
-                "restored, since adapters fit a single base."
+                f"The frozen base has changed: {some_of(map(repr, changed))}. Some code writes to them. `fit` will end with an error "
+                "unless they are restored, since the adapters only fit this base."
             )
 
     def _warn_of_updates(self) -> None:

@@ -38,8 +38,8 @@ class Handover:
             return
         torch.save({key: value.detach().cpu() for key, value in adapter_state_dict(adapted).items()}, self.path)
         rank_zero_info(
-            "Adapters were trained in processes of their own: in the main process the model has none, though test, predict and "
-            f"validate of this trainer do. There, load_adapter(model, {str(folder)!r}) gives it these."
+            "The adapters were trained in separate processes. The model in the main process has none, but test, predict and validate of "
+            f"this trainer use them. load_adapter(model, {str(folder)!r}) attaches them in the main process."
         )
 
     def take(self, adapted: nn.Module) -> None:

@@ -24,9 +24,7 @@ def what_trains(adapted: nn.Module) -> str:
     memory = shared_memory(adapted)
     for each in adapted_weights(adapted):
         if len(names := memory.get(id(each.weight), ())) > 1:
-            lines.append(
-                f"  {each.name} shares its weight ({', '.join(names)}): the adapter only affects {each.name} alone."
-            )
+            lines.append(f"  {each.name} shares its weight ({', '.join(names)}): the adapter only affects {each.name}.")
     lines.append(f"Trained: {trained_parameters(adapted)}.")
     return "\n".join(lines)
 

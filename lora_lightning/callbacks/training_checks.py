@@ -36,13 +36,13 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.M
     if missing := [name for name, key in trainable.items() if key in ours and key not in held]:
         raise ValueError(
             f"The optimizer of this {module} does not have {some_of(map(repr, missing))}: these adapters would never be trained. Create it in "
-            "configure_optimizers from the parameters that require gradients then, as adapters exist by that time; or leave "
-            "the layers out with exclude_modules."
+            "configure_optimizers, when the adapters exist, from the parameters that require gradients; or leave the layers out with "
+            "exclude_modules."
         )
     if whole := [name for name, key in trainable.items() if key in held and key not in ours]:
         raise ValueError(
             f"The optimizer of this {module} has {some_of(map(repr, whole))}, which are not adapters: they would be trained in full, and be "
-            "missing from the adapter folder. Make these layers before the optimizer, in __init__, setup or configure_model, and "
+            "missing from the adapter folder. Create these layers before the optimizer, in __init__, setup or configure_model, and "
             "name them in modules_to_save; or freeze them, and remove callbacks like BackboneFinetuning that unfreeze them."
         )
 
@@ -63,7 +63,7 @@ def refuse_pruning(trainer: Trainer) -> None:
             ]
             if frozen:
                 raise ValueError(
-                    f"ModelPruning is to prune frozen parameters: {some_of(frozen)}. Prune the base before adapters are attached, or "
+                    f"ModelPruning is configured to prune frozen parameters: {some_of(frozen)}. Prune the base before adapters are attached, or "
                     "pass the layers in modules_to_save as parameters_to_prune."
                 )
 
@@ -148,7 +148,7 @@ class Finite:
         last = getattr(files, "last_model_path", "") or getattr(files, "best_model_path", "")
         kept = f"The last checkpoint, {last}, is finite. " if last else ""
         raise NotFiniteError(
-            f"Training has diverged: {some_of(map(repr, names))} hold NaN or infinity{since}. {kept}Lower the learning rate, or clip "
+            f"Training has diverged: {some_of(map(repr, names))} contain NaN or infinity{since}. {kept}Lower the learning rate, or clip "
             "gradients with gradient_clip_val."
         )
 

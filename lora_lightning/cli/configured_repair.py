@@ -44,7 +44,7 @@ class Configured:
         cli = self._read()
         model, data = cli.model, cli.datamodule
         if not isinstance(model, Classifier):
-            raise ValueError(f"{type(model).__name__} is the model; repair needs a lora_lightning.Classifier.")
+            raise ValueError(f"The model is a {type(model).__name__}; repair needs a lora_lightning.Classifier.")
         if data is None or not {"focus", "focus_fraction"} <= vars(data).keys():
             named = "no data module" if data is None else type(data).__name__
             raise ValueError(
@@ -138,12 +138,14 @@ def _set_up(cli: LoRALightningCLI) -> None:
 def _check_splits(data: Any) -> None:
     validation = data.val_dataloader()
     if not validation:
-        raise ValueError("There are no validation data, which repair needs for selection: set --data.val_fraction 0.2.")
+        raise ValueError(
+            "There are no validation data, and repair needs them for selection: set --data.val_fraction 0.2."
+        )
     first, second = validation.dataset, data.test_dataloader().dataset
     if first is second or getattr(first, "files", None) == getattr(second, "files", ()):
         raise ValueError(
-            "The test samples are those that validate, and a repair that was chosen by them can't be judged by them: give data.test a "
-            "file, or images a folder test or --data.test_fraction 0.2."
+            "The test samples are the validation samples, and a repair that was selected on them cannot be judged on them: set "
+            "data.test to a file, or for images add a folder test or set --data.test_fraction 0.2."
         )
 
 

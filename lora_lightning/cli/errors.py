@@ -53,7 +53,7 @@ def _with_settings(text: str) -> str:
             f"trainer.accelerator={kind}: PyTorch finds no such device here. Omit the option to use the available devices, or set "
             f"--trainer.accelerator cpu (available: {match[2]})."
         )
-    if match := re.match(r"(logs/(\w+)) (does not exist|holds no checkpoint)", text):
+    if match := re.match(r"(logs/(\w+)) (does not exist|contains no checkpoint)", text):
         config = Path("configs") / f"{match[2]}.yaml"
         if config.is_file():
             text += f" `lora-lightning fit --config {config}` creates it; base_checkpoint and --ckpt_path select another one."

@@ -72,7 +72,7 @@ _DESCRIPTION = (
 
 _ADAPTER_HELP = (
     "Folder of adapters from fit or PEFT, or a log folder, whose newest adapter is used, or 'none' for the base. "
-    "ckpt_path is then the base."
+    "With it, ckpt_path is the checkpoint of the base."
 )
 
 

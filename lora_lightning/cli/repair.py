@@ -129,17 +129,17 @@ def repair(
     for each_share in shares:
         check_share(each_share)
     if of_config and not any(word.startswith("--config") for word in of_config):
-        raise ValueError(f"{of_config[0]} changes a configuration: name one with --config.")
+        raise ValueError(f"{of_config[0]} changes a configuration, but there is none: add --config.")
     if of_config and (source != "auto" or str(data_dir) != "data"):
         raise ValueError(
-            f"source={source!r}, data_dir={str(data_dir)!r}: the configuration names the data; change them by --data.x."
+            f"source={source!r}, data_dir={str(data_dir)!r}: the configuration defines the data; change it with --data.x."
         )
     if not of_config and focus not in _FOUND:
         named_classes(focus, Digits.names)
     if adapter is not None and (baselines or base_checkpoint is None):
         raise ValueError(
-            f"adapter={str(adapter)!r} needs base_checkpoint, the plain model that it was trained on, and has no baselines, which "
-            "train as long as a repair does."
+            f"adapter={str(adapter)!r} needs base_checkpoint, the plain model that it was trained on, and cannot be combined "
+            "with baselines, since nothing is trained."
         )
     adapter_path = None if adapter is None else newest_adapter(adapter)
     base_path = None if base_checkpoint is None else newest_checkpoint(base_checkpoint)

@@ -58,5 +58,5 @@ def newest_run(folder: Path) -> Path:
         if found:
             return found[-1].parent
     raise FileNotFoundError(
-        f"{folder} holds no run: expected confusion.json, which ConfusionReport writes in test, or metrics.csv of a fit."
+        f"{folder} contains no run: expected confusion.json, which ConfusionReport writes in test, or metrics.csv of a fit."
     )

@@ -49,7 +49,7 @@ def indices_of(folders: Sequence[str], categories: Sequence[str], where: str) ->
     unknown = [folder for folder, number in found.items() if number is None]
     if unknown:
         raise ValueError(
-            f"{where} has {len(unknown)} folder{'s' if len(unknown) > 1 else ''} of no class: "
+            f"{where} has {len(unknown)} folder{'s that match' if len(unknown) > 1 else ' that matches'} no class: "
             + "; ".join(_with_close_matches(folder, categories) for folder in unknown[:5])
             + (f"; and {len(unknown) - 5} more" if len(unknown) > 5 else "")
             + f". Expected names of the {len(categories):,} classes ({', '.join(categories[:3])}, ...)."

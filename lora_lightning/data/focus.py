@@ -28,7 +28,7 @@ def check_share(focus_fraction: float) -> None:
 def check_classes(focus: list[str] | None, class_names: Sequence[str]) -> None:
     """Raise a `ValueError` if one of these classes does not exist, or if they are all classes."""
     if unknown := [name for name in focus or [] if name not in class_names]:
-        raise ValueError(f"focus={focus}: {unknown[0]!r} is none of the classes ({some_of(class_names)}).")
+        raise ValueError(f"focus={focus}: {unknown[0]!r} is not one of the classes ({some_of(class_names)}).")
     if focus is not None and not 0 < len(set(focus)) < len(class_names):
         raise ValueError(f"focus={focus}: expected at least one class, and at least one other class to mix in.")
 

@@ -43,7 +43,7 @@ def class_folders(folder: Path) -> list[Path]:
     if not found:
         images, _ = images_in(folder)
         what = f"{len(images)} images, but no folders" if images else "no folders"
-        raise ValueError(f"{folder} has {what} in it; expected a folder of images per class: {folder}/<class name>/.")
+        raise ValueError(f"{folder} contains {what}; expected a folder of images per class: {folder}/<class name>/.")
     return found
 
 
@@ -62,7 +62,7 @@ def labelled_images(folder: Path, class_names: Sequence[str]) -> Labelled:
         images, others = images_in(class_folder)
         if not images:
             raise ValueError(
-                f"{class_folder} has no images ({', '.join(EXTENSIONS)}) in it. Fill it, or remove the folder."
+                f"{class_folder} contains no images ({', '.join(EXTENSIONS)}). Add some, or remove the folder."
             )
         files += images
         targets += [index] * len(images)
@@ -89,7 +89,7 @@ def images_to_predict(where: Path) -> list[Path]:
         images, others = images_among(path for path in Path(where.anchor).glob(pattern) if path.is_file())
     if not images:
         raise FileNotFoundError(
-            f"{where} is or matches no image; expected an image ({', '.join(EXTENSIONS)}), a folder of them, or a glob "
+            f"{where} is not an image and matches none; expected an image ({', '.join(EXTENSIONS)}), a folder of them, or a glob "
             "pattern in quotes."
         )
     _say_what_is_passed_over(others)

@@ -76,8 +76,8 @@ class ImageDataset(Dataset[Any]):
                 index for index, sample in zip(indices, samples, strict=True) if sample.shape != samples[0].shape
             )
             raise ValueError(
-                f"Preprocessed, {self.files[indices[0]]} and {self.files[odd]} are of the shapes "
-                f"{', '.join(map(str, sorted(shapes)))}; expected one. Let the preprocessing end in a crop of a fixed size."
+                f"After preprocessing, {self.files[indices[0]]} and {self.files[odd]} have different shapes "
+                f"({', '.join(map(str, sorted(shapes)))}). Add a crop of a fixed size at the end of the preprocessing."
             )
         return torch.stack(samples)
 
@@ -101,8 +101,8 @@ class ImageDataset(Dataset[Any]):
         tensor = self.preprocessing(image)
         if not isinstance(tensor, Tensor):
             raise ValueError(
-                f"The preprocessing made a {type(tensor).__name__} of {self.files[index]}; expected a tensor (C, H, W). "
-                "Let it end in torchvision.transforms.v2.ToImage and ToDtype."
+                f"The preprocessing returned a {type(tensor).__name__} for {self.files[index]}; expected a tensor of shape "
+                "(C, H, W). Add torchvision.transforms.v2.ToImage and ToDtype at its end."
             )
         return tensor
 

@@ -130,8 +130,8 @@ class ImageFolderDataModule(ResumableDataModule):
         names = [each.name for each in class_folders(folder)]
         if len(names) < 2:
             raise ValueError(
-                f"{folder} has the class folder {names[0]!r} alone; a classifier tells two or more apart. Name all "
-                "of its classes with classes, for example VGG19_Weights.IMAGENET1K_V1."
+                f"{folder} has only the class folder {names[0]!r}; a classifier needs two or more classes. List all of them in "
+                "classes, for example VGG19_Weights.IMAGENET1K_V1."
             )
         return tuple(names)
 
@@ -166,7 +166,9 @@ class ImageFolderDataModule(ResumableDataModule):
         if len(dataset):
             return self.eval_loader(dataset, **self._loading())
         if self.trainer is not None and self.trainer.state.fn == "validate":
-            raise ValueError(f"{self.root} has no folder val, and val_fraction={self.val_fraction} holds nothing out.")
+            raise ValueError(
+                f"{self.root} has no folder val, and val_fraction={self.val_fraction} leaves no images for validation."
+            )
         return []
 
     @override
@@ -196,9 +198,11 @@ class ImageFolderDataModule(ResumableDataModule):
             self._datasets[split] = ImageDataset(files, targets, self._preprocessing(), augmentation, self.in_memory)
         train, val, test = (labelled[split][0] for split in SPLITS)
         rank_zero_info(
-            f"Images in {self.root}: {len(train):,} of {len(set(labelled['train'][1])):,} of {len(self.class_names):,} classes to "
-            f"train on, {len(val):,} to validate, {len(test):,} to test"
-            + {"": ".", "val": " (those that validate).", "train": " (those trained on: nothing is held out)."}[instead]
+            f"Images in {self.root}: {len(train):,} for training, from {len(set(labelled['train'][1])):,} of {len(self.class_names):,} "
+            f"classes, {len(val):,} for validation, {len(test):,} for testing"
+            + {"": ".", "val": " (the validation images).", "train": " (the training images, as there are no others)."}[
+                instead
+            ]
         )
 
     def _split_off(self, labelled: Labelled, held_out: int) -> tuple[Labelled, Labelled]:
@@ -217,9 +221,9 @@ class ImageFolderDataModule(ResumableDataModule):
         expected = None if self.trainer is None else getattr(self.trainer.lightning_module, "num_classes", None)
         if expected not in (None, len(self.class_names)):
             raise ValueError(
-                f"{self.root} has images of {len(self.class_names):,} classes ({', '.join(self.class_names[:3])}, ...), the model "
-                f"has num_classes={expected}: set it, and the backbone's, to {len(self.class_names)}, or name the model's "
-                "classes with the data module's classes."
+                f"{self.root} has images of {len(self.class_names):,} classes ({', '.join(self.class_names[:3])}, ...), but the model "
+                f"has num_classes={expected}. Set it and that of the backbone to {len(self.class_names)}, or list the classes of the "
+                "model in the classes of the data module."
             )
 
     def _dataset(self, split: str) -> ImageDataset:

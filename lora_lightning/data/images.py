@@ -76,7 +76,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(
-            f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, a limit against files made to fill the memory. Make it "
+            f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, a limit that protects the memory. Make it "
             "smaller, or raise PIL.Image.MAX_IMAGE_PIXELS."
         ) from None
     except Exception as error:  # noqa: BLE001 - decoders raise whatever comes of a damaged file
@@ -84,5 +84,5 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         if path.stat().st_size == 0:
             reason = "it is empty"
         raise ValueError(
-            f"{path} is damaged, or no {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} image ({reason}). Remove or replace it."
+            f"{path} is damaged, or not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} image ({reason}). Remove or replace it."
         ) from None

@@ -20,7 +20,7 @@ class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, inputs: Tensor, targets: Tensor) -> None:
         if len(inputs) != len(targets):
-            raise ValueError(f"{len(inputs)} inputs for {len(targets)} targets; expected as many of both.")
+            raise ValueError(f"{len(inputs)} inputs for {len(targets)} targets; expected the same number of both.")
         self.inputs = inputs
         self.targets = targets
 

@@ -84,8 +84,8 @@ class MNISTDataModule(ResumableDataModule):
             _check_digits(name, value)
         if digits is not None and focus is not None:
             raise ValueError(
-                f"digits={digits} and focus={focus} exclude each other: digits filters the training data, focus mixes "
-                "it with all others. Give one of the two."
+                f"digits={digits} and focus={focus} cannot be combined: digits filters the training data, and focus "
+                "mixes it with all others. Use one of the two."
             )
         if focus is not None and len(focus) == 10:
             raise ValueError(f"focus={focus} leaves no other digit to mix in; select fewer digits.")
@@ -146,7 +146,7 @@ class MNISTDataModule(ResumableDataModule):
         if len(dataset):
             return self.eval_loader(dataset, **full_batches())
         if self.trainer is not None and self.trainer.state.fn == "validate":
-            raise ValueError(f"val_fraction={self.val_fraction} holds nothing out to validate on; set it above 0.")
+            raise ValueError(f"val_fraction={self.val_fraction} leaves no digits for validation; set it above 0.")
         return []
 
     @override
@@ -178,7 +178,7 @@ class MNISTDataModule(ResumableDataModule):
     @staticmethod
     def preprocessing_in_words() -> str:
         """Return a description of the preprocessing."""
-        return f"Grey values of 28 x 28 pixels from 0 to 1, less {MEAN}, divided by {STD}; float32 of shape (B, 1, 28, 28)."
+        return f"Grey values of 28 x 28 pixels from 0 to 1, minus {MEAN}, divided by {STD}; float32 of shape (B, 1, 28, 28)."
 
     def description(self) -> str:
         """Return a description of the data and, if the sample replaces the full database, the reason."""

@@ -61,7 +61,7 @@ def prepare(data_dir: Path, source: Source, download: bool) -> str:
     if reason and source == "full":
         raise RuntimeError(
             f"source=full: the full MNIST is not in {_raw_folder(data_dir)} and could not be downloaded ({reason}). "
-            "Put its four files there, set data_dir to where they are, or use the embedded digits with source=sample."
+            "Copy its four files there, set data_dir to their folder, or use the embedded digits with source=sample."
         )
     return f"the full MNIST is not in {_raw_folder(data_dir)} and could not be downloaded: {reason}" if reason else ""
 
@@ -105,7 +105,7 @@ def _read_full(data_dir: Path, split: str) -> InMemoryDataset:
     counts = [_check_size(path, item) for path, item in zip(paths, ((28, 28), ()), strict=True)]
     if counts[0] != counts[1]:
         raise ValueError(
-            f"{paths[0]} holds {counts[0]} images, but {paths[1]} holds {counts[1]} labels. Remove both and run again "
+            f"{paths[0]} contains {counts[0]} images, but {paths[1]} contains {counts[1]} labels. Remove both and run again "
             "to download them again."
         )
     if counts[0] == _COUNTS[split]:
@@ -129,15 +129,15 @@ def _check_size(path: Path, item: tuple[int, ...]) -> int:
     advice = "Remove it and run again to download it."
     if len(header) < 4 + 4 * dimensions or header[:4] != bytes([0, 0, 8, dimensions]):
         raise ValueError(
-            f"{path} is not an IDX file of {dimensions} dimension(s): it begins with {header[:4]!r}. {advice}"
+            f"{path} is not an IDX file of {dimensions} dimension(s): it starts with {header[:4]!r}. {advice}"
         )
     count, *shape = struct.unpack(f">{dimensions}I", header[4:])
     expected = len(header) + count * math.prod(item)
     if tuple(shape) != item or count == 0:
-        raise ValueError(f"{path} holds {count} items of shape {tuple(shape)}; expected shape {item}. {advice}")
+        raise ValueError(f"{path} contains {count} items of shape {tuple(shape)}; expected shape {item}. {advice}")
     if path.stat().st_size != expected:
         raise ValueError(
-            f"{path} has {path.stat().st_size} bytes; its header announces {expected}: it is truncated or damaged. "
+            f"{path} has {path.stat().st_size} bytes, and {expected} according to its header: it is truncated or damaged. "
             f"{advice}"
         )
     return int(count)
@@ -150,14 +150,14 @@ def _warn_of_other_contents(paths: list[Path]) -> None:
             digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if digest != _DIGESTS[path.name]:
             rank_zero_warn(
-                f"{path} is not MNIST's (MD5 {digest}, expected {_DIGESTS[path.name]}): it is damaged, or of another data "
-                "set. If it should be MNIST's, remove it and run again to download it."
+                f"{path} is not the file of MNIST (MD5 {digest}, expected {_DIGESTS[path.name]}): it is damaged, or belongs to another "
+                "data set. To download the file of MNIST, remove it and run again."
             )
 
 
 def _check_digits(targets: Tensor, path: Path) -> None:
     if int(targets.max()) > 9:
-        raise ValueError(f"{path} holds the label {int(targets.max())}; expected digits from 0 to 9.")
+        raise ValueError(f"{path} contains the label {int(targets.max())}; expected digits from 0 to 9.")
 
 
 def _download(data_dir: Path) -> str:

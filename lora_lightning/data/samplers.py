@@ -108,7 +108,7 @@ class ReplaySampler(DistributedSampler[int]):
         if not 0 < focus_fraction < 1:
             raise ValueError(f"focus_fraction={focus_fraction!r}: expected a share above 0 and below 1.")
         if batch_size < 2:
-            raise ValueError(f"batch_size={batch_size}: a batch of focus and other samples has at least 2.")
+            raise ValueError(f"batch_size={batch_size}: a batch needs at least 2 samples, one in focus and one other.")
         self.focus_rows = is_focus.nonzero().flatten()
         self.other_rows = (~is_focus).nonzero().flatten()
         self.focus_per_batch = min(max(round(batch_size * focus_fraction), 1), batch_size - 1)
@@ -118,7 +118,7 @@ class ReplaySampler(DistributedSampler[int]):
         steps = len(self.other_rows) // (self.others_per_batch * num_replicas)
         if not len(self.focus_rows) or not steps:
             raise ValueError(
-                f"{len(self.focus_rows)} focus and {len(self.other_rows)} other samples do not fill one batch of "
+                f"{len(self.focus_rows)} focus and {len(self.other_rows)} other samples are not enough for one batch of "
                 f"{self.focus_per_batch} + {self.others_per_batch} on each of {num_replicas} device(s)."
             )
         self.steps = steps

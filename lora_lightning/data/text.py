@@ -116,8 +116,8 @@ class TextDataModule(ResumableDataModule):
         expected = None if self.trainer is None else getattr(self.trainer.lightning_module, "num_classes", None)
         if expected not in (None, len(self.class_names)):
             raise ValueError(
-                f"{self.files['train']} has {len(self.class_names)} classes ({', '.join(self.class_names[:3])}, ...), the model "
-                f"has num_classes={expected}: set it, and the backbone's, to {len(self.class_names)}."
+                f"{self.files['train']} has {len(self.class_names)} classes ({', '.join(self.class_names[:3])}, ...), but the "
+                f"model has num_classes={expected}. Set it and that of the backbone to {len(self.class_names)}."
             )
         if stage == "predict" and self.predict is not None:
             texts, _ = read_texts(Path(self.predict), self.text_column, None)
@@ -142,9 +142,7 @@ class TextDataModule(ResumableDataModule):
         if len(dataset):
             return self.eval_loader(dataset, **full_batches())
         if self.trainer is not None and self.trainer.state.fn == "validate":
-            raise ValueError(
-                f"val_fraction={self.val_fraction} holds nothing out to validate on, and val is not given."
-            )
+            raise ValueError(f"val_fraction={self.val_fraction} leaves no texts for validation, and val is not given.")
         return []
 
     @override
@@ -187,7 +185,7 @@ class TextDataModule(ResumableDataModule):
         if unknown := Counter(label for label in labels if label not in index):
             label, count = unknown.most_common(1)[0]
             raise ValueError(
-                f"{self.files[split]} has {len(unknown)} labels of no class, {label!r} in {count} rows for one. Expected one of "
+                f"{self.files[split]} has {len(unknown)} labels that are not classes, for example {label!r} in {count} rows. Expected one of "
                 f"{some_of(self.class_names)}."
             )
         return texts, [index[label] for label in labels]
@@ -205,5 +203,7 @@ class TextDataModule(ResumableDataModule):
         modules = [] if self.trainer is None else self.trainer.lightning_module.modules()
         found = next((vars(each)["tokenizer"] for each in modules if "tokenizer" in vars(each)), None)
         if found is None:
-            raise ValueError("The model's backbone has no tokenizer: give TextDataModule one, by hub name or folder.")
+            raise ValueError(
+                "The backbone of the model has no tokenizer: set tokenizer of TextDataModule to a hub name or a folder."
+            )
         return found

@@ -84,7 +84,7 @@ def _stand_in(tokenizer: Any, token_dropout: float) -> int:
     found = tokenizer.unk_token_id if tokenizer.mask_token is None else tokenizer.mask_token_id
     if found is None:
         raise ValueError(
-            f"token_dropout={token_dropout}: {type(tokenizer).__name__} has no mask and no unknown token to put in their "
-            "places. Set it to 0."
+            f"token_dropout={token_dropout}: {type(tokenizer).__name__} has neither a mask token nor an unknown token to "
+            "insert. Set it to 0."
         )
     return int(found)

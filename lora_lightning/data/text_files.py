@@ -26,7 +26,7 @@ def read_texts(path: Path, text_column: str, label_column: str | None) -> tuple[
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; expected texts as .csv, .tsv or .jsonl.")
     if path.suffix.lower() not in _READ:
-        raise ValueError(f"{path} is of an unknown kind; expected one of {', '.join(_READ)}.")
+        raise ValueError(f"{path} has an unknown file type; expected one of {', '.join(_READ)}.")
     texts: list[str] = []
     labels: list[str] = []
     try:
@@ -36,13 +36,13 @@ def read_texts(path: Path, text_column: str, label_column: str | None) -> tuple[
                     known = ", ".join(repr(key) for key in row if key is not None)
                     raise ValueError(f"{path}, row {number}, has no {column!r}. Its columns: {known}.")
             if not str(row[text_column]).strip():
-                raise ValueError(f"{path}, row {number}, has an empty {text_column!r}. Fill it, or remove the row.")
+                raise ValueError(f"{path}, row {number}, has an empty {text_column!r}. Add a text, or remove the row.")
             texts.append(str(row[text_column]))
             labels += [str(row[label_column])] if label_column else []
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not in UTF-8 ({error}). Save it as UTF-8.") from None
     if not texts:
-        raise ValueError(f"{path} has no rows; expected a text in each, in a column {text_column!r}.")
+        raise ValueError(f"{path} has no rows; expected one text per row, in the column {text_column!r}.")
     return texts, labels
 
 
@@ -61,5 +61,5 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}, is not JSON ({error}).") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}, is {type(row).__name__}; expected an object.")
+                raise ValueError(f"{path}, line {number}, is a {type(row).__name__}; expected an object.")
             yield number, row

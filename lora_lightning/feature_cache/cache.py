@@ -105,7 +105,7 @@ class PrefixCache:
         except NotCacheableError as reason:
             self._ended, self._features, self._seen = True, {}, set()
             warnings.warn(
-                f"Features of the frozen prefix are not stored: {reason} Training goes on without.", stacklevel=2
+                f"Features of the frozen prefix are not stored: {reason} Training continues without them.", stacklevel=2
             )
             return
         answer = (_replay if features.knows(digests) else _record)(features, digests)
@@ -128,8 +128,8 @@ class PrefixCache:
         self._seen.update(digests)
         if self.samples is not None and len(self._seen) > self.samples:
             raise NotCacheableError(
-                f"{len(self._seen)} different inputs of a training set of {self.samples} samples mean that they differ between epochs, as "
-                "with augmentation."
+                f"there are {len(self._seen)} different inputs, but only {self.samples} training samples, so inputs differ between epochs, as with "
+                "augmentation."
             )
 
     def _find(self, args: Any, kwargs: Any, size: int) -> Prefix:
@@ -153,7 +153,7 @@ class PrefixCache:
         for step, output in usual.items():
             if not equal(tree_map_only(Tensor, lambda value: value[rows], output), other[step]):
                 raise NotCacheableError(
-                    f"the output of {step.name!r} for a sample depends on the batch that it is in, if only by rounding."
+                    f"the output of {step.name!r} for a sample depends on the other samples in its batch, at least in its rounding."
                 )
 
     def _kept_of(self, prefix: Prefix, args: Any, kwargs: Any) -> dict[Step, Any]:
@@ -185,7 +185,7 @@ def _taken_apart(args: Any, kwargs: Any) -> tuple[list[Tensor], tuple[Any, ...]]
     if len(sizes) != 1 or None in sizes:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "no tensors"
         raise NotCacheableError(
-            f"the first dimension of all inputs has to count the samples, but their shapes are {shapes}."
+            f"the first dimension of all inputs has to be the number of samples, but their shapes are {shapes}."
         )
     others = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
     layout = tuple((tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)

@@ -71,7 +71,7 @@ def find_prefix(module: nn.Module, call: Callable[[], Any], samples: int) -> Pre
     computes = any(True for step in steps for _ in step.module.parameters())
     if not computes or not _is_enough(steps, call, expected):
         raise NotCacheableError(
-            f"{type(module).__name__} has no frozen prefix before {ended_by}. Put adapters into later layers only."
+            f"{type(module).__name__} has no frozen prefix before {ended_by}. Adapt later layers only."
         )
     for step in steps:
         if all(leaf.is_floating_point() for leaf in tree_leaves(step.output)):  # others have no NaN to show by

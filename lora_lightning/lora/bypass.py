@@ -32,7 +32,7 @@ class LoRABypass(LoRALayer):
     def lora_refusal(cls, layer: nn.Module, weight: Tensor, config: LoRAConfig) -> str | None:
         if kind_of(layer).lora_is_inside:
             return None
-        return f"is a {type(layer).__name__}, which gets an adapter of its own: a bypass goes around a module of layers"
+        return f"is a {type(layer).__name__}, which gets its own adapter; a bypass is for a module that contains layers"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         base = super(LoRALayer, self).forward(*args, **kwargs)
@@ -45,8 +45,8 @@ class LoRABypass(LoRALayer):
         expected = self.lora_A.shape[1], self.lora_B.shape[0]
         if sizes != expected:
             raise ValueError(
-                f"bypass={expected} does not fit: a sample of this module has {sizes} numbers in input and output. Give it "
-                "the sizes of the flattened input and output."
+                f"bypass={expected} does not fit this module: the flattened input and output of a sample have the sizes {sizes}. "
+                "Use these sizes."
             )
         x = input.flatten(1).to(self.lora_A.dtype)
         if self.lora_dropout and self.training:

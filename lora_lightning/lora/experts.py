@@ -63,7 +63,7 @@ class ExpertsParameter(AdaptedParameter):
     @classmethod
     def lora_refusal(cls, layer: nn.Module, weight: Tensor, config: LoRAConfig) -> str | None:
         if config.variants:
-            return "holds a matrix for each expert, which take plain LoRA alone: use neither DoRA nor PiSSA"
+            return "contains one matrix per expert, for which only plain LoRA is supported: use neither DoRA nor PiSSA"
         return super().lora_refusal(layer, weight, config)
 
     def lora_delta_weight(self, weight: Tensor) -> Tensor:

@@ -62,7 +62,9 @@ def check_lr_ratio(lr_ratio: float) -> float:
         ValueError: If it is not at least 1, or not finite.
     """
     if not 1 <= lr_ratio < float("inf"):
-        raise ValueError(f"lr_ratio={lr_ratio!r}: expected B's learning rate over A's, at least 1, for example 16.")
+        raise ValueError(
+            f"lr_ratio={lr_ratio!r}: expected the ratio of the learning rates of B and A, at least 1, for example 16."
+        )
     return lr_ratio
 
 

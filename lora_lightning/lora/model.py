@@ -138,9 +138,9 @@ def select(module: nn.Module, config: LoRAConfig) -> list[AdaptedWeight]:
 def _refusal(each: AdaptedWeight, config: LoRAConfig) -> str | None:
     weight = each.weight
     if weight is None:
-        return "computes its weight from other parameters (as pruning and weight normalization do): make that permanent"
+        return "computes its weight from other parameters (as pruning and weight normalization do): make this permanent first"
     if is_lazy(weight):
-        return "has no weight yet: run a batch through the model"
+        return "has no weight yet: run a batch through the model first"
     if not each.kind.lora_is_packed and (not weight.is_floating_point() or dense(weight).itemsize < 2):
         return f"has a weight of {weight.dtype}: expected float16 or above, or one quantized by torchao or bitsandbytes"
     if weight.dim() < 2:
@@ -200,7 +200,7 @@ def attachment_of(module: nn.Module) -> Attachment:
     if isinstance(found := vars(module).get("_lora_attachment"), Attachment):
         return found
     inner = [name for name, child in module.named_modules() if "_lora_attachment" in vars(child)]
-    hint = f"Its submodule {inner[0]!r} has: use that one." if inner else "Call attach(module, config) first."
+    hint = f"Its submodule {inner[0]!r} has adapters: pass that one." if inner else "Call attach(module, config) first."
     raise ValueError(f"This {type(module).__name__} has no adapters of its own. {hint}")
 
 

@@ -84,8 +84,8 @@ def add_weighted_adapter(module: nn.Module, weights: Mapping[str, float], name: 
     names = adapter_names(module)
     if any(other not in names for other in weights) or name in names or not weights:
         raise ValueError(
-            f"Can't combine {list(weights)} as {name!r}: this {type(module).__name__} has adapters named "
-            f"{', '.join(names)}. Name some of these, and a new name for their sum."
+            f"Cannot combine {list(weights)} as {name!r}: this {type(module).__name__} has adapters named "
+            f"{', '.join(names)}. Use some of these, and a new name for the result."
         )
     terms: dict[str, list[tuple[Tensor, Tensor]]] = {}
     inside: list[str] = []
@@ -133,8 +133,8 @@ def add_adapter(module: nn.Module, config: LoRAConfig, name: str) -> list[str]:
     """Attach adapters to a module with other adapters, which become inactive."""
     if name in adapter_names(module):
         raise ValueError(
-            f"This {type(module).__name__} has adapters already, on {[each.name for each in adapted_weights(module)]}. "
-            "Call detach(module) or merge(module) first, or give these another name."
+            f"This {type(module).__name__} already has adapters on {[each.name for each in adapted_weights(module)]}. "
+            "Call detach(module) or merge(module) first, or give the new adapters another name."
         )
     with bare(module):
         selected = select(module, config)

@@ -53,8 +53,8 @@ def settle(module: nn.Module, group: Any = None) -> None:
         late = [name for name in names if not is_distributed(each.adapter._parameters[name])]
         if late and each.layer in sharded and weight.device_mesh.ndim > 1:
             raise ValueError(
-                f"{each.name} is distributed by fully_shard and by tensor parallelism, and was adapted after it. Make the layers "
-                "in __init__, for the adapters to be distributed with them."
+                f"Layer {each.name!r} was adapted after it was distributed by both fully_shard and tensor parallelism. Create the layers "
+                "in __init__, so that the adapters are distributed with them."
             )
         for name in late:
             value = each.adapter.get_parameter(name)

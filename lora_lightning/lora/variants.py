@@ -24,7 +24,7 @@ class PiSSA(LoRALayer):
     @classmethod
     def lora_refusal(cls, layer: nn.Module, weight: Tensor, config: LoRAConfig) -> str | None:
         finite = bool(dense(weight).isfinite().all())
-        return None if finite else "has weights that are not finite, of which PiSSA can't take singular values"
+        return None if finite else "has weights that are not finite, so PiSSA cannot compute singular values"
 
     def lora_start(self, weight: Tensor, rank: int, config: LoRAConfig) -> tuple[Tensor, Tensor]:
         matrix = self.lora_matrix(self.lora_dense(weight).detach().to(torch.promote_types(weight.dtype, torch.float32)))
@@ -104,9 +104,9 @@ class QKV(LoRALayer):
     @classmethod
     def lora_refusal(cls, layer: nn.Module, weight: Tensor, config: LoRAConfig) -> str | None:
         if config.use_dora or config.init == "pissa":
-            return f"can't have qkv={config.qkv!r} with DoRA or PiSSA, which change all rows of a weight"
+            return f"cannot combine qkv={config.qkv!r} with DoRA or PiSSA, which change all rows of a weight"
         if any("query_key_value" in name for name in (config.target_modules, *config.target_modules)):
-            return f"may have query, key and value of one head after those of another: qkv={config.qkv!r} takes them for blocks"
+            return f"may interleave query, key and value by head, but qkv={config.qkv!r} expects three blocks"
         sizes = [getattr(layer, name, 0) for name in ("out_features", "in_features")]
         rows, columns = sizes if all(sizes) else sorted(weight.flatten(1).shape, reverse=True)
         expected = f"expected three times as many outputs as inputs for qkv={config.qkv!r}"

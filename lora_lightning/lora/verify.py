@@ -42,7 +42,7 @@ def verify_adapters(module: nn.Module, *inputs: Any, **keywords: Any) -> None:
         raise ValueError(f"This {type(module).__name__} has no adapters to verify. Call attach(module, config) first.")
     if not all(each.adapter.lora_active for each in found):
         raise ValueError(
-            f"The adapters of this {type(module).__name__} are disabled or merged. Verify them outside of that."
+            f"The adapters of this {type(module).__name__} are disabled or merged. Verify them while they are enabled."
         )
 
     def call() -> list[Tensor]:

@@ -53,9 +53,9 @@ class AdaptedParameter(LoRALayer):
     @classmethod
     def lora_refusal(cls, layer: nn.Module, weight: Tensor, config: LoRAConfig) -> str | None:
         if config.dropout:
-            return f"computes with its weight itself, where dropout={config.dropout} can't be applied: use dropout=0"
+            return f"uses its weight directly, so dropout={config.dropout} cannot be applied: use dropout=0"
         if isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            return f"is in a {type(layer).__name__}, which would take the adapter for one of its modules"
+            return f"is in a {type(layer).__name__}, which would treat the adapter as one of its modules"
         return None
 
 

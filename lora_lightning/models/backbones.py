@@ -52,7 +52,7 @@ def image_backbone(name: str, weights: str | None = None, num_classes: int | Non
         Classifier(image_backbone("vgg19", weights="IMAGENET1K_V1"), num_classes=1000)
     """
     if num_classes is not None and num_classes < 2:
-        raise ValueError(f"num_classes={num_classes}: a classifier has at least 2.")
+        raise ValueError(f"num_classes={num_classes}: expected at least 2.")
     weights = none_of_words(weights)
     library, _, rest = name.partition("/")
     if library == "timm":
@@ -119,9 +119,7 @@ def _from_timm(name: str, weights: str | None, num_classes: int | None) -> nn.Mo
     preprocessing = timm.data.create_transform(**config, is_training=False)
     head = network.pretrained_cfg.get("classifier")
     if not isinstance(head, str):
-        raise ValueError(
-            f"timm/{name} has {head or 'no layer'} for a classifier; expected a network with one last layer."
-        )
+        raise ValueError(f"timm/{name} has {head or 'no layer'} as its classifier; expected a single last layer.")
     return _finished(network, preprocessing, num_classes, head)
 
 
@@ -173,9 +171,9 @@ def _finished(network: nn.Module, preprocessing: Any, num_classes: int | None, n
         new_head = name
         parent, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(parent), leaf, _like(head, num_classes))
-    # Not as a submodule, which a preprocessing may be: it is none of the network's.
+    # Not as a submodule, even if the preprocessing is a module: it does not belong to the network.
     vars(network).update(preprocessing=preprocessing, new_head=new_head)
-    return network.train()  # the transformers library hands it out in evaluation mode
+    return network.train()  # the transformers library returns it in evaluation mode
 
 
 def _like(head: nn.Module, num_classes: int) -> nn.Module:
@@ -184,7 +182,7 @@ def _like(head: nn.Module, num_classes: int) -> nn.Module:
         return nn.Conv2d(head.in_channels, num_classes, kernel_size=1, bias=head.bias is not None)
     if not isinstance(head, nn.Linear):
         raise ValueError(
-            f"The last layer is {head}; expected a linear layer or a convolution of size 1, to be replaced."
+            f"The last layer is {head}; expected a linear layer or a convolution of size 1, which can be replaced."
         )
     return nn.Linear(head.in_features, num_classes, bias=head.bias is not None)
 

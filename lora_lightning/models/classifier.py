@@ -46,7 +46,7 @@ class Classifier(LightningModule):
     ) -> None:
         super().__init__()
         if num_classes is not None and num_classes < 2:
-            raise ValueError(f"num_classes={num_classes}: a classifier has at least 2.")
+            raise ValueError(f"num_classes={num_classes}: expected at least 2.")
         self.backbone = backbone
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -121,7 +121,7 @@ class Classifier(LightningModule):
     def _total_steps(self) -> int:
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
-            raise ValueError("OneCycle needs to know when the run ends: give the Trainer max_epochs or max_steps.")
+            raise ValueError("OneCycle needs the length of the run: set max_epochs or max_steps of the Trainer.")
         return int(total)
 
     def _step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,7 +129,7 @@ class Classifier(LightningModule):
         logits = self(inputs)
         if self.num_classes not in (None, logits.shape[1]):
             raise ValueError(
-                f"The backbone gives {logits.shape[1]} logits, but num_classes={self.num_classes}: set both to the same."
+                f"The backbone returns {logits.shape[1]} logits, but num_classes={self.num_classes}: set both to the same number."
             )
         return logits, targets, F.cross_entropy(logits, targets)
 

@@ -31,7 +31,7 @@ def text_backbone(
         OSError: If the model does not exist.
     """
     if num_classes is not None and num_classes < 2:
-        raise ValueError(f"num_classes={num_classes}: a classifier has at least 2.")
+        raise ValueError(f"num_classes={num_classes}: expected at least 2.")
     weights = none_of_words(weights)
     if weights not in (None, "pretrained"):
         raise ValueError(f"weights={weights!r}: expected 'pretrained', or null for random ones.")
@@ -55,7 +55,7 @@ def text_backbone(
         assert num_classes is not None
         network, new_head = MeanPooling(network, num_classes), ["classifier"]
     vars(network).update(tokenizer=tokenizer, new_head=new_head)
-    network.train()  # the library hands it out in evaluation mode
+    network.train()  # the library returns it in evaluation mode
     return network  # type: ignore[no-any-return]
 
 

@@ -33,11 +33,11 @@ def check_name(path: Path) -> None:
         return
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    # Digits alone may as well be a date, unless torchvision itself gave the name.
+    # Only digits may be a date, unless the name comes from torchvision.
     if not digest.startswith(found[1]) and not found[1].isdecimal():
         raise ValueError(
-            f"{path} is damaged, or not the file that its name says: its SHA-256 begins with {digest[: len(found[1])]}, not "
-            f"{found[1]}. Remove it, and get it again."
+            f"{path} is damaged, or another file: its SHA-256 starts with {digest[: len(found[1])]} instead of {found[1]}, as in its name. "
+            "Remove it, and download it again."
         )
 
 
@@ -51,7 +51,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path} is damaged or no safetensors file ({error}). Choose another one.") from None
+            raise ValueError(f"{path} is damaged or not a safetensors file ({error}). Choose another one.") from None
     with explain_damage(path):
         in_archive = zipfile.is_zipfile(path)  # torchvision's oldest files are not
     if in_archive:
@@ -62,8 +62,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return content
     found = f"a dictionary of {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else type(content)
     raise ValueError(
-        f"{path} holds {found}; expected a state dict, names and tensors alone. A Lightning checkpoint goes to "
-        "LoRAFinetuning's base_checkpoint."
+        f"{path} contains {found}; expected a state dict with only names and tensors. Pass a Lightning checkpoint as "
+        "base_checkpoint of LoRAFinetuning."
     )
 
 
@@ -117,13 +117,15 @@ def _build(builder: Callable[..., nn.Module], entry: Any, file: Path) -> nn.Modu
         return builder(weights=entry)
     except URLError as error:
         raise RuntimeError(
-            f"{entry.url} can't be downloaded ({error.reason}). Put the file to {file}, give its path as weights, or "
+            f"{entry.url} cannot be downloaded ({error.reason}). Save the file as {file}, set weights to its path, or "
             "use weights: null for random ones."
         ) from None
     except RuntimeError as error:
         if "invalid hash value" not in str(error):
             raise
-        raise ValueError(f"{entry.url}: what was downloaded is not the file that its name says ({error}).") from None
+        raise ValueError(
+            f"{entry.url}: the downloaded file does not match the checksum in its name ({error})."
+        ) from None
 
 
 def _file_name(entry: Any) -> str:

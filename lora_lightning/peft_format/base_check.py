@@ -54,7 +54,7 @@ def check_base(
             "the weights of the base."
         )
     message = (
-        f"The adapter in {folder} was trained on another base: {what}. Its outputs here are not those of the training. Use the "
+        f"The adapter in {folder} was trained on another base: {what}. Its outputs will differ from those in training. Use the "
         "configuration, seed and base checkpoint of the training."
     )
     if strict:
@@ -69,11 +69,11 @@ def _difference(
     for key, value in saved.items():
         own = state[key]
         if own.shape != value.shape:
-            return f"its {key} is of shape {tuple(value.shape)}, this one's of {tuple(own.shape)}"
+            return f"its {key} has the shape {tuple(value.shape)}, that of this base {tuple(own.shape)}"
         # In whichever precision is the lower one, they have to be the same.
         dtype = own.dtype if own.itemsize <= value.itemsize else value.dtype
         if own.is_floating_point() and not torch.equal(own.detach().cpu().to(dtype), value.to(dtype)):
-            return f"the folder holds {key} of that base, and it is not this one's"
+            return f"{key} in the folder differs from that of this base"
     expected = metadata.get(_BASE)
     if expected is None:
         return None
@@ -83,4 +83,4 @@ def _difference(
     sample = metadata.get(_SAMPLE)
     if sample is not None and is_in_another_precision(module, sample, but):
         return "precision"
-    return f"its fingerprint was {expected[:12]}, this one's is {found[:12]}"
+    return f"its fingerprint is {expected[:12]}, that of this base {found[:12]}"

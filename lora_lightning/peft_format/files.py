@@ -51,9 +51,9 @@ def read_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text())
     except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable as JSON ({error}). Write the adapter again.") from None
+        raise ValueError(f"{path} is not valid JSON ({error}). Write the adapter again.") from None
     if not isinstance(description, dict):
-        raise ValueError(f"{path} holds a {type(description).__name__}; expected an adapter's configuration.")
+        raise ValueError(f"{path} contains a {type(description).__name__}; expected the configuration of an adapter.")
     return description
 
 
@@ -79,7 +79,7 @@ def read_content(path: Path, description: dict[str, Any], module: nn.Module) -> 
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}). Write the adapter again.") from None
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}). Write the adapter again.") from None
     # A flipped bit in the checksum's own name must not pass for a file of PEFT's, which has none.
     written_here = any(key.startswith("lora_lightning") for key in metadata)
     if written_here and metadata.get(_DIGEST) != _digest(tensors, metadata):
@@ -94,8 +94,8 @@ def read_content(path: Path, description: dict[str, Any], module: nn.Module) -> 
     }
     foreign = [key for key in tensors if key not in own and key not in saved and key not in base]
     if foreign or not own:
-        found = f"holds {', '.join(foreign[:5])}" if foreign else "is empty"
-        raise ValueError(f"{path} {found}; expected keys like '{PREFIX}<layer>.lora_A.weight' alone.")
+        found = f"contains {', '.join(foreign[:5])}" if foreign else "is empty"
+        raise ValueError(f"{path} {found}; expected only keys like '{PREFIX}<layer>.lora_A.weight'.")
     return Content(*({names[key]: tensors[key] for key in names} for names in (own, saved, base)))
 
 

@@ -175,7 +175,7 @@ def _what_is_adapted(
         trained = [name for name in modules if name in saved and name.endswith(tuple(saved_names))]
         if saved_names and not trained:
             raise ValueError(
-                f"The adapter in {folder} comes with modules_to_save={saved_names}, none of which is in this {type(module).__name__}."
+                f"The adapter in {folder} comes with modules_to_save={saved_names}, none of which exists in this {type(module).__name__}."
             )
         config = configuration(description, folder / CONFIG_NAME, module, list(names), trained)
         known = candidates(module, config)
@@ -213,7 +213,11 @@ def _check_shapes(
         )
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         grouped = any(getattr(each.layer, "groups", 1) > 1 for each in selected)
-        why = " Of a grouped convolution, PEFT's adapter mixes the groups: it is none of this layer." if grouped else ""
+        why = (
+            " PEFT's adapter of a grouped convolution mixes the groups, so it does not fit this layer."
+            if grouped
+            else ""
+        )
         raise ValueError(f"The adapter in {folder} does not fit this {type(module).__name__}: {listed}{more}.{why}")
 
 
@@ -228,8 +232,8 @@ def _use_if_alike(
     if attached != described or attachment_of(module).config.use_dora != config.use_dora:
         set_adapter(module, in_use)
         raise ValueError(
-            f"The adapter in {folder} is another than the one attached (layers with their scale alpha / rank): "
-            f"{described} in the folder, {attached} attached. Call detach(module) first, or give it another name."
+            f"The adapter in {folder} differs from the attached one (layers with their scale alpha / rank): "
+            f"{described} in the folder, {attached} attached. Call detach(module) first, or load it under another name."
         )
 
 
@@ -246,8 +250,8 @@ def _warn_where_peft_is_wrong(module: nn.Module, folder: Path) -> None:
     wrong = unknown_to_peft(module)
     if wrong:
         warnings.warn(
-            f"PEFT wrote {folder}, and computes otherwise with its adapters of {', '.join(wrong)}: it drops a convolution's "
-            "dilation and padding mode (PEFT issue 3697), counts an attention's output projection twice (3774), passes by "
-            "weights that are read, or drops layers of a mixture of experts. Here they are W + s B A.",
+            f"{folder} was written by PEFT, whose outputs differ for the adapters of {', '.join(wrong)}: PEFT ignores the dilation and "
+            "padding mode of a convolution (PEFT issue 3697), applies the output projection of an attention twice (3774), or ignores "
+            "weights that a module reads itself and layers of a mixture of experts. Here they compute W + s B A.",
             stacklevel=3,
         )

@@ -164,7 +164,7 @@ def check_method(description: dict[str, Any], where: object) -> None:
     if isinstance(init := description.get("init_lora_weights"), str) and init not in _ONLY_DRAWS_A:
         unsupported.append(f"init_lora_weights={init!r} (may have changed the base)")
     if unsupported:
-        raise ValueError(f"{where} asks for what can't be loaded here: {', '.join(unsupported)}.")
+        raise ValueError(f"{where} has settings that cannot be loaded: {', '.join(unsupported)}.")
 
 
 def configuration(
@@ -196,7 +196,7 @@ def configuration(
             bypass=(bypass[0], bypass[1]) if bypass else None,
         )
     except KeyError as error:
-        raise ValueError(f"{where} has no entry {error}; expected r and lora_alpha.") from None
+        raise ValueError(f"{where} does not have the entry {error}; expected r and lora_alpha.") from None
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{where}: {error}") from None
 

@@ -52,7 +52,7 @@ def model_card(
     lines = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n",
         f"# LoRA adapter{f' of {base}' if base else ''}\n",
-        f"- Rank {description['r']}, alpha {description['lora_alpha']:g}, {parameters:,} numbers.",
+        f"- Rank {description['r']}, alpha {description['lora_alpha']:g}, {parameters:,} parameters.",
         f"- Layers: {which or 'see `adapter_config.json`'}.",
         *(f"- {name}: {value:.4g}" for name, value in (metrics or {}).items()),
         f"- Written by lora-lightning {lora_lightning.__version__}.\n",

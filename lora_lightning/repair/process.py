@@ -99,7 +99,7 @@ class Repair:
 
     def _candidates(self) -> dict[tuple[int, float | None], Trained]:
         if self.settings.adapter is not None:
-            say(f"[bold]3. LoRA[/]: {escape(str(self.settings.adapter))}, as it is.")
+            say(f"[bold]3. LoRA[/]: adapters from {escape(str(self.settings.adapter))}, without training.")
             loaded = self.runs.load(self.task, self.base, self.settings.adapter, self.data)
             return {(attachment_of(adapted(loaded)).config.rank, None): loaded}
         return {
@@ -127,7 +127,7 @@ class Repair:
             plain = self.task.plain_base(self.settings.base, self.runs.folder / "base")
             if self.settings.adapter is not None and plain != self.settings.base:
                 raise ValueError(
-                    f"{self.settings.base} holds adapters; with --adapter, expected the plain checkpoint that these were trained on."
+                    f"{self.settings.base} contains adapters; with --adapter, expected the plain checkpoint that they were trained on."
                 )
             return plain
         say(f"[bold]1. Base[/]: {escape(self.task.recipe)}.")
@@ -184,7 +184,7 @@ def broken_guarantees(base_unchanged: bool, disabled: list[int], base: list[int]
     """
     broken = [] if base_unchanged else ["the frozen base changed."]
     if disabled != base:
-        broken.append(f"with its adapters off the model makes {disabled} errors, the base {base}.")
+        broken.append(f"with disabled adapters, the model makes {disabled} errors per class, and the base {base}.")
     return broken
 
 

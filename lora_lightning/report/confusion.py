@@ -33,7 +33,9 @@ class Confusion:
     def __post_init__(self) -> None:
         size = len(self.class_names)
         if tuple(self.matrix.shape) != (size, size):
-            raise ValueError(f"A confusion matrix of shape {tuple(self.matrix.shape)} for {size} class names.")
+            raise ValueError(
+                f"The confusion matrix has the shape {tuple(self.matrix.shape)}, but there are {size} class names."
+            )
 
     @cached_property
     def total(self) -> int:

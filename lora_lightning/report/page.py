@@ -175,20 +175,20 @@ class Section:
         worst = model.weakest() if model.total else 0
         if base is None:
             return [
-                f"The model makes {sum(model.errors):,} errors on {model.total:,} samples: {model.accuracy:.2%} are right.",
+                f"The model makes {sum(model.errors):,} errors on {model.total:,} samples: {model.accuracy:.2%} are correct.",
                 f"Its weakest class is {self.name_of(worst)!r}: {model.errors[worst]:,} of {model.support[worst]:,} are wrong.",
             ]
         changes = [before - after for before, after in zip(base.errors, model.errors, strict=True)]
         most = max(range(len(changes)), key=lambda index: abs(changes[index]))
         errors = f"{sum(base.errors):,} wrong and the adapted model {sum(model.errors):,}"
         found = [
-            f"Of {model.total:,} samples the base gets {errors}: accuracy {base.accuracy:.2%} → {model.accuracy:.2%}.",
-            f"What changed most is {self.name_of(most)!r}: {base.errors[most]:,} errors before, {model.errors[most]:,} after.",
+            f"Of {model.total:,} samples, the base gets {errors}: accuracy {base.accuracy:.2%} → {model.accuracy:.2%}.",
+            f"The largest change is in {self.name_of(most)!r}: {base.errors[most]:,} errors before, {model.errors[most]:,} after.",
         ]
         if pairs is not None:
             p = "" if pairs.p is None else f" (McNemar's exact test of base against adapted: p = {pairs.p:.2g})"
             what = "Samples" if pairs.are_independent else "Parts of samples"
-            found.append(f"{what} that were fixed: {pairs.fixed:,}; that broke: {pairs.broke:,}{p}.")
+            found.append(f"{what} that were fixed: {pairs.fixed:,}; that became wrong: {pairs.broke:,}{p}.")
         return found
 
     @property

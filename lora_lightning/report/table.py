@@ -54,7 +54,7 @@ def _caption(model: Confusion, shown: int) -> str | None:
         return None
     if shown == with_samples:
         return f"the other {classes - shown:,} classes have no samples"
-    return f"{shown} of lowest recall, of {classes:,} classes; confusion.csv has all"
+    return f"the {shown} of {classes:,} classes with the lowest recall; confusion.csv contains all"
 
 
 def _signed(change: int) -> Text:

@@ -92,20 +92,20 @@ class AdapterContent:
         """
         if description is None:
             raise ValueError(
-                f"{path} is a full checkpoint; with LoRAFinetuning, ckpt_path takes one that holds adapters. Give this "
-                "one as LoRAFinetuning's base_checkpoint."
+                f"{path} is a full checkpoint, but with LoRAFinetuning, ckpt_path is a checkpoint of adapters. Pass this "
+                "one as base_checkpoint of LoRAFinetuning."
             )
         saved, attached = description["adapters"], self._adapters()
         if saved != attached:
             raise ValueError(
-                f"{path} holds other adapters than the model has. In the checkpoint: {_summary(saved)}; attached: "
-                f"{_summary(attached)}. Give LoRAFinetuning the rank, alpha, targets and variant of the checkpoint."
+                f"{path} contains adapters that differ from those of the model. In the checkpoint: {_summary(saved)}; attached: "
+                f"{_summary(attached)}. Configure LoRAFinetuning with the rank, alpha, targets and variant of the checkpoint."
             )
         if description["base_fingerprint"] != self.base_fingerprint:
             raise ValueError(
-                f"{path} holds adapters of another base: trained on {description['base_path']} (fingerprint "
-                f"{description['base_fingerprint'][:12]}), but the model's base is {self.base_path} "
-                f"({self.base_fingerprint[:12]}). Set LoRAFinetuning's base_checkpoint to the first."
+                f"{path} contains adapters of another base: they were trained on {description['base_path']} (fingerprint "
+                f"{description['base_fingerprint'][:12]}), but the base of the model is {self.base_path} "
+                f"({self.base_fingerprint[:12]}). Set base_checkpoint of LoRAFinetuning to the first one."
             )
 
     def base_keys(self) -> set[str]:
@@ -221,7 +221,7 @@ def not_finite(state: Mapping[str, Tensor]) -> list[str]:
 def not_written(path: object, names: list[str]) -> str:
     """Return the error message for a checkpoint whose adapters of these names are not finite."""
     return (
-        f"{path} is not written: {some_of(map(repr, names))} hold NaN or infinity. Checkpoints that were written before are kept. "
+        f"{path} is not written: {some_of(map(repr, names))} contain NaN or infinity. Checkpoints that were written before are kept. "
         "Lower the learning rate, or clip gradients with gradient_clip_val."
     )
 

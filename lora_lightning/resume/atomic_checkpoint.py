@@ -64,8 +64,8 @@ class AtomicCheckpointIO(CheckpointIO):
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
             raise OSError(
-                f"The checkpoint {path} could not be written ({error.strerror or error}). Earlier checkpoints are intact. Make "
-                "room or choose another folder, then go on with --ckpt_path last."
+                f"The checkpoint {path} could not be written ({error.strerror or error}). Earlier checkpoints are intact. Free "
+                "some space or choose another folder, then resume with --ckpt_path last."
             ) from error
 
     @override

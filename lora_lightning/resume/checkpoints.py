@@ -35,10 +35,10 @@ def newest_checkpoint(path: str | os.PathLike[str]) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist; expected a checkpoint, or a log folder that holds one.")
+        raise FileNotFoundError(f"{path} does not exist; expected a checkpoint, or a log folder that contains one.")
     found = sorted(path.rglob("*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file))
     if not found:
-        raise FileNotFoundError(f"{path} holds no checkpoint (*.ckpt); run fit first, or name another folder.")
+        raise FileNotFoundError(f"{path} contains no checkpoint (*.ckpt); run fit first, or choose another folder.")
     return found[-1]
 
 
@@ -54,7 +54,7 @@ def newest_adapter(path: str | os.PathLike[str]) -> Path:
     found = sorted(path.rglob(ADAPTER_CONFIG), key=lambda file: (file.stat().st_mtime_ns, file))
     if not found:
         raise FileNotFoundError(
-            f"{path} is not an adapter folder and holds none ({ADAPTER_CONFIG}); expected the folder that fit wrote, a log folder, "
+            f"{path} is not an adapter folder and contains none ({ADAPTER_CONFIG}); expected the folder that fit wrote, a log folder, "
             "or 'none' for the base."
         )
     return found[-1].parent
@@ -102,7 +102,7 @@ def check_file(path: Path) -> None:
     """
     with explain_damage(path):
         if not zipfile.is_zipfile(path):
-            raise ValueError("no archive, as torch.save writes it")
+            raise ValueError("not an archive, as torch.save writes it")
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                 raise ValueError("its entries are larger than the file")
@@ -151,7 +151,7 @@ def explain_damage(path: str | os.PathLike[str]) -> Iterator[None]:
                 "weights_only=False."
             ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is damaged or no checkpoint ({reason}). Choose another one.") from None
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}). Choose another one.") from None
 
 
 def load_base(pl_module: LightningModule, path: Path) -> None:
@@ -164,13 +164,13 @@ def load_base(pl_module: LightningModule, path: Path) -> None:
     if ADAPTER_KEY in checkpoint:
         base = checkpoint[ADAPTER_KEY].get("base_path")
         raise ValueError(
-            f"{path} holds adapters, not a base model. Give base_checkpoint the checkpoint that they were trained on"
-            f"{f' ({base})' if base else ''}, and these adapters as ckpt_path."
+            f"{path} contains adapters instead of a base model. Set base_checkpoint to the checkpoint that they were trained on"
+            f"{f' ({base})' if base else ''}, and pass these adapters as ckpt_path."
         )
     saved: dict[str, Any] = checkpoint["state_dict"]
     if wrong := misfits(saved, pl_module.state_dict()):
         raise ValueError(
-            f"{path} does not fit this {type(pl_module).__name__}: {wrong}. Configure the model as it was trained, or choose "
+            f"{path} does not fit this {type(pl_module).__name__}: {wrong}. Configure the model as in its training, or choose "
             "another base_checkpoint."
         )
     pl_module.load_state_dict(saved)
@@ -193,7 +193,7 @@ def holds_adapters_alone(description: Mapping[str, Any]) -> str:
     """
     base = description.get("base_path") or "the base"
     return (
-        f"This checkpoint holds the adapters of {some_of(description['adapters'])}, and not the network. Build the model, load {base} "
-        "into it, and give the checkpoint as ckpt_path to a trainer with the LoRAFinetuning of its training; or call "
-        "lora_lightning.load_adapter(model.backbone, '<log folder>/adapter'); or `lora-lightning merge` makes a plain checkpoint of both."
+        f"This checkpoint contains the adapters of {some_of(description['adapters'])}, but not the network. Create the model, load {base} "
+        "into it, and pass the checkpoint as ckpt_path to a trainer with the LoRAFinetuning of the training; or call "
+        "lora_lightning.load_adapter(model.backbone, '<log folder>/adapter'); or create a plain checkpoint with `lora-lightning merge`."
     )

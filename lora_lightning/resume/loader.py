@@ -78,9 +78,9 @@ class ResumableLoader(DataLoader[Any]):
             samples = skip * before["batch_size"] * before["devices"]
             skip = min(samples // (now["batch_size"] * now["devices"]), len(self) - 1)
             rank_zero_warn(
-                f"The checkpoint was written after {state['handed_out']} batches of an epoch with {before}; this one has {now}. It goes on "
-                f"after {skip} of its batches, and samples may come twice in this epoch, or not at all. For a run that is bitwise the "
-                "same, resume with the same data, batch size and number of devices, or from the end of an epoch."
+                f"The checkpoint was written after {state['handed_out']} batches of an epoch with {before}; this run has {now}. It "
+                f"continues after {skip} of its batches, so some samples may be used twice in this epoch, or not at all. For bitwise equal "
+                "results, resume with the same data, batch size and number of devices, or from the end of an epoch."
             )
         sampler = self.batches.sampler
         if isinstance(sampler, DistributedSampler):

@@ -69,9 +69,9 @@ def test_adapters_are_bitwise_those_of_a_run_without_it(
     assert same(found, expected)
     assert cached.callback_metrics["val/loss"] == plain.callback_metrics["val/loss"]
     assert skipped < computed
-    assert "Frozen prefix: the output of '2' is computed once a sample and kept," in caplog.text
+    assert "Frozen prefix: the output of '2' is computed once per sample and stored" in caplog.text
     assert f"{64 if 'precision' in arguments else 128} bytes each." in caplog.text
-    assert "First after it comes '3', which draws random numbers." in caplog.text
+    assert "The prefix ends before '3', which draws random numbers." in caplog.text
 
 
 def test_adapters_of_vgg19s_last_two_layers_are_bitwise_those_of_a_run_without_it_or_it_says_why() -> None:

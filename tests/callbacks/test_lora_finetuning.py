@@ -262,7 +262,7 @@ class TestRefusals:
 
     def test_a_base_checkpoint_that_is_not_there(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
-        for name, message in {"no": "no does not exist; expected", "empty": "empty holds no checkpoint"}.items():
+        for name, message in {"no": "no does not exist; expected", "empty": "empty contains no checkpoint"}.items():
             trainer = make_trainer(LoRAFinetuning(base_checkpoint=tmp_path / name))
             self.refuse(trainer, message, FileNotFoundError)
 
@@ -279,22 +279,23 @@ class TestRefusals:
     def test_a_damaged_base(self, make_trainer: MakeTrainer, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "bad.ckpt").write_bytes(content)
         trainer = make_trainer(LoRAFinetuning(base_checkpoint=tmp_path / "bad.ckpt"))
-        self.refuse(trainer, "bad.ckpt is damaged or no checkpoint")
+        self.refuse(trainer, "bad.ckpt is damaged or not a checkpoint")
 
     def test_a_truncated_base(self, make_trainer: MakeTrainer, base: Path) -> None:
         path = newest_checkpoint(base)
         path.write_bytes(path.read_bytes()[:-100])
-        self.refuse(make_trainer(LoRAFinetuning(base_checkpoint=base)), "is damaged or no checkpoint")
+        self.refuse(make_trainer(LoRAFinetuning(base_checkpoint=base)), "is damaged or not a checkpoint")
 
     def test_adapters_given_as_base_and_a_base_given_as_adapters(self, make_trainer: MakeTrainer, base: Path) -> None:
         trainer, _, _ = finetune(make_trainer, base)
         adapter_path = trainer.checkpoint_callback.best_model_path
         self.refuse(
-            make_trainer(LoRAFinetuning(base_checkpoint=adapter_path)), "holds adapters, not a base model. Give base_"
+            make_trainer(LoRAFinetuning(base_checkpoint=adapter_path)),
+            "contains adapters instead of a base model. Set base_",
         )
         self.refuse(
             make_trainer(LoRAFinetuning(base_checkpoint=base)),
-            "is a full checkpoint; with LoRAFinetuning, ckpt_path takes one that holds adapters",
+            "is a full checkpoint, but with LoRAFinetuning, ckpt_path is a checkpoint of adapters",
             ckpt_path=newest_checkpoint(base),
         )
 
@@ -304,7 +305,7 @@ class TestRefusals:
         make_trainer(ModelCheckpoint(other), max_steps=1, logger=False).fit(model(), datamodule=sample())
         self.refuse(
             make_trainer(LoRAFinetuning(rank=1, base_checkpoint=other)),
-            rf"adapters of another base: trained on {callback.base_path} \(fingerprint "
+            rf"adapters of another base: they were trained on {callback.base_path} \(fingerprint "
             rf"{callback.base_fingerprint[:12]}\), but the model's base is {newest_checkpoint(other)}",
             ckpt_path=trainer.checkpoint_callback.best_model_path,
         )

@@ -127,7 +127,7 @@ def test_a_checkpoint_of_another_variant_is_refused(
     base = Tagger()
     make_trainer(LoRAFinetuning(rank=2), ModelCheckpoint(tmp_path / "c"), max_epochs=1).fit(copy.deepcopy(base), data())
     trainer = make_trainer(LoRAFinetuning(rank=2, **other))
-    with pytest.raises(ValueError, match=rf"holds other adapters than the model has\. .*{difference}"):
+    with pytest.raises(ValueError, match=rf"contains adapters that differ from those of the model\. .*{difference}"):
         trainer.test(base, data(), ckpt_path=newest_checkpoint(tmp_path / "c"))
 
 
@@ -188,7 +188,9 @@ def test_lora_plus_keeps_its_ratio_under_any_scheduler_and_after_resuming(
 
 
 def test_a_ratio_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"lr_ratio=0.5: expected B's learning rate over A's, at least 1"):
+    with pytest.raises(
+        ValueError, match=r"lr_ratio=0.5: expected the ratio of the learning rates of B and A, at least 1"
+    ):
         LoRAFinetuning(lr_ratio=0.5)
 
 

@@ -91,7 +91,7 @@ def test_adapters_need_the_plain_base_that_they_were_trained_on(run: Run, texts:
     words = ("--base_checkpoint", "lightning_logs", "--adapter", "lightning_logs", "--accelerator", "cpu")
     code, text = run("repair", "--config", str(texts), *words)
     assert code == 1
-    assert re.search(r"\.ckpt holds adapters; with --adapter, expected the plain checkpoint", text), text
+    assert re.search(r"\.ckpt contains adapters; with --adapter, expected the plain checkpoint", text), text
 
 
 def test_adapters_of_a_repair_train_as_configured_and_the_full_network_at_a_tenth_of_their_rate(
@@ -150,11 +150,11 @@ def test_digits_by_a_configuration_are_repaired(run: Run, workspace: Path) -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data.test", "null"], "The test samples are those that validate"),
+        (["--data.test", "null"], "The test samples are the validation samples"),
         (["--data.val_fraction", "0"], "no validation data"),
         (["--focus", "loan"], "focus='loan': 'loan' is not a class: expected card, money, rate"),
         (["--base_checkpoint", "nowhere"], "nowhere does not exist"),
-        (["--source", "sample"], "source='sample', data_dir='data': the configuration names the data"),
+        (["--source", "sample"], "source='sample', data_dir='data': the configuration defines the data"),
         (["--data.train", "nowhere.csv"], "nowhere.csv"),
         (["--data.trian", "train.csv"], "trian"),
         (["--data", "lightning.pytorch.demos.boring_classes.BoringDataModule"], "BoringDataModule"),
@@ -173,4 +173,4 @@ def test_what_can_t_be_repaired_is_said_before_any_training(
 def test_an_option_of_a_configuration_that_is_not_given_is_an_error(run: Run, workspace: Path) -> None:
     code, text = run("repair", "--data.root", "photos")
     assert code == 1
-    assert "--data.root changes a configuration: name one with --config." in text
+    assert "--data.root changes a configuration, but there is none: add --config." in text

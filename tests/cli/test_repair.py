@@ -162,7 +162,7 @@ def test_the_scale_of_adapters_that_are_there_is_chosen_and_written_into_a_copy(
     before = (trained / "adapter_model.safetensors").read_bytes()
     code, text = run(*common, "--adapter", "logs/repair")
     assert code in (0, 3), text
-    assert "3. LoRA: logs/repair/version_0/adapter, as it is." in text
+    assert "3. LoRA: adapters from logs/repair/version_0/adapter, without training." in text
     assert "Trained: 54,352 of 2,861,362 parameters, 1.936% of the base, before." in text
     scale = re.search(r"Chosen on validation data: rank 8, scale ([\d.]+)\.", text)
     assert scale, text
@@ -232,7 +232,7 @@ def test_bad_input_ends_it_before_the_long_work(run: Run, words: list[str], mess
     [
         ([9, 5], True, []),
         ([9, 5], False, ["the frozen base changed."]),
-        ([9, 4], True, ["with its adapters off the model makes [9, 4] errors, the base [9, 5]."]),
+        ([9, 4], True, ["with disabled adapters, the model makes [9, 4] errors per class, and the base [9, 5]."]),
     ],
 )
 def test_each_guarantee_that_does_not_hold_is_named(disabled: list[int], unchanged: bool, broken: list[str]) -> None:

@@ -70,7 +70,7 @@ def test_a_page_is_made_again_and_of_several_runs_and_overwrites_nothing(tested:
 
 
 @pytest.mark.parametrize(
-    ("folder", "message"), [("nowhere", "nowhere does not exist"), ("empty", "empty holds no run")]
+    ("folder", "message"), [("nowhere", "nowhere does not exist"), ("empty", "empty contains no run")]
 )
 def test_a_folder_without_a_run_is_named(run: Run, folder: str, message: str) -> None:
     Path("empty").mkdir()

@@ -175,7 +175,7 @@ def test_adapters_given_to_lightning_s_own_loading_are_told_with_what_to_call(pr
     assert code == 0, text
     (checkpoint,) = Path("logs/adapt").rglob("*.ckpt")
     with pytest.raises(
-        ValueError, match=r"holds the adapters of backbone.linear1, .*linear3, and not the network"
+        ValueError, match=r"contains the adapters of backbone.linear1, .*linear3, but not the network"
     ) as error:
         Classifier.load_from_checkpoint(checkpoint, backbone=RichBoyNet())
     assert all(each in str(error.value) for each in ("logs/pretrain", "load_adapter", "lora-lightning merge"))

@@ -117,7 +117,7 @@ class TestClasses:
         data = small(draw(Goldfich=1, shark=1, goldfish=1), classes="VGG19_Weights.IMAGENET1K_V1")
         with pytest.raises(
             ValueError,
-            match=r"root has 2 folders of no class: 'Goldfich' \(close: .*goldfish.*\); 'shark' \(close: great white shark, tiger shark",
+            match=r"root has 2 folders that match no class: 'Goldfich' \(close: .*goldfish.*\); 'shark' \(close: great white shark, tiger shark",
         ) as e:
             data.setup("fit")
         assert "Expected names of the 1,000 classes (tench, goldfish, great white shark, ...)." in str(e.value)
@@ -159,7 +159,7 @@ class TestParts:
     def test_a_class_that_was_not_trained_on_is_refused(self, draw: Draw) -> None:
         draw("root/train", cat=1, dog=1)
         root = draw("root/test", dig=1).parent
-        with pytest.raises(ValueError, match=r"test has 1 folder of no class: 'dig' \(close: dog\)"):
+        with pytest.raises(ValueError, match=r"test has 1 folder that matches no class: 'dig' \(close: dog\)"):
             small(root).setup("fit")
 
     def test_without_training_folders_are_refused(self, draw: Draw) -> None:
@@ -190,7 +190,7 @@ class TestParts:
         with caplog.at_level("INFO"):
             small(draw(cat=2, dog=2)).setup("test")
         assert (
-            "4 of 2 of 2 classes to train on, 0 to validate, 4 to test (those trained on: nothing is held out)."
+            "4 for training, from 2 of 2 classes, 0 for validation, 4 for testing (the training images, as there are no others)."
             in caplog.text
         )
 
@@ -201,11 +201,11 @@ class TestParts:
         data = small(draw("root/val", cat=1, dog=2).parent)
         with caplog.at_level("INFO"):
             data.setup("test")
-        assert "3 to validate, 3 to test (those that validate)." in caplog.text
+        assert "3 for validation, 3 for testing (the validation images)." in caplog.text
         assert read(data.test_dataloader()) == read(data.val_dataloader())
 
     def test_nothing_to_validate_on_is_refused(self, draw: Draw, make_trainer: MakeTrainer) -> None:
-        with pytest.raises(ValueError, match=r"root has no folder val, and val_fraction=0.0 holds nothing out"):
+        with pytest.raises(ValueError, match=r"root has no folder val, and val_fraction=0.0 leaves no images"):
             make_trainer().validate(Classifier(nn.Flatten(), num_classes=2), datamodule=small(draw(cat=1, dog=1)))
 
 
@@ -224,7 +224,7 @@ class TestBadFolders:
         path.write_bytes(path.read_bytes()[:50])
         data = small(root, num_workers=num_workers)
         data.setup("fit")
-        with pytest.raises(ValueError, match=r"001.png is damaged, or no"):
+        with pytest.raises(ValueError, match=r"001.png is damaged, or not a"):
             list(data.test_dataloader())
 
     def test_a_class_without_images_is_refused(self, draw: Draw) -> None:
@@ -244,7 +244,7 @@ class TestBadFolders:
     def test_images_without_class_folders_are_refused(self, draw: Draw) -> None:
         root = draw(cat=3) / "cat"
         with pytest.raises(
-            ValueError, match=r"cat has 3 images, but no folders in it; expected a folder of images per class"
+            ValueError, match=r"cat contains 3 images, but no folders; expected a folder of images per class"
         ):
             small(root).setup("fit")
 
@@ -267,7 +267,7 @@ class TestBadFolders:
     def test_a_preprocessing_without_a_tensor_is_named(self, draw: Draw) -> None:
         data = small(draw(cat=1, dog=1), preprocessing=v2.Resize(8))
         data.setup("test")
-        with pytest.raises(ValueError, match=r"The preprocessing made a Image of .*000.png; expected a tensor"):
+        with pytest.raises(ValueError, match=r"The preprocessing returned a Image for .*000.png; expected a tensor"):
             list(data.test_dataloader())
 
 
@@ -362,12 +362,14 @@ class TestPredict:
 
     def test_what_matches_no_image_is_refused(self, draw: Draw) -> None:
         data = small(draw(cat=1, dog=1), predict="*.tiff")
-        with pytest.raises(FileNotFoundError, match=r"\*.tiff is or matches no image; expected an image \(.jpg"):
+        with pytest.raises(
+            FileNotFoundError, match=r"\*.tiff is not an image and matches none; expected an image \(.jpg"
+        ):
             data.setup("predict")
 
     def test_a_file_that_is_no_image_is_refused(self, draw: Draw, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("fish food")
-        with pytest.raises(ValueError, match=r"notes.txt is damaged, or no"):
+        with pytest.raises(ValueError, match=r"notes.txt is damaged, or not a"):
             small(draw(cat=1, dog=1), predict=tmp_path / "notes.txt").setup("predict")
 
 
@@ -427,7 +429,7 @@ def test_the_focus_has_its_share_of_each_batch(draw: Draw, focus: str | list[str
 @pytest.mark.parametrize(
     ("focus", "message"),
     [
-        (["dgo"], r"focus=\['dgo'\]: 'dgo' is none of the classes \(cat, dog\)"),
+        (["dgo"], r"focus=\['dgo'\]: 'dgo' is not one of the classes \(cat, dog\)"),
         (["cat", "dog"], "expected at least one class, and at least one other class to mix in"),
         ([], "expected at least one class"),
     ],

@@ -76,16 +76,18 @@ def test_a_truncated_image_is_refused_by_name(extension: str, tmp_path: Path) ->
     noise.save(file, format={"jpg": "JPEG"}.get(extension, extension.upper()))
     path = tmp_path / f"holiday.{extension}"
     path.write_bytes(file.getvalue()[: len(file.getvalue()) // 2])
-    with pytest.raises(ValueError, match=rf"holiday.{extension} is damaged, or no JPEG, PNG, WEBP or BMP image \(.+\)"):
+    with pytest.raises(
+        ValueError, match=rf"holiday.{extension} is damaged, or not a JPEG, PNG, WEBP or BMP image \(.+\)"
+    ):
         read_image(path)
 
 
 def test_what_is_empty_or_no_image_is_refused_by_its_header(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "notes.jpg").write_text("Buy fish food.")
-    with pytest.raises(ValueError, match=r"empty.jpg is damaged, or no .* image \(it is empty\). Remove"):
+    with pytest.raises(ValueError, match=r"empty.jpg is damaged, or not a .* image \(it is empty\). Remove"):
         check_image(tmp_path / "empty.jpg")
-    with pytest.raises(ValueError, match=r"notes.jpg is damaged, or no .* image \(cannot identify image file\)"):
+    with pytest.raises(ValueError, match=r"notes.jpg is damaged, or not a .* image \(cannot identify image file\)"):
         check_image(tmp_path / "notes.jpg")
 
 
@@ -93,7 +95,7 @@ def test_what_is_empty_or_no_image_is_refused_by_its_header(tmp_path: Path) -> N
 def test_no_other_decoder_is_asked_whatever_the_name(kind: str, tmp_path: Path) -> None:
     halves("RGB", (255, 0, 0), (0, 0, 255)).save(tmp_path / "a", format=kind)
     (tmp_path / "a").rename(tmp_path / "a.jpg")
-    with pytest.raises(ValueError, match=r"a.jpg is damaged, or no JPEG, PNG, WEBP or BMP image"):
+    with pytest.raises(ValueError, match=r"a.jpg is damaged, or not a JPEG, PNG, WEBP or BMP image"):
         check_image(tmp_path / "a.jpg")
 
 

@@ -195,22 +195,28 @@ class TestDamagedFiles:
     def test_a_truncated_file(self, tmp_path: Path, source: str) -> None:
         path = write_mnist(tmp_path) / "train-images-idx3-ubyte"
         path.write_bytes(path.read_bytes()[:-1])
-        with pytest.raises(ValueError, match=rf"{path} has 31375 bytes; its header announces 31376: it is truncated"):
+        with pytest.raises(
+            ValueError, match=rf"{path} has 31375 bytes, and 31376 according to its header: it is truncated"
+        ):
             ready(source=source, data_dir=tmp_path)
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
             ("train-images-idx3-ubyte", b"", "is not an IDX file of 3 dimension"),
-            ("t10k-labels-idx1-ubyte", b"<html>404</html>", "is not an IDX file of 1 dimension.* begins with b'<htm'"),
+            ("t10k-labels-idx1-ubyte", b"<html>404</html>", "is not an IDX file of 1 dimension.* starts with b'<htm'"),
             ("t10k-images-idx3-ubyte", struct.pack(">4I", 2051, 1, 14, 14), r"items of shape \(14, 14\); expected"),
-            ("train-images-idx3-ubyte", struct.pack(">4I", 2051, 0, 28, 28), "holds 0 items"),
-            ("train-labels-idx1-ubyte", struct.pack(">2I", 2049, 2**32 - 1), "its header announces 4294967303"),
-            ("train-labels-idx1-ubyte", struct.pack(">2I", 2049, 3) + b"123", "holds 40 images, but .* holds 3 labels"),
+            ("train-images-idx3-ubyte", struct.pack(">4I", 2051, 0, 28, 28), "contains 0 items"),
+            ("train-labels-idx1-ubyte", struct.pack(">2I", 2049, 2**32 - 1), "and 4294967303 according to its header"),
+            (
+                "train-labels-idx1-ubyte",
+                struct.pack(">2I", 2049, 3) + b"123",
+                "contains 40 images, but .* contains 3 labels",
+            ),
             (
                 "t10k-labels-idx1-ubyte",
                 struct.pack(">2I", 2049, 20) + b"\x0b" * 20,
-                "holds the label 11; expected digits",
+                "contains the label 11; expected digits",
             ),
         ],
     )
@@ -231,7 +237,7 @@ class TestDamagedFiles:
         ({"digits": [3, 3]}, r"digits=\[3, 3\] repeats a digit; name each once"),
         ({"focus": [True]}, "True is not a digit"),
         ({"eval_digits": [10]}, r"eval_digits=\[10\]: 10 is not a digit"),
-        ({"digits": [1], "focus": [2]}, r"digits=\[1\] and focus=\[2\] exclude each other"),
+        ({"digits": [1], "focus": [2]}, r"digits=\[1\] and focus=\[2\] cannot be combined"),
         ({"focus": list(range(10))}, "leaves no other digit to mix in"),
         ({"focus_fraction": 0.0}, "focus_fraction=0.0: expected a share above 0 and below 1"),
         ({"batch_size": 0}, "batch_size=0: expected at least 1"),

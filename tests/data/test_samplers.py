@@ -63,8 +63,11 @@ def test_every_device_gets_the_share() -> None:
     ("arguments", "message"),
     [
         ({"focus_fraction": 1.0}, "focus_fraction=1.0: expected a share above 0 and below 1"),
-        ({"batch_size": 1}, "batch_size=1: a batch of focus and other samples has at least 2"),
-        ({"is_focus": torch.zeros(9, dtype=torch.bool)}, "0 focus and 9 other samples do not fill one batch of 2 . 2"),
+        ({"batch_size": 1}, "batch_size=1: a batch needs at least 2 samples"),
+        (
+            {"is_focus": torch.zeros(9, dtype=torch.bool)},
+            "0 focus and 9 other samples are not enough for one batch of 2 . 2",
+        ),
         ({"is_focus": torch.ones(9, dtype=torch.bool)}, "9 focus and 0 other samples"),
     ],
 )

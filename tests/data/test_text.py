@@ -210,7 +210,7 @@ class TestBatches:
         ("a.csv", "text,label\n", r"a.csv has no rows"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": \n', r"a.jsonl, line 2, is not JSON"),
         ("a.jsonl", "[1]\n", r"a.jsonl, line 1, is list; expected an object"),
-        ("a.txt", "hello", r"a.txt is of an unknown kind; expected one of .csv, .tsv, .jsonl"),
+        ("a.txt", "hello", r"a.txt has an unknown file type; expected one of .csv, .tsv, .jsonl"),
     ],
 )
 def test_files_that_are_wrong_are_named_with_the_row(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -232,13 +232,13 @@ def test_files_have_quotes_tabs_and_a_byte_order_mark(tmp_path: Path) -> None:
 def test_labels_and_sizes_that_do_not_fit_are_named(
     tiny_bert: str, files: dict[str, Path], make_trainer: MakeTrainer
 ) -> None:
-    with pytest.raises(ValueError, match=r"has 1 labels of no class, 'rate' in \d+ rows"):
+    with pytest.raises(ValueError, match=r"has 1 labels that are not classes, for example 'rate' in \d+ rows"):
         data(files, tokenizer=tiny_bert, classes=["card", "money"]).setup("fit")
-    with pytest.raises(ValueError, match=r"focus=\['rat'\]: 'rat' is none of the classes \(card, money, rate\)"):
+    with pytest.raises(ValueError, match=r"focus=\['rat'\]: 'rat' is not one of the classes \(card, money, rate\)"):
         data(files, tokenizer=tiny_bert, focus=["rat"]).setup("fit")
     with pytest.raises(ValueError, match=r"has 3 classes \(card, money, rate, ...\), the model has num_classes=4"):
         make_trainer().test(Classifier(text_backbone(tiny_bert, 4), num_classes=4), datamodule=data(files))
-    with pytest.raises(ValueError, match="has no tokenizer: give TextDataModule one"):
+    with pytest.raises(ValueError, match="has no tokenizer: set tokenizer of TextDataModule"):
         data(files).setup("fit")
     with pytest.raises(FileNotFoundError, match="is not a file; expected texts"):
         data(files, train="missing.csv").setup("fit")

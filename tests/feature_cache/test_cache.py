@@ -224,7 +224,7 @@ class TestRefused:
         cache = PrefixCache(net, samples=6)
         cache.active = True
         net(torch.randn(4, 3, 4, 4))
-        with pytest.warns(UserWarning, match="8 different inputs of a training set of 6 samples mean that they differ"):
+        with pytest.warns(UserWarning, match="there are 8 different inputs, but only 6 training samples"):
             net(torch.randn(4, 3, 4, 4))
         counted = Counted(net[0])
         net(torch.randn(4, 3, 4, 4))

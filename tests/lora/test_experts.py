@@ -131,7 +131,7 @@ def test_experts_start_as_linear_layers_do() -> None:
 
 @pytest.mark.parametrize("variant", [{"use_dora": True}, {"init": "pissa"}, {"dropout": 0.1}])
 def test_what_experts_can_not_have_is_refused(variant: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"'weight' (holds a matrix for each expert|computes with its weight itself)"):
+    with pytest.raises(ValueError, match=r"'weight' (contains one matrix per expert|uses its weight directly)"):
         attach(Experts(), LoRAConfig(target_modules=[], target_parameters=["weight"], **variant))
 
 

@@ -140,8 +140,8 @@ def test_a_sum_with_a_bypass_is_saved_and_loaded_like_any_other(net: Net, x: Ten
 @pytest.mark.parametrize(
     ("weights", "name", "message"),
     [
-        ({"a": 1.0, "z": 1.0}, "sum", r"Can't combine \['a', 'z'\] as 'sum': this Net has adapters named dora, a"),
-        ({"a": 1.0}, "dora", r"Can't combine \['a'\] as 'dora'"),
+        ({"a": 1.0, "z": 1.0}, "sum", r"Cannot combine \['a', 'z'\] as 'sum': this Net has adapters named dora, a"),
+        ({"a": 1.0}, "dora", r"Cannot combine \['a'\] as 'dora'"),
         ({"a": 1.0, "dora": 1.0}, "sum", r"'dora' cannot be added: they use DoRA"),
     ],
 )
@@ -162,7 +162,7 @@ def test_an_unknown_or_taken_name_is_refused(net: Net) -> None:
     attach(net, A, name="a")
     with pytest.raises(ValueError, match="Net has no adapters named 'z'; it has a"):
         set_adapter(net, "z")
-    with pytest.raises(ValueError, match=r"has adapters already, on .*, or give these another name"):
+    with pytest.raises(ValueError, match=r"already has adapters on .*, or give the new adapters another name"):
         attach(net, B, name="a")
     with pytest.raises(ValueError, match="'nowhere'"):
         attach(net, LoRAConfig(target_modules=["nowhere"]), name="b")

@@ -215,8 +215,8 @@ def test_a_run_of_lightning_trains_these_rows_and_resumes(make_trainer: Callable
             {"qkv": "qv", "target_modules": ["proj"]},
             r"'0.0.proj' has 16 outputs and 16 inputs: expected three times as many",
         ),
-        ({"qkv": "qv", "use_dora": True}, r"'0.0.qkv' can't have qkv='qv' with DoRA or PiSSA"),
-        ({"qkv": "qv", "init": "pissa"}, r"'0.0.qkv' can't have qkv='qv' with DoRA or PiSSA"),
+        ({"qkv": "qv", "use_dora": True}, r"'0.0.qkv' cannot combine qkv='qv' with DoRA or PiSSA"),
+        ({"qkv": "qv", "init": "pissa"}, r"'0.0.qkv' cannot combine qkv='qv' with DoRA or PiSSA"),
         (
             {"qkv": "qv", "target_modules": r".*(query_key_value|qkv)"},
             r"'0.0.qkv' may have query, key and value of one head",

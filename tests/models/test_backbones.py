@@ -69,7 +69,7 @@ class TestTorchvisionsWeights:
     def test_are_refused_if_the_download_has_another_hash(self, published: Path, hub: Path) -> None:
         published.write_bytes(with_a_flipped_bit(published.read_bytes()))
         with pytest.raises(
-            ValueError, match=r"resnet18-.*.pth: what was downloaded is not the file that its name says"
+            ValueError, match=r"resnet18-.*.pth: the downloaded file does not match the checksum in its name"
         ):
             image_backbone("resnet18", "IMAGENET1K_V1")
         assert not list(hub.iterdir())
@@ -77,15 +77,14 @@ class TestTorchvisionsWeights:
     def test_are_refused_if_the_file_that_was_downloaded_has_changed(self, published: Path, hub: Path) -> None:
         image_backbone("resnet18", "IMAGENET1K_V1")
         (hub / published.name).write_bytes(with_a_flipped_bit(published.read_bytes()))
-        with pytest.raises(
-            ValueError, match=rf"{published.name} is damaged, or not the file that its name says: its SHA-256"
-        ):
+        with pytest.raises(ValueError, match=rf"{published.name} is damaged, or another file: its SHA-256"):
             image_backbone("resnet18", "IMAGENET1K_V1")
 
     def test_without_a_network_say_where_the_file_goes(self, published: Path, hub: Path) -> None:
         published.unlink()
         with pytest.raises(
-            RuntimeError, match=rf"can't be downloaded .* Put the file to {hub}/{published.name}, give its path"
+            RuntimeError,
+            match=rf"cannot be downloaded .* Save the file as {hub}/{published.name}, set weights to its path",
         ):
             image_backbone("resnet18", "IMAGENET1K_V1")
 
@@ -100,7 +99,7 @@ class TestTorchvisionsWeights:
 
     def test_of_a_copy_with_another_hash_are_refused(self, published: Path) -> None:
         published.write_bytes(with_a_flipped_bit(published.read_bytes()))
-        with pytest.raises(ValueError, match=rf"{published} is damaged, or not the file that its name says"):
+        with pytest.raises(ValueError, match=rf"{published} is damaged, or another file"):
             image_backbone("resnet18", str(published))
 
 
@@ -148,7 +147,7 @@ class TestAFile:
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [({"state_dict": {}}, "holds a dictionary of state_dict; expected a state dict"), ([1], "holds <class 'list'>; expected")],
+        [({"state_dict": {}}, "contains a dictionary of state_dict; expected a state dict"), ([1], "contains <class 'list'>; expected")],
     )  # fmt: skip
     def test_that_holds_something_else_is_refused(self, content: Any, message: str, tmp_path: Path) -> None:
         torch.save(content, tmp_path / "other.pth")
@@ -213,7 +212,7 @@ class TestHead:
         assert is_adapted(model)
 
     def test_has_two_classes_at_least(self) -> None:
-        with pytest.raises(ValueError, match="num_classes=1: a classifier has at least 2"):
+        with pytest.raises(ValueError, match="num_classes=1: expected at least 2"):
             image_backbone("resnet18", num_classes=1)
 
 

@@ -120,12 +120,12 @@ def test_one_cycle_needs_an_end(make_trainer: Callable[..., Trainer]) -> None:
 
 
 def test_a_classifier_has_two_classes_at_least() -> None:
-    with pytest.raises(ValueError, match="num_classes=1: a classifier has at least 2"):
+    with pytest.raises(ValueError, match="num_classes=1: expected at least 2"):
         Classifier(small(), num_classes=1)
 
 
 def test_a_backbone_of_another_number_of_classes_is_refused(make_trainer: Callable[..., Trainer]) -> None:
-    with pytest.raises(ValueError, match=r"The backbone gives 10 logits, but num_classes=3: set both to the same"):
+    with pytest.raises(ValueError, match=r"The backbone returns 10 logits, but num_classes=3"):
         make_trainer(max_epochs=1).fit(Classifier(small(), num_classes=3), datamodule=sample())
 
 

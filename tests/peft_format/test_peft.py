@@ -193,7 +193,7 @@ class TestRefusals:
     )
     def test_parts_that_are_not_supported(self, folder: Path, entry: dict[str, Any], message: str) -> None:
         edit(folder, **entry)
-        self.refuse(folder, f"asks for what can't be loaded here: {message}")
+        self.refuse(folder, f"has settings that cannot be loaded: {message}")
 
     @pytest.mark.parametrize(
         ("entry", "message"),
@@ -209,22 +209,22 @@ class TestRefusals:
 
     def test_a_configuration_without_rank(self, folder: Path) -> None:
         (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-        self.refuse(folder, "has no entry 'r'; expected r and lora_alpha")
+        self.refuse(folder, "does not have the entry 'r'; expected r and lora_alpha")
 
     @pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])
     def test_a_configuration_that_is_damaged(self, folder: Path, content: str) -> None:
         (folder / "adapter_config.json").write_text(content)
-        self.refuse(folder, "adapter_config.json (is not readable as JSON|holds a list)")
+        self.refuse(folder, "adapter_config.json (is not valid JSON|contains a list)")
 
     @pytest.mark.parametrize("size", [0, 7, 100, -1])
     def test_weights_that_are_truncated(self, folder: Path, size: int) -> None:
         path = folder / "adapter_model.safetensors"
         path.write_bytes(path.read_bytes()[:size])
-        self.refuse(folder, "adapter_model.safetensors is damaged or no safetensors file")
+        self.refuse(folder, "adapter_model.safetensors is damaged or not a safetensors file")
 
     def test_weights_of_another_kind(self, folder: Path) -> None:
         save_file({"weight": torch.zeros(2)}, folder / "adapter_model.safetensors")
-        self.refuse(folder, "holds weight; expected keys like 'base_model.model.<layer>.lora_A.weight' alone")
+        self.refuse(folder, "contains weight; expected only keys like 'base_model.model.<layer>.lora_A.weight'")
 
     def test_another_network(self, folder: Path) -> None:
         self.refuse(
@@ -246,4 +246,4 @@ class TestRefusals:
     def test_other_adapters_than_those_attached(self, folder: Path) -> None:
         net = Net()
         attach(net, LoRAConfig(rank=2, alpha=8))
-        self.refuse(folder, "is another than the one attached .*1.5.* in the folder, .*4.0.* attached", net=net)
+        self.refuse(folder, "differs from the attached one .*1.5.* in the folder, .*4.0.* attached", net=net)

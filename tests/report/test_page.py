@@ -82,8 +82,11 @@ def test_the_page_tells_the_story_in_one_small_file_without_anything_from_outsid
     assert (run / "report.html").stat().st_size < 3_000_000
     text = re.sub(r"\s+", " ", page.text)
     assert "Of 30 samples the base gets 7 wrong and the adapted model 3: accuracy 76.67% → 90.00%." in text
-    assert "What changed most is '<b>dog</b>': 4 errors before, 1 after." in text
-    assert "Samples that were fixed: 6; that broke: 2 (McNemar's exact test of base against adapted: p = 0.29)." in text
+    assert "The largest change is in '<b>dog</b>': 4 errors before, 1 after." in text
+    assert (
+        "Samples that were fixed: 6; that became wrong: 2 (McNemar's exact test of base against adapted: p = 0.29)."
+        in text
+    )
     assert "10 of 1,010 parameters trained, 1.00% of the base" in text
     assert "seed_everything: 7 # <i>" in text
     assert "effective rank" in text
@@ -117,7 +120,7 @@ def test_a_thousand_classes_make_a_page_of_the_worst(tmp_path: Path) -> None:
     write_report(Report("test", Confusion(matrix, names), Confusion(matrix, names), pairs=pairs), tmp_path)
     write_page([tmp_path], tmp_path / "report.html")
     text = Page(tmp_path / "report.html").text
-    assert "Of 1,000 classes the 20 of lowest recall are shown" in text
+    assert "Of 1,000 classes, the 20 with the lowest recall are shown" in text
     assert (tmp_path / "report.html").stat().st_size < 3_000_000
 
 

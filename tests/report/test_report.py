@@ -41,7 +41,7 @@ def test_the_weakest_class_is_the_one_of_lowest_recall_that_has_samples() -> Non
 
 
 def test_names_and_matrix_have_to_fit() -> None:
-    with pytest.raises(ValueError, match=r"shape \(3, 3\) for 2 class names"):
+    with pytest.raises(ValueError, match=r"shape \(3, 3\) but there are 2 class names"):
         Confusion(BEFORE.matrix, ("a", "b"))
 
 
@@ -141,7 +141,7 @@ class TestAThousandClasses:
         ]
         assert "│ all " in text
         assert f"{report.model.total:,}" in text
-        assert "20 of lowest recall, of 1,000 classes; confusion.csv has all" in text
+        assert "20 of 1,000 classes with the lowest recall; confusion.csv contains all" in text
 
     def test_the_figures_count_every_sample(self, report: Report, tmp_path: Path) -> None:
         figures = confusion_figures(report)

@@ -113,7 +113,7 @@ def test_checkpoints(tmp_path: Path) -> None:
         else:
             assert same(loaded, content), f"mutation {seed} is accepted and wrong"
     assert len(messages) > MUTATIONS // 2
-    assert all("mutated.ckpt is damaged or no checkpoint" in message for message in messages)
+    assert all("mutated.ckpt is damaged or not a checkpoint" in message for message in messages)
 
 
 def test_adapter_folders(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_idx_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             else:
                 unchanged = same(read.train.inputs, good.train.inputs) and same(read.train.targets, good.train.targets)
                 unchanged &= same(read.test.inputs, good.test.inputs) and same(read.test.targets, good.test.targets)
-                noticed = any(f"{path.name} is not MNIST's" in str(w.message) for w in caught)
+                noticed = any(f"{path.name} is not the file of MNIST" in str(w.message) for w in caught)
                 assert noticed or unchanged, f"mutation {seed} is accepted and wrong"
         path.write_bytes(files[path])
     assert len(messages) > MUTATIONS // 3
@@ -205,7 +205,7 @@ def test_images(kind: str, tmp_path: Path) -> None:
             assert image.mode == "RGB"
             assert 0 < image.width * image.height <= Image.MAX_IMAGE_PIXELS
     assert len(messages) > MUTATIONS // 4
-    expected = (f"{path} is damaged, or no JPEG", f"{path} has more than")
+    expected = (f"{path} is damaged, or not a JPEG", f"{path} has more than")
     assert all(message.startswith(expected) for message in messages)
 
 
@@ -223,7 +223,7 @@ def test_weights_of_a_backbone(suffix: str, tmp_path: Path) -> None:
         data = mutated(content, seed)
         named.write_bytes(data)
         if data != content:
-            with pytest.raises(ValueError, match="is damaged, or not the file that its name says"):
+            with pytest.raises(ValueError, match="is damaged, or another file"):
                 check_name(named)
         plain.write_bytes(data)
         with contextlib.suppress(ValueError):
