@@ -36,7 +36,7 @@ def write_adapter_folder(
     best = _best_of(trainer) if trainer.is_global_zero else None
     metrics = stage_metrics(trainer, "val") if best is None else best.metrics
     with _trained_as_in(best, trainer, pl_module):
-        content = AdapterFolder(adapted, data, metrics)  # which gathers what is distributed, on all devices
+        content = AdapterFolder(adapted, data, metrics)  # gathers distributed tensors, on all devices
     if trainer.is_global_zero:
         write_to(place, content.write)
     return (place if "://" in place else Path(place)), (f", {best.in_words()}" if best else "")

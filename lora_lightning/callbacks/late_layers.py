@@ -56,7 +56,7 @@ class AfterLayers:
         @wraps(method)
         def then(*args: Any, **kwargs: Any) -> None:
             self.remove()
-            with disabled(pl_module):  # tensor parallelism takes `layer.weight` for the parameter
+            with disabled(pl_module):  # tensor parallelism expects `layer.weight` to be the parameter
                 method(*args, **kwargs)
             if not before:
                 attach()

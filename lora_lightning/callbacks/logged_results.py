@@ -53,7 +53,7 @@ def log_settings(trainer: Trainer, pl_module: LightningModule) -> None:
     """Log the settings of a run as hyper-parameters."""
     for logger in trainer.loggers:
         if is_a(logger, TensorBoardLogger):
-            logger.log_hyperparams(settings(trainer, pl_module), {})  # without a metric of -1
+            logger.log_hyperparams(settings(trainer, pl_module), {})  # otherwise Lightning logs a metric of -1
         else:
             logger.log_hyperparams(settings(trainer, pl_module))
 
@@ -64,7 +64,7 @@ def settings(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined] # Trainer sets it from elsewhere
     configs = [each.config for each in callbacks if isinstance(each, LoRAFinetuning)]
     if is_adapted(pl_module):
-        configs = [attachment_of(backbone_of(pl_module)).config]  # of an adapter folder, perhaps
+        configs = [attachment_of(backbone_of(pl_module)).config]  # which may come from an adapter folder
     for config in configs:
         found |= {name: getattr(config, name) for name in _SETTINGS}
     focus = getattr(getattr(trainer, "datamodule", None), "focus", None)

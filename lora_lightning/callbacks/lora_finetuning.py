@@ -147,7 +147,7 @@ class LoRAFinetuning(Callback):
         if self.lr_ratio != 1:
             for optimizer in trainer.optimizers:
                 self._handles += keep_lr_ratio(optimizer, self.adapted, self.lr_ratio)
-        # Not in setup: a precision like bf16-true has converted the base since.
+        # Not in setup, since a precision such as bf16-true converts the base after it.
         self._frozen = FrozenBase(self.adapted)
         if self._checkpoints is not None:
             self._checkpoints.content.at_start = self._frozen.updatable
@@ -162,7 +162,7 @@ class LoRAFinetuning(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._random_state.on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if batch_idx == 0:  # after the other callbacks have begun the epoch
+        if batch_idx == 0:  # after the other callbacks have started the epoch
             assert self.adapted is not None
             check_optimizers(trainer, pl_module, self.adapted)
             restore_statistics(trainer, pl_module)
@@ -246,7 +246,7 @@ class LoRAFinetuning(Callback):
         assert self._frozen is not None
         self.adapter_folder, of_best = write_adapter_folder(trainer, pl_module, self.adapted)
         self._handover.put(trainer, self.adapted, self.adapter_folder)
-        trainer.strategy.barrier("adapter folder")  # it is there once fit returns, on every device
+        trainer.strategy.barrier("adapter folder")  # so that it exists on every device when fit returns
         frozen, updated = self._frozen.changed()
         if frozen:
             raise RuntimeError(
@@ -283,7 +283,7 @@ class LoRAFinetuning(Callback):
         self.adapted = backbone_of(pl_module)
         self._updated = set()
         self._handover.take(self.adapted)
-        # Without a seed each process has a base of its own, until `ddp` gives all of them that of the first one.
+        # Without a seed, each process has a different base until `ddp` broadcasts that of the first one.
         digest = base_fingerprint(self.adapted)
         self.base_fingerprint = trainer.strategy.broadcast(digest) if trainer.world_size > 1 else digest
         rank_zero_info(what_trains(self.adapted))

@@ -75,7 +75,7 @@ class PredictionWriter(BasePredictionWriter):
             )
             return
         samples = list(batch_indices or _sampled(trainer, batch_idx, dataloader_idx))
-        if len(samples) != len(logits):  # an iterable data set has no numbers
+        if len(samples) != len(logits):  # the samples of an iterable data set have no indices
             seen = sum(each.loader == dataloader_idx for each in self._predictions)
             first = trainer.global_rank + trainer.world_size * seen
             samples = list(range(first, first + trainer.world_size * len(logits), trainer.world_size))
@@ -105,7 +105,7 @@ class PredictionWriter(BasePredictionWriter):
             self._report(trainer)
 
     def _report(self, trainer: Trainer) -> None:
-        log_dir = trainer.log_dir if trainer.loggers else None  # every device is asked for it
+        log_dir = trainer.log_dir if trainer.loggers else None  # all devices have to call log_dir
         if not trainer.is_global_zero or not self._predictions:
             return
         data = getattr(trainer, "datamodule", None)

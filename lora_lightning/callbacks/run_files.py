@@ -39,7 +39,7 @@ class RecordedMetrics:
         if every and trainer.global_step % every == 0:
             metrics: dict[str, Any] = dict(trainer.logged_metrics)
             groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-            for group in groups[:1]:  # there is none if configure_optimizers returned None
+            for group in groups[:1]:  # empty if configure_optimizers returned None
                 self._log(trainer, metrics, "lr", float(group["lr"]))
             self._record(trainer, metrics)
 

@@ -26,10 +26,10 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.M
         ValueError: If adapters are in no optimizer, or if an optimizer has other trained parameters. The message names them.
     """
     if not any(optimizer.param_groups for optimizer in trainer.optimizers):
-        return  # the module steps with optimizers of its own, or does not train, of which Lightning warns
+        return  # the module uses its own optimizers, or does not train, and Lightning warns
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     if held and held.isdisjoint({id(parameter) for parameter in pl_module.parameters()}):
-        return  # a strategy like DeepSpeed's has given them copies of its own
+        return  # a strategy such as DeepSpeed's replaced the parameters with copies
     ours = {id(parameter) for parameter in adapter_parameters(adapted)}
     trainable = {name: id(p) for name, p in pl_module.named_parameters() if p.requires_grad}
     module = type(pl_module).__name__

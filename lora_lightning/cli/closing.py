@@ -27,7 +27,7 @@ def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
     """
     if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         return
-    folder = getattr(trainer.logger, "log_dir", None)  # that of the trainer would wait for all devices
+    folder = getattr(trainer.logger, "log_dir", None)  # trainer.log_dir would wait for all devices
     lines: dict[str, str] = {}
     if stage := _STAGES.get(command):
         lines[stage] = ", ".join(f"{name} {value:.4g}" for name, value in stage_metrics(trainer, stage).items())
@@ -43,7 +43,9 @@ def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined] # likewise
             if isinstance(callback, LoRAFinetuning) and callback.adapter_folder:
                 lines["adapter"] = str(callback.adapter_folder)
-                lines["base"] = callback.base_in_words  # the line that says so is one that a bar may write over
+                lines["base"] = (
+                    callback.base_in_words
+                )  # repeated, since a progress bar may overwrite the line that says so
         if lines["checkpoint"]:
             lines["next"] = shlex.join(_test_of(words, lines["checkpoint"]))
     show_lines(lines)

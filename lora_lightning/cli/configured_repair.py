@@ -65,7 +65,7 @@ class Configured:
     def model(self, way: Way = "adapters") -> Classifier:
         """Return the configured model. Full fine-tuning uses a tenth of the configured learning rate, which is meant for adapters."""
         model: Classifier = self._read().model
-        vars(model.backbone)["new_head"] = None  # the base has trained it
+        vars(model.backbone)["new_head"] = None  # it is trained as part of the base
         if way == "full network":
             configured = model.optimizer
 

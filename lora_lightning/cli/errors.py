@@ -36,7 +36,7 @@ def explain(error: BaseException, words: Sequence[str] = ()) -> str:
         error, found = found, found.__cause__ or found.__context__
     message = str(found or error)
     if re.match(r"Caught \w+ in DataLoader worker process", message):
-        # With a traceback of the worker's, at whose end the message stands.
+        # The message is at the end of the traceback of the worker.
         message = message.rpartition(f"\n{type(found or error).__name__}: ")[2]
     text = " ".join(message.split())
     if text.startswith("Expected"):
@@ -72,7 +72,7 @@ def _with_file(text: str, words: Sequence[str]) -> str:
             except yaml.YAMLError:
                 return text.replace(_NO_NAME, name)
             except (OSError, ValueError):
-                continue  # it is no file, but YAML itself
+                continue  # it is YAML instead of a file name
     return text
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
-# A wheel contains them in the package, a clone of the repository next to it.
+# They are inside the package in a wheel, and next to it in a clone of the repository.
 _SHIPPED = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
 TOPICS = {
     "mnist": ("pretrain a network on MNIST, adapt it to a digit", ("configs/pretrain.yaml", "configs/adapt.yaml")),

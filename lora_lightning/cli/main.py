@@ -53,13 +53,13 @@ _SWITCHED_BY: dict[str, type] = {"enable_progress_bar": ProgressBar, "enable_che
 _NOISE = (
     # Data in memory needs no workers.
     ".*does not have many workers.*",
-    # val_fraction=0 leaves nothing to validate on, on purpose.
+    # val_fraction=0 leaves no validation data, on purpose.
     "Total length of `list` across ranks is zero.*",
     # Arguments given by a Python caller are not a mistake.
     "LightningCLI's args parameter is intended to run from within Python.*",
-    # A test or a resumed run has a log folder of its own, on purpose.
+    # A test or a resumed run has its own log folder, on purpose.
     "The dirpath has changed from.*",
-    # Lightning 2.6.6 under PyTorch 2.15; nothing that a user could change.
+    # Raised by Lightning 2.6.6 with PyTorch 2.15. Users cannot change it.
     ".*isinstance\\(treespec, LeafSpec\\).*",
 )
 _ADVERTISEMENT = "Tip: For seamless"
@@ -111,7 +111,7 @@ class LoRALightningCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        # What `verbose` prints comes rounded at the end of the run.
+        # The metrics that `verbose` prints are shown, rounded, at the end of the run.
         commands = LightningCLI.subcommands()
         return commands | {name: commands[name] | {"verbose"} for name in ("validate", "test")}
 
@@ -130,7 +130,7 @@ class LoRALightningCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults({"trainer.enable_model_summary": False})  # it counts no FLOPs without an example input
+        parser.set_defaults({"trainer.enable_model_summary": False})  # it cannot count FLOPs without an example input
         parser.add_argument("--adapter", type=str | None, help=_ADAPTER_HELP)
         if self.function is not None:
             parser.add_function_arguments(self.function, skip=set(_OBJECTS))
@@ -202,7 +202,7 @@ class LoRALightningCLI(LightningCLI):
         path, callbacks = settings.get("ckpt_path"), settings.trainer.callbacks
         each = callbacks if isinstance(callbacks, list) else [callbacks]
         if command == "predict" and path is None and settings.adapter is None and any(map(is_lora_finetuning, each)):
-            path = "last"  # untrained adapters are not what was asked for
+            path = "last"  # instead of untrained adapters
         if path == "last":
             folder = _log_folder(settings.trainer.logger)
             found = last_checkpoint(folder)
@@ -244,7 +244,7 @@ def main(args: list[str] | None = None) -> int:
     tune_for_cpu()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # progress bars and tables have characters that not every encoding has
+            stream.reconfigure(errors="replace")  # not every encoding has the characters of progress bars and tables
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
     # Both packages log with the logger of the one that was imported last.
@@ -259,7 +259,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"(--help lists the options; {DEBUG_VARIABLE}=1 shows the traceback.)", file=sys.stderr)
         return 2 if isinstance(error, ArgumentError) else 1
     except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning answers Ctrl-C by closing its loggers and leaving with code 1.
+        # On Ctrl-C, Lightning closes its loggers and exits with code 1.
         if isinstance(stop, SystemExit) and not isinstance(stop, SIGTERMException) and stop.code != 1:
             raise
         go_on = " --ckpt_path last resumes from there." if words[:1] == ["fit"] else ""
@@ -284,7 +284,7 @@ def _run(words: list[str], args: list[str] | None) -> int:
     cli = LoRALightningCLI(args)
     show_closing(cli.trainer, str(cli.subcommand), words)
     if distributed.is_available() and distributed.is_initialized():
-        # Lightning leaves gloo's threads running, and a process that exits then may abort: torchrun's other nodes would
+        # Lightning leaves the threads of gloo running, and the process may abort when it exits. Other nodes of torchrun would
         # wait five minutes for it.
         distributed.destroy_process_group()
     return 0

@@ -66,7 +66,7 @@ def load_merged(trainer: Trainer, model: LightningModule, callback: LoRAFinetuni
     """Load the base and the adapters into the model as a trainer does, and merge them."""
     trainer.strategy.connect(model)
     callback.setup(trainer, model, "test")
-    if callback.adapted is None:  # the layers are made in a hook that a trainer would call
+    if callback.adapted is None:  # the layers are created in a hook that a trainer would call
         model.setup("test")
         model.configure_model()
     files = trainer.strategy.checkpoint_io

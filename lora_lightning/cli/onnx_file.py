@@ -42,10 +42,10 @@ def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: 
     model.eval()
     named = {"input": example} if isinstance(example, Tensor) else dict(example)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the exporter's own modules
+        warnings.simplefilter("ignore")  # raised by the modules of the exporter
         program = torch.onnx.export(
             model,
-            (example, {}),  # a mapping in the last place would be keyword arguments
+            (example, {}),  # a mapping as the last argument would be keyword arguments
             input_names=list(named),
             output_names=["logits"],
             dynamo=True,
@@ -77,7 +77,7 @@ def example_input(trainer: Trainer, model: LightningModule, datamodule: Lightnin
     if datamodule is None:
         raise ValueError("ONNX needs an example input: give --data, or a model with an example_input_array.")
     trainer.strategy.connect(model)
-    datamodule.trainer = trainer  # from which it gets the tokenizer of the model
+    datamodule.trainer = trainer  # to get the tokenizer of the model
     datamodule.prepare_data()
     datamodule.setup("test")
     batch = datamodule.on_after_batch_transfer(next(iter(datamodule.test_dataloader())), 0)

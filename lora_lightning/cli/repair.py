@@ -39,7 +39,7 @@ def repair_command(words: list[str]) -> int:
     """Run `repair` with its arguments and return the exit code."""
     of_config, own = divide(words)
     given = vars(repair_parser().parse_args(own))
-    given.pop("config")  # which is in the help alone
+    given.pop("config")  # which is only for the help
     return repair(**given, of_config=of_config)
 
 
@@ -124,7 +124,7 @@ def repair(
         raise ValueError(f"steps={steps}: expected at least 1.")
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: expected at least 1.")
-    for each_rank in ranks:  # what can't be is refused before the long work
+    for each_rank in ranks:  # invalid values are refused before the training
         LoRAFinetuning(rank=each_rank)
     for each_share in shares:
         check_share(each_share)

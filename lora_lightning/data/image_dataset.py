@@ -54,7 +54,7 @@ class ImageDataset(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         """Return a full batch. `DataLoader` calls this once instead of `__getitem__` for each sample."""
-        # A device without samples gets a batch of the right shape with none in it.
+        # A device without samples gets an empty batch of the right shape.
         inputs = self._stack(indices) if indices else self._stack([0])[:0]
         return inputs if self.targets is None else (inputs, self.targets[torch.tensor(indices, dtype=torch.long)])
 

@@ -63,7 +63,7 @@ def stratified_split(targets: Tensor, held_out: int, seed: int) -> tuple[Tensor,
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(targets), generator=generator)
     by_class = [shuffled[targets[shuffled] == label] for label in torch.unique(targets)]
-    # Row number k of a class with n rows stands at (k + 1/2) / n: taking the lowest of all takes the same share of each.
+    # Row k of a class with n rows has the position (k + 1/2) / n, so the lowest positions contain the same share of each class.
     position = torch.cat([(torch.arange(len(rows), dtype=torch.float64) + 0.5) / len(rows) for rows in by_class])
     chosen = torch.cat(by_class)[position.argsort(stable=True)[:held_out]]
     mask = torch.zeros(len(targets), dtype=torch.bool)

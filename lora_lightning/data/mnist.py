@@ -162,7 +162,7 @@ class MNISTDataModule(ResumableDataModule):
         images, targets = batch
         if images.dtype != torch.uint8:
             return batch
-        # (x / 255 - mean) / std in one pass over new memory and one in place.
+        # (x / 255 - mean) / std in one pass to new memory and one in place.
         images = images.unsqueeze(1).to(torch.float32)
         images = images.sub_(255 * MEAN).div_(255 * STD)
         if self.trainer is not None and self.trainer.training:
@@ -171,7 +171,7 @@ class MNISTDataModule(ResumableDataModule):
                 images = torch.cat([images, distort(images)])
                 targets = torch.cat([targets, torch.full_like(targets, -100)])
         if self.trainer is not None:
-            # Lightning converts a batch to bf16-true or 64-true before it comes here, and leaves uint8 alone.
+            # Lightning has converted the batch to bf16-true or 64-true before this hook, except for uint8.
             images = self.trainer.precision_plugin.convert_input(images)
         return images, targets
 

@@ -34,7 +34,7 @@ class ResumableDataModule(LightningDataModule):
                 raise ValueError(f"{name}={size!r}: expected at least 1.")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
-        # With fewer samples to test on than devices, some of these have none.
+        # With fewer test samples than devices, some devices have no samples.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._train_loader: ResumableLoader | None = None
         self._resume_from: dict[str, Any] = {}
@@ -58,7 +58,7 @@ class ResumableDataModule(LightningDataModule):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # The loader's own interface for this is not asked if a scheduler has counted the steps of the run before.
+        # Lightning does not call the interface of the loader for this if a scheduler has counted the steps of the run before.
         self._resume_from = state_dict
 
     def placement(self) -> dict[str, int]:
@@ -74,12 +74,12 @@ class ResumableDataModule(LightningDataModule):
         placement = self.placement()
         sampler: Sampler[int] = SequentialSampler(dataset)  # type: ignore[arg-type]
         if placement["num_replicas"] > 1:
-            # Lightning's default repeats samples to give every device as many: counts would not be exact.
+            # The default of Lightning repeats samples, so that all devices have the same number, and counts would not be exact.
             sampler = UnrepeatedSampler(size, num_replicas=placement["num_replicas"], rank=placement["rank"])
         loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, generator=torch.Generator(), **arguments)
         if isinstance(sampler, UnrepeatedSampler) and not len(sampler):
-            # Lightning would skip the whole pass on a device without a batch, and leave the others waiting for it: here
-            # it gets one without samples. DataLoader has this set by its constructor alone; there, it would hide the sampler.
+            # Lightning would skip a device without batches while the others wait for it, so it gets an empty batch. Only the
+            # constructor of DataLoader accepts a batch_sampler, but would then hide the sampler.
             object.__setattr__(loader, "batch_sampler", _EmptyBatch(sampler, batch_size, drop_last=False))
         return loader
 

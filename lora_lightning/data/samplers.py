@@ -35,7 +35,7 @@ class ShuffledSampler(DistributedSampler[int]):
         order = torch.randperm(len(self.dataset), generator=_generator(self.seed, self.epoch))  # type: ignore[arg-type]
         missing = self.total_size - len(order)
         if missing:
-            # All devices take the same number of steps: the last ones start the order again.
+            # All devices take the same number of steps, so the last ones repeat the first samples of the order.
             order = torch.cat([order, order[:missing]])
         return iter(order[self.rank :: self.num_replicas].tolist())
 
@@ -68,7 +68,7 @@ class LengthGroupedSampler(DistributedSampler[int]):
         parts = torch.split(order, _WINDOW * self.global_batch)
         windows = [each[self.lengths[each].argsort(stable=True)] for each in parts]
         batches = torch.split(torch.cat(windows), self.global_batch)
-        # A batch that is not full stays the last one: on several devices, each takes its share of every batch.
+        # An incomplete batch stays the last one. With several devices, each device takes its share of every batch.
         full = len(order) // self.global_batch
         places = [*torch.randperm(full, generator=generator).tolist(), *range(full, len(batches))]
         mixed = torch.cat([batches[place] for place in places])
@@ -139,7 +139,7 @@ class ReplaySampler(DistributedSampler[int]):
         if self.lengths is not None:
             focus, others = (_by_length(rows, self.lengths, _WINDOW * self.num_replicas) for rows in (focus, others))
         mixed = torch.cat([focus, others], dim=1)
-        if self.lengths is not None:  # the devices of one step keep batches of similar length
+        if self.lengths is not None:  # in a step, all devices have batches of similar length
             order = torch.randperm(self.steps, generator=generator)
             mixed = mixed.view(self.steps, self.num_replicas, -1)[order].flatten(0, 1)
         return iter(mixed[self.rank :: self.num_replicas].flatten().tolist())
@@ -174,5 +174,5 @@ def _by_length(batches: Tensor, lengths: Tensor, window: int) -> Tensor:
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
-    # Neighbouring seeds must not share orders across epochs, as seed + epoch would have it.
+    # With seed + epoch, consecutive seeds would have the same orders in different epochs.
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)

@@ -40,7 +40,9 @@ class TextDataset(Dataset[Any]):
         self.texts = list(texts)
         self.targets = None if targets is None else torch.tensor(targets, dtype=torch.long)
         self.tokenizer = tokenizer
-        limited = max_length is not None or tokenizer.model_max_length < 1_000_000  # a huge number stands for no limit
+        limited = (
+            max_length is not None or tokenizer.model_max_length < 1_000_000
+        )  # a huge number means that there is no limit
         encoded = tokenizer(self.texts, truncation=limited, max_length=max_length)
         self._samples = [{key: encoded[key][row] for key in encoded} for row in range(len(self.texts))]
         self.token_dropout = token_dropout
@@ -58,7 +60,7 @@ class TextDataset(Dataset[Any]):
         """Return a full batch. `DataLoader` calls this once instead of `__getitem__` for each sample."""
         samples = [self._sample(index) for index in indices or [0]]
         padded = self.tokenizer.pad(samples, return_tensors="pt")
-        # A device without samples gets a batch of the right shape with none in it.
+        # A device without samples gets an empty batch of the right shape.
         inputs: dict[str, Tensor] = {key: value[: len(indices)] for key, value in padded.items()}
         return inputs if self.targets is None else (inputs, self.targets[torch.tensor(indices, dtype=torch.long)])
 

@@ -139,7 +139,7 @@ class PrefixCache:
             with same_buffers(self.module):
                 prefix = find_prefix(self.module, lambda: self.module(*args, **kwargs), size)
                 for step in prefix.steps:
-                    step.output = None  # which is large, and served its purpose
+                    step.output = None  # large, and not needed any more
                 self._refuse_if_mixing(prefix, args, kwargs, size)
             return prefix
         finally:
@@ -165,7 +165,7 @@ class PrefixCache:
             if step.kept:
                 outputs[step] = copied(output)
             if step is prefix.steps[-1]:
-                raise _Reached  # what comes after is of no interest
+                raise _Reached  # later steps are not needed
             return output
 
         with suppress(_Reached), same_random_numbers(), replaced(prefix.steps, answer):

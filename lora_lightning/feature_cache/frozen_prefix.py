@@ -74,7 +74,7 @@ def find_prefix(module: nn.Module, call: Callable[[], Any], samples: int) -> Pre
             f"{type(module).__name__} has no frozen prefix before {ended_by}. Adapt later layers only."
         )
     for step in steps:
-        if all(leaf.is_floating_point() for leaf in tree_leaves(step.output)):  # others have no NaN to show by
+        if all(leaf.is_floating_point() for leaf in tree_leaves(step.output)):  # integers cannot be replaced with NaN
             step.kept = False
             step.kept = not _is_enough(steps, call, expected)
     if not _gradients_are_finite(module, steps, call):
@@ -145,7 +145,9 @@ def same_buffers(module: nn.Module) -> Iterator[None]:
     finally:
         for part, name, buffer, value in before:
             part._buffers[name] = buffer
-            if not torch.equal(buffer, value):  # batch norm changes its statistics without changing their version
+            if not torch.equal(
+                buffer, value
+            ):  # batch norm does not count the writes to its statistics in their version
                 with torch.no_grad():
                     buffer.copy_(value)
 

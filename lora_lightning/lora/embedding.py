@@ -16,7 +16,7 @@ class LoRAEmbedding(LoRALayer):
 
     lora_names = ("lora_embedding_A", "lora_embedding_B")
     lora_transposed = True
-    lora_draw = staticmethod(partial(nn.init.uniform_, a=-1, b=1))  # of a one-hot input, one number arrives
+    lora_draw = staticmethod(partial(nn.init.uniform_, a=-1, b=1))  # as the sum over a one-hot input has a single term
     padding_idx: int | None
     sparse: bool
 

@@ -46,7 +46,7 @@ class ExpertsParameter(AdaptedParameter):
     lora_mixins = (StoredState, ReadOnce)
     lora_kept: Tensor | None = None
 
-    # The A of each expert is drawn as that of a linear layer.
+    # The A of each expert has the distribution of a linear layer's A.
     lora_draw: Any = staticmethod(lambda a: nn.init.kaiming_uniform_(a.flatten(0, 1), a=math.sqrt(5)))
 
     @staticmethod

@@ -79,7 +79,7 @@ def is_in_another_precision(module: nn.Module, sample: str, but: Container[str] 
         return False
     for key, value in own.items():
         _, *expected = other[key]
-        # An eighth of the largest value is what four bits may change one by.
+        # Quantization to four bits may change a value by an eighth of the largest one.
         rounding = (0.15 if is_quantized(value) else 1e-3) * float(dense(value).abs().max())
         values = _values(value)
         if len(values) != len(expected):

@@ -127,7 +127,7 @@ def _foldable(module: nn.Module) -> list[AdaptedWeight]:
 def _storage(value: Tensor) -> object:
     try:
         return value.untyped_storage().data_ptr() or id(value)
-    except (NotImplementedError, RuntimeError, AttributeError):  # of a tensor that holds others, or no memory at all
+    except (NotImplementedError, RuntimeError, AttributeError):  # a tensor that wraps others, or has no memory
         return id(value)
 
 

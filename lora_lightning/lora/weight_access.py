@@ -36,7 +36,7 @@ class AdaptedParameter(LoRALayer):
 
     @classmethod
     def lora_find(cls, layer: nn.Module, wanted: list[str]) -> dict[str, type[LoRALayer]]:
-        if isinstance(layer, torch.jit.ScriptModule):  # compiled for good: its class can't be swapped
+        if isinstance(layer, torch.jit.ScriptModule):  # its class cannot be replaced
             return {}
         keys = [key for key, value in layer._parameters.items() if value is not None]
         return {key: cls for key in keys if key in wanted or key.startswith(cls.lora_weights)}
@@ -83,7 +83,7 @@ class Recurrent:
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Tensor]) -> None:
-        # What the plain class will find once the adapters are gone.
+        # The plain class reads this attribute after the adapters are removed.
         vars(self)["_flat_weights"] = [self._parameters[name] for name in self._flat_weights_names]
 
     def flatten_parameters(self) -> None:

@@ -78,7 +78,7 @@ def _from_torchvision(name: str, weights: str | None, num_classes: int | None) -
     entry = copy_of_download(file, list(entries.values())) if file else None
     if weights is not None and file is None:
         entry = get_model_weights(name)[weights]
-    # Their builders announce that the default will change, unless it is said.
+    # Without this option, their builders warn that the default will change.
     options: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
     builder = torchvision.models.get_model_builder(name)
     if entry is not None:
@@ -203,7 +203,7 @@ def _settle_norms(network: nn.Module, size: tuple[int, ...]) -> None:
     for norm in norms:
         if norm.affine and not norm.weight.any():
             nn.init.ones_(norm.weight)
-        norm.momentum = None  # take the batch's statistics as they are
+        norm.momentum = None  # adopt the statistics of the batch
         norm.train()
     network(torch.randn(8, *size, generator=torch.Generator().manual_seed(0)))
     for norm, momentum in zip(norms, momenta, strict=True):

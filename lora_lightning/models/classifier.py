@@ -56,7 +56,7 @@ class Classifier(LightningModule):
     @override
     def forward(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
         output = self.backbone(**inputs) if isinstance(inputs, Mapping) else self.backbone(inputs)
-        # The transformers library's networks return them as one field of several.
+        # Networks of the transformers library return an object with several fields.
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
 
@@ -148,9 +148,9 @@ class Classifier(LightningModule):
     def _log_means(self, stage: str) -> None:
         """Log the means over all samples of all devices, weighted by their number."""
         loss, accuracy = self._loss.compute(), self._accuracy.compute()
-        if not accuracy.isnan():  # as it is without any sample
+        if not accuracy.isnan():  # NaN if there are no samples
             means = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
-            # They are those of all devices already: the largest of equal numbers is exact, their mean is not.
+            # All devices have the same value. The maximum of equal numbers is exact, while their mean is not.
             self.log_dict(means, prog_bar=True, sync_dist=True, reduce_fx="max")
 
     def _logs_this_step(self) -> bool:

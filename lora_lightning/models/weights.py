@@ -53,7 +53,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged or not a safetensors file ({error}). Choose another one.") from None
     with explain_damage(path):
-        in_archive = zipfile.is_zipfile(path)  # torchvision's oldest files are not
+        in_archive = zipfile.is_zipfile(path)  # the oldest files of torchvision are not
     if in_archive:
         check_file(path)
     with explain_damage(path):
@@ -75,7 +75,7 @@ def load_strictly(network: nn.Module, state: dict[str, Tensor], path: Path) -> N
     """
     expected = network.state_dict()
     for key in expected.keys() - state.keys():
-        if key.endswith("num_batches_tracked"):  # which files of old versions lack
+        if key.endswith("num_batches_tracked"):  # missing in files of old versions
             state[key] = expected[key]
     if wrong := misfits(state, expected):
         raise ValueError(f"{path} does not fit this {type(network).__name__}: {wrong}. Choose other weights.")

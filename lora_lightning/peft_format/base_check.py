@@ -70,7 +70,7 @@ def _difference(
         own = state[key]
         if own.shape != value.shape:
             return f"its {key} has the shape {tuple(value.shape)}, that of this base {tuple(own.shape)}"
-        # In whichever precision is the lower one, they have to be the same.
+        # They have to be equal in the lower of both precisions.
         dtype = own.dtype if own.itemsize <= value.itemsize else value.dtype
         if own.is_floating_point() and not torch.equal(own.detach().cpu().to(dtype), value.to(dtype)):
             return f"{key} in the folder differs from that of this base"

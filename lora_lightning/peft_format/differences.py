@@ -77,7 +77,7 @@ def _read_by_others(module: nn.Module) -> set[str]:
 def _known_to_peft(each: AdaptedWeight) -> bool:
     layer = each.layer
     if is_experts(each):
-        return bool(each.layer_name)  # PEFT wraps the module that holds them, which can't be the whole one
+        return bool(each.layer_name)  # PEFT wraps the module with the parameters, which must not be the root
     if each.kind.lora_is_inside or not each.parameter or isinstance(layer, LoRAGeometricLinear):
         return False
     return not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or _conv_is_plain(layer)

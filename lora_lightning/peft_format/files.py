@@ -37,7 +37,7 @@ def write_files(
     save_file(tensors, unfinished, metadata={**metadata, _DIGEST: _digest(tensors, metadata)})
     described = folder / f".{CONFIG_NAME}.unfinished"
     described.write_text(text)
-    shutil.copymode(described, unfinished)  # safetensors gives files to their owner alone
+    shutil.copymode(described, unfinished)  # safetensors makes files readable only by their owner
     unfinished.replace(folder / WEIGHTS_NAME)
     described.replace(folder / CONFIG_NAME)
 
@@ -80,7 +80,7 @@ def read_content(path: Path, description: dict[str, Any], module: nn.Module) -> 
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}). Write the adapter again.") from None
-    # A flipped bit in the checksum's own name must not pass for a file of PEFT's, which has none.
+    # A file with a flipped bit in the name of its checksum must not be mistaken for a file of PEFT, which has no checksum.
     written_here = any(key.startswith("lora_lightning") for key in metadata)
     if written_here and metadata.get(_DIGEST) != _digest(tensors, metadata):
         raise ValueError(f"{path} is damaged: its checksum does not match its content. Write the adapter again.")

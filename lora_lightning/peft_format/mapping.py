@@ -35,7 +35,7 @@ OWN_TYPE = "LORA_LIGHTNING"
 """Type in `adapter_config.json` for adapters in layers that PEFT does not know or computes incorrectly. PEFT refuses it."""
 PREFIX = "base_model.model."
 
-# What another kind of adapter, or one with more parts than A and B, says in its configuration.
+# Settings of other kinds of adapters, and of those with more parameters than A and B.
 _UNSUPPORTED = {
     "lora_bias": "a bias in the adapter",
     "alora_invocation_tokens": "activated LoRA",
@@ -91,7 +91,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
         "use_dora": config.use_dora,
     }
     if config.qkv:
-        description["qkv"] = config.qkv  # PEFT says that it ignores this: it would train all rows of B
+        description["qkv"] = config.qkv  # PEFT reports that it ignores this, and would train all rows of B
     if unknown_to_peft(module):
         description["peft_type"] = OWN_TYPE
         description["target_parameters"] = [each.name for each in found if each.kind.lora_is_inside]

@@ -20,7 +20,7 @@ _PEAK_RATES: dict[Way, float] = {"adapters": 3e-3, "full network": 1e-3, "last l
 _PRETRAINING_RATE = 3e-3
 _PRETRAIN_BATCH_SIZE = 128
 _ADAPT_BATCH_SIZE = 100
-# The sample has a tenth of the digits: more epochs, fewer steps, and a larger share of it to choose by.
+# The sample has a tenth of the digits, so it needs more epochs, fewer steps, and a larger share for validation.
 _EPOCHS: dict[Source, int] = {"full": 1, "sample": 4}
 _STEPS: dict[Source, int] = {"full": 1500, "sample": 500}
 _SHARES: dict[Source, float] = {"full": 0.15, "sample": 0.2}

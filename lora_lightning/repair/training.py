@@ -95,7 +95,7 @@ class Runs:
     def load(self, task: Task, base: Path, adapter: Path, data: LightningDataModule) -> Trained:
         """Attach the adapters of a folder to the base."""
         model, callback = task.model(), LoRAFinetuning(base_checkpoint=base, adapter=adapter)
-        self._quiet_trainer(callback).validate(model, datamodule=data, verbose=False)  # which sets the callback up
+        self._quiet_trainer(callback).validate(model, datamodule=data, verbose=False)  # to set up the callback
         trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
         return Trained(model, trained, 0.0, callback)
 

@@ -62,7 +62,7 @@ def write_png(figure: Figure, target: Path | IO[bytes]) -> None:
 
     canvas: Any = FigureCanvasAgg(figure)
     canvas.print_png(target, pil_kwargs={"compress_level": 1})
-    figure.set_layout_engine("none")  # its layout stays, for loggers that draw it again
+    figure.set_layout_engine("none")  # keeps the layout for loggers that draw the figure again
 
 
 def _label(name: str) -> str:
@@ -160,7 +160,7 @@ def _draw(
                 dark = abs(float(shade[row, column])) > 0.6 * scale
                 label = f"{count:+d}" if diverging else str(count) if count or value == count else "<1"
                 weight = "bold" if row == column else "normal"
-                # It lies inside its axes: the layout need not measure a hundred of them.
+                # The text is inside the axes, so the layout does not have to measure it.
                 cell = axis.text(
                     column,
                     row,

@@ -81,10 +81,10 @@ def _aligned(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
     if targets.is_floating_point() or targets.dtype == torch.bool:
         if targets.dim() == 2 and targets.shape == logits.shape and bool((targets.amax(1) == 1).all()):
             if not bool((targets.sum(1) == 1).all()):
-                return None  # several classes a sample
+                return None  # several classes per sample
             targets = targets.argmax(1)
         elif not bool((targets == targets.round()).all()):
-            return None  # no classes at all
+            return None  # not classes
     targets = targets.long()
     if logits.dim() > 1 and logits.shape[1] == 1:
         logits = logits.squeeze(1)

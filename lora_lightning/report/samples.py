@@ -47,7 +47,7 @@ def samples_figure(samples: list[ChangedSample], class_names: tuple[str, ...]) -
     if not sum(rows):
         return None
     figure = Figure(figsize=(_WIDTH * _COLUMNS, _HEIGHT * sum(rows)))
-    # One axis for all, in inches: laying out one for each sample takes longer than all other drawing of a report.
+    # One axis for all samples, in inches, since one axis per sample takes longer than the rest of a report.
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
     for kind, first_row in zip(kinds, (0, rows[0]), strict=True):
@@ -85,4 +85,4 @@ def _draw(axis: Axes, sample: ChangedSample, class_names: tuple[str, ...], cente
 
 def _short(name: str) -> str:
     short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
-    return short.replace("$", r"\$")  # which matplotlib would take for mathematics
+    return short.replace("$", r"\$")  # otherwise matplotlib would parse it as mathematics

@@ -167,7 +167,7 @@ class AdapterCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         if self.closed:
             return
-        # A strategy that starts processes sends the bare state dict home by this way, too.
+        # A strategy that starts processes also uses this method to return the bare state dict to the main process.
         if "state_dict" not in checkpoint or not self.content.applies(self.strategy):
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
             return

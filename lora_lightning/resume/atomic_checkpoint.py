@@ -22,7 +22,7 @@ def write_atomically(files: CheckpointIO) -> CheckpointIO:
     """
     if is_a(files, _WrappingCheckpointIO):
         inner = files.checkpoint_io
-        # The property of this name sets an inner one only where there is none yet.
+        # The setter of the property does not replace an existing one.
         files._checkpoint_io = write_atomically(TorchCheckpointIO() if inner is None else inner)
         files._base_checkpoint_io_configured = True
         return files
@@ -56,7 +56,7 @@ class AtomicCheckpointIO(CheckpointIO):
             unfinished.touch()
             mode = unfinished.stat().st_mode
             self.checkpoint_io.save_checkpoint(checkpoint, unfinished, storage_options)
-            unfinished.chmod(mode)  # older versions of fsspec give files to their owner alone
+            unfinished.chmod(mode)  # older versions of fsspec make files readable only by their owner
             with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
             unfinished.replace(path)
@@ -75,7 +75,7 @@ class AtomicCheckpointIO(CheckpointIO):
         if "://" not in str(path):
             check_file(Path(path))
         with explain_damage(path), paths_are_safe():
-            # Lightning leaves the choice to PyTorch for a local file, and runs code from a remote one.
+            # By default, Lightning leaves this to PyTorch for a local file, and would run code from a remote one.
             loaded: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, map_location, weights_only is not False)
         return loaded
 

@@ -109,7 +109,7 @@ def check_file(path: Path) -> None:
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
             for entry in archive.infolist():
-                # Of what zipfile overlooks, this makes PyTorch return memory that nobody wrote to.
+                # zipfile accepts such entries, and PyTorch would return uninitialized memory for them.
                 plain = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
                 if not plain or entry.external_attr or entry.is_dir():
                     raise ValueError(f"{entry.filename} is not as torch.save writes it")
@@ -130,7 +130,7 @@ def explain_damage(path: str | os.PathLike[str]) -> Iterator[None]:
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except (
-        OSError,  # a place in the file that there can't be
+        OSError,  # such as an invalid position in the file
         pickle.UnpicklingError,
         RuntimeError,
         EOFError,

@@ -30,7 +30,7 @@ def begin_the_next_epoch(trainer: Trainer) -> None:
     if total.completed < total.processed:  # type: ignore[attr-defined]
         loop.epoch_progress.increment_completed()
     current.completed = current.processed  # type: ignore[attr-defined]
-    own_class(loop, _Loop).restarting.fset(loop, False)  # the loop's own setter is what is wrong
+    own_class(loop, _Loop).restarting.fset(loop, False)  # the setter of the loop itself is wrong
     loop.update_restart_stage()
 
 

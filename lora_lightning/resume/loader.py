@@ -38,23 +38,23 @@ class ResumableLoader(DataLoader[Any]):
         batch_sampler: _Batches | None = None,
         **arguments: Any,
     ) -> None:
-        # An empty sampler is false, and yet the one that was given.
+        # Not `sampler or ...`, since an empty sampler is false.
         if sampler is None:
             sampler = SequentialSampler(dataset)  # type: ignore[arg-type]
         batches = _Batches(sampler, batch_size, drop_last) if batch_sampler is None else batch_sampler
-        # Of a copy that Lightning makes, each may be among the arguments.
+        # When Lightning copies the loader, these may be among the arguments.
         arguments |= {"sampler": batches.sampler, "drop_last": batches.drop_last, "generator": torch.Generator()}
         arguments["generator"].manual_seed(0)
         super().__init__(dataset, batches.batch_size, **arguments)
         self.batches = batches
-        # DataLoader has this set by its constructor alone; given there, it would hide the sampler from Lightning.
+        # Only the constructor of DataLoader accepts a batch_sampler, but would then hide the sampler from Lightning.
         object.__setattr__(self, "batch_sampler", self.batches)
         self.handed_out = 0
         self.most: float = float("inf")
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override] # all that is used of it is next()
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override] # only next() is used
         self.handed_out = self.batches.skip
-        if hasattr(self.dataset, "set_epoch"):  # before workers take a copy of it
+        if hasattr(self.dataset, "set_epoch"):  # before workers copy it
             self.dataset.set_epoch(getattr(self.batches.sampler, "epoch", 0))
         for batch in super().__iter__():
             self.handed_out += 1

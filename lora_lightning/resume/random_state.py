@@ -59,7 +59,7 @@ class RandomState(Callback):
             if isinstance(loader, ResumableLoader):
                 loader.most = trainer.num_training_batches
                 if not trainer.fit_loop.restarted_mid_epoch:
-                    loader.begin_epoch()  # after one that max_steps may have ended in the middle
+                    loader.begin_epoch()  # the previous epoch may have been ended early by max_steps
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -35,7 +35,7 @@ class ShardedCheckpoints:
         self.content = content
         self.closed = False
         for name in ("lightning_module_state_dict", "save_checkpoint", "load_checkpoint", "remove_checkpoint"):
-            vars(strategy).pop(name, None)  # replaced for an earlier run
+            vars(strategy).pop(name, None)  # replaced in an earlier run
         self._state = strategy.lightning_module_state_dict
         self._save = strategy.save_checkpoint
         self._load = strategy.load_checkpoint
@@ -115,4 +115,4 @@ def _keys_in(path: Path, weights_only: bool | None = None) -> set[str]:
         return {key.removeprefix("state_dict.") for key in FileSystemReader(path).read_metadata().state_dict_metadata}
     if path.is_file():
         return set(torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)["state_dict"])
-    return set()  # which Lightning refuses
+    return set()  # Lightning refuses such a path
