@@ -210,7 +210,7 @@ class TestSmall:
                 ("--data.classes", "VGG"),
                 "classes='VGG': expected a list of names, or the name of torchvision's weights",
             ),
-            (("--model.num_classes", "3"), "the model has num_classes=3: set it, and the backbone's, to 1000"),
+            (("--model.num_classes", "3"), "the model has num_classes=3. Set it and that of the backbone to 1000"),
         ],
     )
     def test_what_is_wrong_is_said_in_one_line(self, run: Run, words: tuple[str, str], message: str) -> None:

@@ -70,7 +70,7 @@ def test_adapters_are_bitwise_those_of_a_run_without_it(
     assert cached.callback_metrics["val/loss"] == plain.callback_metrics["val/loss"]
     assert skipped < computed
     assert "Frozen prefix: the output of '2' is computed once per sample and stored" in caplog.text
-    assert f"{64 if 'precision' in arguments else 128} bytes each." in caplog.text
+    assert f"{64 if 'precision' in arguments else 128} bytes per sample" in caplog.text
     assert "The prefix ends before '3', which draws random numbers." in caplog.text
 
 
@@ -81,7 +81,7 @@ def test_adapters_of_vgg19s_last_two_layers_are_bitwise_those_of_a_run_without_i
         by_place = not torch.equal(linear(x.flip(0)).flip(0), linear(x))
     if by_place:
         # So it is with some versions of PyTorch and on some processors: a row of a product depends on its place in the batch.
-        with pytest.warns(UserWarning, match="depends on the batch that it is in"):
+        with pytest.warns(UserWarning, match="depends on the other samples in its batch"):
             _, found = vgg19.fit(cached=True)
     else:
         _, found = vgg19.fit(cached=True)

@@ -306,7 +306,7 @@ class TestRefusals:
         self.refuse(
             make_trainer(LoRAFinetuning(rank=1, base_checkpoint=other)),
             rf"adapters of another base: they were trained on {callback.base_path} \(fingerprint "
-            rf"{callback.base_fingerprint[:12]}\), but the model's base is {newest_checkpoint(other)}",
+            rf"{callback.base_fingerprint[:12]}\), but the base of the model is {newest_checkpoint(other)}",
             ckpt_path=trainer.checkpoint_callback.best_model_path,
         )
 
@@ -317,7 +317,7 @@ class TestRefusals:
             ({"alpha": 3}, r"linear1 \(rank 1, scale 1\), .*; attached: .*linear1 \(rank 1, scale 3\)"),
             (
                 {"target_modules": ["linear2"]},
-                r"linear3 \(rank 1, scale 1\); attached: .*linear2 \(rank 1, scale 1\)\. Give",
+                r"linear3 \(rank 1, scale 1\); attached: .*linear2 \(rank 1, scale 1\)\. Configure",
             ),
         ],
     )

@@ -117,7 +117,7 @@ def test_every_variant_is_trained_saved_resumed_and_tested(
     [
         ({"use_dora": True}, "rank 2, scale 1, DoRA"),
         ({"init": "pissa"}, "rank 2, scale 1, PiSSA"),
-        ({"target_modules": ["embed"]}, "attached: embed .rank 2, scale 1.. Give"),
+        ({"target_modules": ["embed"]}, "attached: embed .rank 2, scale 1.. Configure"),
         ({"modules_to_save": ["norm"]}, "norm .trained in full."),
     ],
 )

@@ -594,7 +594,7 @@ def test_a_strategy_that_starts_processes_of_its_own_tests_what_it_trained(strat
         assert abs(here - tested) < 1e-3, (here, tested)
         """,
     )
-    assert "in the main process the model has none" in output
+    assert "The model in the main process has none" in output
 
 
 def test_two_devices_without_a_seed_read_their_own_checkpoint(tmp_path: Path) -> None:
@@ -873,7 +873,7 @@ def test_a_checkpoint_of_adapters_that_are_not_finite_is_not_written(make_traine
     trainer.fit(module, data())
     with torch.no_grad():
         module.head.lora_B[0, 0] = float("nan")
-    with pytest.raises(NotFiniteError, match=r"x.ckpt is not written: 'head.lora_B' hold"):
+    with pytest.raises(NotFiniteError, match=r"x.ckpt is not written: 'head.lora_B' contain"):
         trainer.save_checkpoint(tmp_path / "x.ckpt")
     assert not (tmp_path / "x.ckpt").exists()
 

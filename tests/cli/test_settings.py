@@ -166,7 +166,7 @@ def test_a_head_that_is_configured_stays(run: Run) -> None:
     words = ("--config", "configs/images.yaml", "--data.root", "photos", "--model.backbone.weights", "null")
     code, text = run("fit", *words, "--model.num_classes", "3", "--model.backbone.num_classes", "3")
     assert code == 1
-    assert "photos has images of 2 classes (cats, dogs, ...), the model has num_classes=3" in text
+    assert "photos has images of 2 classes (cats, dogs, ...), but the model has num_classes=3" in text
 
 
 @pytest.mark.filterwarnings("ignore:You are using a CUDA device")

@@ -123,9 +123,7 @@ class TestClasses:
         assert "Expected names of the 1,000 classes (tench, goldfish, great white shark, ...)." in str(e.value)
 
     def test_one_folder_alone_is_no_classification(self, draw: Draw) -> None:
-        with pytest.raises(
-            ValueError, match=r"root has the class folder 'cat' alone; .* Name all of its classes with classes"
-        ):
+        with pytest.raises(ValueError, match=r"root has only the class folder 'cat'"):
             small(draw(cat=1)).setup("fit")
 
     @pytest.mark.parametrize("classes", ["VGG19_Weights.IMAGENET", "vgg", "FasterRCNN_Nothing.COCO"])
@@ -141,7 +139,7 @@ class TestClasses:
     def test_have_to_be_as_many_as_the_models(self, draw: Draw, make_trainer: MakeTrainer) -> None:
         model = Classifier(nn.Linear(3, 10), num_classes=10)
         with pytest.raises(
-            ValueError, match=r"images of 2 classes \(cat, dog, ...\), the model has num_classes=10: set it"
+            ValueError, match=r"images of 2 classes \(cat, dog, ...\), but the model has num_classes=10"
         ):
             make_trainer().fit(model, datamodule=small(draw(cat=1, dog=1)))
 
@@ -228,7 +226,7 @@ class TestBadFolders:
             list(data.test_dataloader())
 
     def test_a_class_without_images_is_refused(self, draw: Draw) -> None:
-        with pytest.raises(ValueError, match=r"dog has no images \(.jpg, .jpeg, .png, .webp, .bmp\) in it"):
+        with pytest.raises(ValueError, match=r"dog contains no images \(.jpg, .jpeg, .png, .webp, .bmp\)"):
             small(draw(cat=1, dog=0)).setup("fit")
 
     def test_other_files_are_passed_over_and_named(self, draw: Draw, caplog: pytest.LogCaptureFixture) -> None:
@@ -260,7 +258,7 @@ class TestBadFolders:
         data = small(root, preprocessing=v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32)]))
         data.setup("test")
         with pytest.raises(
-            ValueError, match=r"000.png and .*large.png are of the shapes \(3, 10, 12\), \(3, 30, 30\); expected one"
+            ValueError, match=r"000.png and .*large.png have different shapes \(\(3, 10, 12\), \(3, 30, 30\)\)"
         ):
             list(data.test_dataloader())
 

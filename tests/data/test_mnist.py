@@ -149,7 +149,7 @@ class TestWhereItComesFrom:
         assert "no answer within" in data.description()
 
     def test_full_without_a_network_is_an_error_that_says_what_to_do(self, tmp_path: Path) -> None:
-        with pytest.raises(RuntimeError, match=r"source=full: the full MNIST is not in .* Put its four files there"):
+        with pytest.raises(RuntimeError, match=r"source=full: the full MNIST is not in .* Copy its four files there"):
             ready(source="full", data_dir=tmp_path)
         assert not list(tmp_path.iterdir())
 

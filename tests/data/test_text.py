@@ -209,7 +209,7 @@ class TestBatches:
         ("a.csv", "text,label\nhello,x\n  ,y\n", r"a.csv, row 2, has an empty 'text'"),
         ("a.csv", "text,label\n", r"a.csv has no rows"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": \n', r"a.jsonl, line 2, is not JSON"),
-        ("a.jsonl", "[1]\n", r"a.jsonl, line 1, is list; expected an object"),
+        ("a.jsonl", "[1]\n", r"a.jsonl, line 1, is a list; expected an object"),
         ("a.txt", "hello", r"a.txt has an unknown file type; expected one of .csv, .tsv, .jsonl"),
     ],
 )
@@ -236,7 +236,7 @@ def test_labels_and_sizes_that_do_not_fit_are_named(
         data(files, tokenizer=tiny_bert, classes=["card", "money"]).setup("fit")
     with pytest.raises(ValueError, match=r"focus=\['rat'\]: 'rat' is not one of the classes \(card, money, rate\)"):
         data(files, tokenizer=tiny_bert, focus=["rat"]).setup("fit")
-    with pytest.raises(ValueError, match=r"has 3 classes \(card, money, rate, ...\), the model has num_classes=4"):
+    with pytest.raises(ValueError, match=r"has 3 classes \(card, money, rate, ...\), but the model has num_classes=4"):
         make_trainer().test(Classifier(text_backbone(tiny_bert, 4), num_classes=4), datamodule=data(files))
     with pytest.raises(ValueError, match="has no tokenizer: set tokenizer of TextDataModule"):
         data(files).setup("fit")

@@ -187,7 +187,7 @@ class TestRefused:
     def test_if_samples_mix(self) -> None:
         net = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten(), nn.Linear(48, 5))
         attach(net, LoRAConfig(rank=2, target_modules=["2"]))
-        self.refused(net, r"the output of '1' for a sample depends on the batch that it is in")
+        self.refused(net, r"the output of '1' for a sample depends on the other samples in its batch")
 
     def test_if_the_backward_pass_computes_it_again(self) -> None:
         class Checkpointed(nn.Sequential):

@@ -203,7 +203,7 @@ def test_pissa_of_weights_that_are_not_finite_is_refused_and_changes_nothing(mlp
     with torch.no_grad():
         mlp[3].weight[1, 2] = float("nan")
     with pytest.raises(
-        ValueError, match=r"Layer '3' has weights that are not finite, of which PiSSA can't take singular"
+        ValueError, match=r"Layer '3' has weights that are not finite, so PiSSA cannot compute singular"
     ):
         attach(mlp, LoRAConfig(rank=2, init="pissa"))
     assert not is_adapted(mlp)

@@ -219,7 +219,7 @@ def test_a_run_of_lightning_trains_these_rows_and_resumes(make_trainer: Callable
         ({"qkv": "qv", "init": "pissa"}, r"'0.0.qkv' cannot combine qkv='qv' with DoRA or PiSSA"),
         (
             {"qkv": "qv", "target_modules": r".*(query_key_value|qkv)"},
-            r"'0.0.qkv' may have query, key and value of one head",
+            r"'0.0.qkv' may interleave query, key and value by head",
         ),
     ],
 )

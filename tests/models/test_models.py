@@ -115,7 +115,7 @@ def test_one_cycle_agrees_with_pytorchs() -> None:
 
 def test_one_cycle_needs_an_end(make_trainer: Callable[..., Trainer]) -> None:
     trainer = make_trainer(max_epochs=-1, max_time="00:00:01:00")
-    with pytest.raises(ValueError, match="give the Trainer max_epochs or max_steps"):
+    with pytest.raises(ValueError, match="set max_epochs or max_steps of the Trainer"):
         trainer.fit(Classifier(small(), lr_scheduler=OneCycle), datamodule=sample())
 
 

@@ -215,9 +215,7 @@ def test_a_dilated_convolution_of_peft_loads_with_a_warning_and_the_dense_layer_
     base = copy.deepcopy(net)
     theirs = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
     theirs.save_pretrained(tmp_path)
-    with pytest.warns(
-        UserWarning, match="computes otherwise with its adapters of 0: it drops a convolution's dilation"
-    ):
+    with pytest.warns(UserWarning, match="differ for the adapters of 0: PEFT ignores the dilation"):
         load_adapter(base, tmp_path)
     y = base(x)
     with merged(base):
@@ -229,7 +227,7 @@ def test_an_attention_of_peft_loads_with_a_warning(tmp_path: Path) -> None:
     base = copy.deepcopy(net)
     theirs = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["attention"], init_lora_weights=False))
     theirs.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="counts an attention's output projection twice"):
+    with pytest.warns(UserWarning, match="applies the output projection of an attention twice"):
         names = load_adapter(base, tmp_path)
     assert sorted(names) == ["attention.in_proj_weight", "attention.out_proj"]
     parts = theirs.base_model.model["attention"]

@@ -81,7 +81,7 @@ def test_the_page_tells_the_story_in_one_small_file_without_anything_from_outsid
     assert "http" not in (run / "report.html").read_text()
     assert (run / "report.html").stat().st_size < 3_000_000
     text = re.sub(r"\s+", " ", page.text)
-    assert "Of 30 samples the base gets 7 wrong and the adapted model 3: accuracy 76.67% → 90.00%." in text
+    assert "Of 30 samples, the base gets 7 wrong and the adapted model 3: accuracy 76.67% → 90.00%." in text
     assert "The largest change is in '<b>dog</b>': 4 errors before, 1 after." in text
     assert (
         "Samples that were fixed: 6; that became wrong: 2 (McNemar's exact test of base against adapted: p = 0.29)."

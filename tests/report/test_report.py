@@ -41,7 +41,7 @@ def test_the_weakest_class_is_the_one_of_lowest_recall_that_has_samples() -> Non
 
 
 def test_names_and_matrix_have_to_fit() -> None:
-    with pytest.raises(ValueError, match=r"shape \(3, 3\) but there are 2 class names"):
+    with pytest.raises(ValueError, match=r"shape \(3, 3\), but there are 2 class names"):
         Confusion(BEFORE.matrix, ("a", "b"))
 
 

@@ -248,7 +248,7 @@ def test_a_checkpoint_in_mid_epoch_of_other_batches_goes_on_after_as_many_sample
         return trainer
 
     run(500)
-    what = rf"after 3 batches of an epoch with .*'batch_size': 500.*; this one has .*'batch_size': {batch_size}"
+    what = rf"after 3 batches of an epoch with .*'batch_size': 500.*; this run has .*'batch_size': {batch_size}"
     with pytest.warns(UserWarning, match=what):
         trainer = run(batch_size, tmp_path / "500" / "step=3.ckpt")
     assert trainer.global_step == 3 + left + -(-3600 // batch_size)
