@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import Dim
+
+from lora_lightning.report.found import described, find_targets, tensors_of
 
 _TOLERANCE = 1e-4
 
@@ -21,9 +25,10 @@ Inputs = Tensor | Mapping[str, Tensor]
 def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: LightningDataModule | None) -> None:
     """Write the forward pass of the model to an ONNX file for batches of any size, and run the file once to compare.
 
-    A tensor becomes the input `input`, and a mapping, as from `TextDataModule`, one input for each key, with texts of any length. The
-    output is `logits`. The metadata of the file contain `class_names` as a JSON list and a description of the `preprocessing`, if
-    `datamodule` provides them.
+    A tensor becomes the input `input`, and a mapping, as from `TextDataModule`, one input for each key, with texts of any length. If
+    `forward` has parameters with the names of the keys, they are passed as keyword arguments. The output `logits` is the first tensor that
+    `forward` returns, or the one with this name. The metadata of the file contain `class_names` as a JSON list and a description of the
+    `preprocessing`, if `datamodule` provides them.
 
     Args:
         model: The model. It is in evaluation mode afterwards.
@@ -32,19 +37,27 @@ def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: 
         datamodule: Provides the metadata.
 
     Raises:
-        ValueError: If a required package is not installed, or if the outputs differ.
+        ValueError: If a required package is not installed, if `forward` fails, or if the outputs differ.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 - PyTorch's exporter needs it
     except ImportError as error:
         raise ValueError(f"ONNX needs the package {error.name}: pip install 'lora-lightning[onnx]'.") from None
-    model.eval()
     named = {"input": example} if isinstance(example, Tensor) else dict(example)
+    keywords = isinstance(example, Mapping) and not signature(model.forward).parameters.keys().isdisjoint(example)
+    wrapped = _Logits(model, keywords).eval()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # raised by the modules of the exporter
+        try:
+            expected = wrapped(example)
+        except Exception as error:
+            raise ValueError(
+                f"forward of {type(model).__name__} fails for the input {described(example)}: {type(error).__name__}: {error}. Set "
+                "example_input_array of the model to an input of forward."
+            ) from error
         program = torch.onnx.export(
-            model,
+            wrapped,
             (example, {}),  # a mapping as the last argument would be keyword arguments
             input_names=list(named),
             output_names=["logits"],
@@ -52,7 +65,6 @@ def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: 
             dynamic_shapes=(_dynamic(example),),
             verbose=False,
         )
-        expected = model(example)
     assert program is not None
     program.model.metadata_props.update(_metadata(datamodule))
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -69,29 +81,46 @@ def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: 
     rank_zero_info(f"ONNX: {path}, of the forward pass of the model; its outputs agree with PyTorch.")
 
 
+class _Logits(nn.Module):
+    """Returns the logits of a model for a tensor, or for a mapping of tensors, which are passed as keyword arguments if `by_keyword`."""
+
+    def __init__(self, model: nn.Module, by_keyword: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.by_keyword = by_keyword
+
+    def forward(self, inputs: Any) -> Tensor:
+        return next(tensors_of(self.model(**inputs) if self.by_keyword else self.model(inputs)))
+
+
 def example_input(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> Inputs:
     """Return two samples as an input of the forward pass: the model's `example_input_array`, or from the test data."""
     example: Any = model.example_input_array
     if isinstance(example, Tensor):
         return example.expand(2, *example.shape[1:]) if len(example) == 1 else example
+    if isinstance(example, Mapping):
+        return example
     if datamodule is None:
         raise ValueError("ONNX needs an example input: give --data, or a model with an example_input_array.")
     trainer.strategy.connect(model)
     datamodule.trainer = trainer  # to get the tokenizer of the model
     datamodule.prepare_data()
     datamodule.setup("test")
-    batch = datamodule.on_after_batch_transfer(next(iter(datamodule.test_dataloader())), 0)
+    loaders = datamodule.test_dataloader()
+    loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
+    batch = datamodule.on_after_batch_transfer(next(iter(loader)), 0)
     inputs = batch[0] if isinstance(batch, tuple | list) else batch
     if isinstance(inputs, Mapping):
-        return {key: value[:2] for key, value in inputs.items()}
+        targets = find_targets(batch)
+        return {key: value[:2] for key, value in inputs.items() if value is not targets}
     return torch.as_tensor(inputs[:2])
 
 
 def _dynamic(example: Inputs) -> Any:
-    """Return the names of the dimensions of any size: the batch, and the second one of the tensors in a mapping."""
+    """Return the dimensions of any size: the batch, and where the model allows it, the second one of the tensors in a mapping."""
     if isinstance(example, Tensor):
         return {0: "batch"}
-    return {key: dict(enumerate(("batch", "tokens")[: value.dim()])) for key, value in example.items()}
+    return {key: {0: "batch"} | ({1: Dim.AUTO} if value.dim() > 1 else {}) for key, value in example.items()}
 
 
 def _metadata(datamodule: LightningDataModule | None) -> dict[str, str]:

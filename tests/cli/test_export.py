@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from lora_lightning import RichBoyNet, load_adapter
+from lora_lightning.cli.export import export
 
 Run = Callable[..., tuple[int, str]]
 MNIST = ("--data.source", "sample")
@@ -87,6 +91,56 @@ def test_texts_of_any_length_are_tokenized_outside(run: Run, workspace: Path, ti
     for text, logits in zip(TEXTS, batch, strict=True):
         alone = logits_of(session, tokenizer([text], return_tensors="pt"))
         torch.testing.assert_close(alone[0], logits, rtol=1e-4, atol=1e-4)
+
+
+class WholeBatch(LightningModule):
+    """A module of a user with dict batches, whose `forward` gets the batch as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"features": batch["x"], "logits": self.net(batch["x"]) * batch["scale"][:, None]}
+
+
+class ByKeyword(WholeBatch):
+    def forward(self, x: Tensor, scale: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:  # type: ignore[override]
+        return super().forward({"x": x, "scale": scale})
+
+
+class NeedsTargets(WholeBatch):
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return super().forward(batch) | {"loss": batch["label"].float()}
+
+
+class Dicts(LightningDataModule):
+    """Batches with inputs and targets in one dictionary."""
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        rows = zip(torch.randn(6, 4), torch.rand(6), torch.arange(6) % 3, strict=True)
+        return DataLoader([{"x": x, "scale": scale, "label": label} for x, scale, label in rows], batch_size=3)
+
+
+@pytest.mark.parametrize("kind", [WholeBatch, ByKeyword])
+def test_a_module_of_ones_own_with_dict_batches(kind: type[WholeBatch], tmp_path: Path) -> None:
+    module, trainer = kind(), Trainer(accelerator="cpu", logger=False)
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "base.ckpt")
+    path = export(trainer, module, Dicts(), str(tmp_path / "base.ckpt"), tmp_path / "model.onnx")
+    session = session_of(str(path))
+    assert [each.name for each in session.get_inputs()] == ["x", "scale"]
+    x, scale = torch.randn(5, 4), torch.rand(5)
+    expected = module.net(x) * scale[:, None]
+    torch.testing.assert_close(logits_of(session, {"x": x, "scale": scale}), expected.detach())
+
+
+def test_a_forward_that_needs_more_is_named(tmp_path: Path) -> None:
+    module, trainer = NeedsTargets(), Trainer(accelerator="cpu", logger=False)
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "base.ckpt")
+    message = r"forward of NeedsTargets fails for the input \{x: \(2, 4\), scale: \(2,\)\}: KeyError: 'label'. Set example_input_array"
+    with pytest.raises(ValueError, match=message):
+        export(trainer, module, Dicts(), str(tmp_path / "base.ckpt"), tmp_path / "model.onnx")
+    assert not list(tmp_path.glob("*.onnx"))
 
 
 def test_what_is_missing_is_named_and_nothing_is_overwritten(trained: Run) -> None:
