@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: 
         datamodule: Provides the metadata.
 
     Raises:
-        ValueError: If a required package is not installed, if `forward` fails, or if the outputs differ.
+        ValueError: If a required package is not installed, if `forward` fails, or if the outputs differ. No file is then written.
+        FileExistsError: If a file already exists.
     """
     try:
         import onnxruntime
@@ -67,17 +69,20 @@ def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: 
         )
     assert program is not None
     program.model.metadata_props.update(_metadata(datamodule))
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        program.save(unfinished)
-        session = onnxruntime.InferenceSession(unfinished, providers=["CPUExecutionProvider"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
+        written = Path(folder) / path.name
+        program.save(written)
+        session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
         [found] = session.run(None, {each.name: named[each.name].numpy() for each in session.get_inputs()})
         difference = float((torch.from_numpy(found) - expected).abs().max())
         if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
             raise ValueError(f"{path} is not written: its output differs from the model's by {difference:g}.")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        # More than 2 GB of weights are in a separate file, which has to be there first.
+        for file in sorted(written.parent.iterdir(), key=written.__eq__):
+            if (target := path.with_name(file.name)).exists():
+                raise FileExistsError(f"{target} exists: it is not overwritten. Choose another name, or remove it.")
+            file.replace(target)
     rank_zero_info(f"ONNX: {path}, of the forward pass of the model; its outputs agree with PyTorch.")
 
 
