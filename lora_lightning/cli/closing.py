@@ -43,9 +43,8 @@ def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined] # likewise
             if isinstance(callback, LoRAFinetuning) and callback.adapter_folder:
                 lines["adapter"] = str(callback.adapter_folder)
-                lines["base"] = (
-                    callback.base_in_words
-                )  # repeated, since a progress bar may overwrite the line that says so
+                # Repeated, since a progress bar may overwrite the line of the callback.
+                lines["base"] = callback.base_in_words
         if lines["checkpoint"]:
             lines["next"] = shlex.join(_test_of(words, lines["checkpoint"]))
     show_lines(lines)

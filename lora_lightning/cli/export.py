@@ -6,9 +6,9 @@ from pathlib import Path
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lora_lightning.cli.merge import finetuning_of, load_merged, refuse_to_overwrite
+from lora_lightning.cli.merge import finetuning_of, load_merged
 from lora_lightning.cli.onnx_file import example_input, write_onnx
-from lora_lightning.report import free_path
+from lora_lightning.report import free_path, refuse_to_overwrite
 from lora_lightning.resume.checkpoints import load_base
 
 
@@ -22,7 +22,7 @@ def export(
     """Write a trained model to an ONNX file. Adapters are merged first.
 
     Args:
-        trainer: A trainer, with the `LoRAFinetuning` of the training if the checkpoint holds adapters.
+        trainer: A trainer, with the `LoRAFinetuning` of the training if the checkpoint contains adapters.
         model: The model of the training.
         datamodule: Provides the example input, the names of the classes and the preprocessing.
         ckpt_path: The checkpoint. It is not needed with `LoRAFinetuning(adapter=...)`.
@@ -32,7 +32,7 @@ def export(
         The path of the file.
 
     Raises:
-        ValueError: If there is no checkpoint, or if the outputs of the file differ from the model.
+        ValueError: If there is no checkpoint, and for the reasons of `write_onnx`.
         FileExistsError: If the file already exists.
     """
     callback = finetuning_of(trainer)

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.cli.onnx_file import example_input, write_onnx
 from lora_lightning.lora import merge
-from lora_lightning.report import free_path
+from lora_lightning.report import free_path, refuse_to_overwrite
 from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO
 
 
@@ -75,9 +75,3 @@ def load_merged(trainer: Trainer, model: LightningModule, callback: LoRAFinetuni
     if ckpt_path is not None:
         model.load_state_dict(files.load_checkpoint(ckpt_path)["state_dict"])
     merge(callback.adapted)
-
-
-def refuse_to_overwrite(path: Path) -> None:
-    """Raise a `FileExistsError` if the file exists."""
-    if path.exists():
-        raise FileExistsError(f"{path} exists: it is not overwritten. Choose another name, or remove it.")

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.export import Dim
 
+from lora_lightning.report import refuse_to_overwrite
 from lora_lightning.report.found import described, find_targets, tensors_of
 
 _TOLERANCE = 1e-4
@@ -80,9 +81,8 @@ def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: 
             raise ValueError(f"{path} is not written: its output differs from the model's by {difference:g}.")
         # More than 2 GB of weights are in a separate file, which has to be there first.
         for file in sorted(written.parent.iterdir(), key=written.__eq__):
-            if (target := path.with_name(file.name)).exists():
-                raise FileExistsError(f"{target} exists: it is not overwritten. Choose another name, or remove it.")
-            file.replace(target)
+            refuse_to_overwrite(path.with_name(file.name))
+            file.replace(path.with_name(file.name))
     rank_zero_info(f"ONNX: {path}, of the forward pass of the model; its outputs agree with PyTorch.")
 
 

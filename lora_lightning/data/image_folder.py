@@ -200,7 +200,7 @@ class ImageFolderDataModule(ResumableDataModule):
         rank_zero_info(
             f"Images in {self.root}: {len(train):,} for training, from {len(set(labelled['train'][1])):,} of {len(self.class_names):,} "
             f"classes, {len(val):,} for validation, {len(test):,} for testing"
-            + {"": ".", "val": " (the validation images).", "train": " (the training images, as there are no others)."}[
+            + {"": ".", "val": " (the validation images).", "train": " (the training images: there are no others)."}[
                 instead
             ]
         )

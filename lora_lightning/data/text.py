@@ -17,7 +17,7 @@ from lora_lightning.data.focus import as_list, check_classes, check_share, repla
 from lora_lightning.data.in_memory import full_batches, stratified_split
 from lora_lightning.data.module import ResumableDataModule
 from lora_lightning.data.samplers import LengthGroupedSampler
-from lora_lightning.data.text_dataset import TextDataset
+from lora_lightning.data.text_dataset import TextDataset, token_limit
 from lora_lightning.data.text_files import read_texts
 from lora_lightning.lora import some_of
 from lora_lightning.resume.loader import ResumableLoader
@@ -105,8 +105,9 @@ class TextDataModule(ResumableDataModule):
     def preprocessing_in_words(self) -> str:
         """Return a description of the preprocessing: the tokenizer."""
         tokenizer = self._tokenizer()
-        limit = self.max_length or tokenizer.model_max_length
-        return f"The tokenizer {tokenizer.name_or_path}, with at most {limit:,} tokens per text, and padding to the longest text of a batch."
+        limit = token_limit(tokenizer, self.max_length)
+        most = "" if limit is None else f" at most {limit:,} tokens per text, and"
+        return f"The tokenizer {tokenizer.name_or_path}, with{most} padding to the longest text of a batch."
 
     @override
     def setup(self, stage: str) -> None:

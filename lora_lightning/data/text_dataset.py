@@ -40,9 +40,7 @@ class TextDataset(Dataset[Any]):
         self.texts = list(texts)
         self.targets = None if targets is None else torch.tensor(targets, dtype=torch.long)
         self.tokenizer = tokenizer
-        limited = (
-            max_length is not None or tokenizer.model_max_length < 1_000_000
-        )  # a huge number means that there is no limit
+        limited = token_limit(tokenizer, max_length) is not None
         encoded = tokenizer(self.texts, truncation=limited, max_length=max_length)
         self._samples = [{key: encoded[key][row] for key in encoded} for row in range(len(self.texts))]
         self.token_dropout = token_dropout
@@ -79,6 +77,14 @@ class TextDataset(Dataset[Any]):
         seed = seed_of_sample(self.epoch, index)
         kept = drop_tokens(torch.tensor(ids), special, self.token_dropout, self.dropped, seed)
         return sample | {"input_ids": kept.tolist()}
+
+
+def token_limit(tokenizer: Any, max_length: int | None) -> int | None:
+    """Return the maximum number of tokens of a text, or `None` if there is no limit."""
+    if max_length is not None:
+        return max_length
+    limit = int(tokenizer.model_max_length)
+    return limit if limit < 1_000_000 else None  # a huge number means that there is no limit
 
 
 def _stand_in(tokenizer: Any, token_dropout: float) -> int:

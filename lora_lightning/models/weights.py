@@ -33,7 +33,7 @@ def check_name(path: Path) -> None:
         return
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    # Only digits may be a date, unless the name comes from torchvision.
+    # A number without letters may be a date, unless the name comes from torchvision.
     if not digest.startswith(found[1]) and not found[1].isdecimal():
         raise ValueError(
             f"{path} is damaged, or another file: its SHA-256 starts with {digest[: len(found[1])]} instead of {found[1]}, as in its name. "

@@ -86,6 +86,12 @@ def _write_csv(report: Report, path: Path) -> None:
             writer.writerow([name, report.model.support[index], *("" if v is None else v for v in values)])
 
 
+def refuse_to_overwrite(path: Path) -> None:
+    """Raise a `FileExistsError` if the file exists."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists: it is not overwritten. Choose another name, or remove it.")
+
+
 def free_path(path: Path) -> Path:
     """Return `path`, or if it exists the first unused one of `<stem>-v1`, `<stem>-v2`, ..., as in Lightning."""
     return Path(free_name(path.parent, path.name))

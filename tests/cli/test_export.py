@@ -134,6 +134,24 @@ def test_a_module_of_ones_own_with_dict_batches(kind: type[WholeBatch], tmp_path
     torch.testing.assert_close(logits_of(session, {"x": x, "scale": scale}), expected.detach())
 
 
+def test_weights_in_a_separate_file_are_moved_with_their_model_and_overwrite_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch writes them to a separate file if they have more than 2 GB, as pretended here."""
+    save = torch.onnx.ONNXProgram.save
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", lambda program, path: save(program, path, external_data=True))
+    module, trainer, path = WholeBatch(), Trainer(accelerator="cpu", logger=False), tmp_path / "new" / "model.onnx"
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "base.ckpt")
+    export(trainer, module, Dicts(), str(tmp_path / "base.ckpt"), path)
+    assert {each.name for each in path.parent.iterdir()} == {"model.onnx", "model.onnx.data"}
+    assert session_of(str(path)).get_inputs()
+    path.unlink()
+    weights = (path.parent / "model.onnx.data").read_bytes()
+    with pytest.raises(FileExistsError, match=r"model.onnx.data exists: it is not overwritten"):
+        export(trainer, module, Dicts(), str(tmp_path / "base.ckpt"), path)
+    assert [(each.name, each.read_bytes()) for each in path.parent.iterdir()] == [("model.onnx.data", weights)]
+
+
 def test_a_forward_that_needs_more_is_named(tmp_path: Path) -> None:
     module, trainer = NeedsTargets(), Trainer(accelerator="cpu", logger=False)
     torch.save({"state_dict": module.state_dict()}, tmp_path / "base.ckpt")

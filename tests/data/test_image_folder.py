@@ -188,7 +188,7 @@ class TestParts:
         with caplog.at_level("INFO"):
             small(draw(cat=2, dog=2)).setup("test")
         assert (
-            "4 for training, from 2 of 2 classes, 0 for validation, 4 for testing (the training images, as there are no others)."
+            "4 for training, from 2 of 2 classes, 0 for validation, 4 for testing (the training images: there are no others)."
             in caplog.text
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import transformers
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -200,6 +201,16 @@ class TestBatches:
         module = data(files, tokenizer=tiny_bert, max_length=3)
         module.setup("fit")
         assert {inputs["input_ids"].shape[1] for inputs, _ in module.train_dataloader()} <= {1, 2, 3}
+        assert "with at most 3 tokens per text, and padding" in module.preprocessing_in_words()
+
+    def test_a_tokenizer_without_a_limit_is_described_without_one(
+        self, tiny_bert: str, files: dict[str, Path], tmp_path: Path
+    ) -> None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert, model_max_length=int(1e30))
+        tokenizer.save_pretrained(tmp_path / "unlimited")
+        module = data(files, tokenizer=str(tmp_path / "unlimited"))
+        assert module.preprocessing_in_words().endswith("unlimited, with padding to the longest text of a batch.")
+        module.setup("fit")
 
 
 @pytest.mark.parametrize(
