@@ -22,8 +22,13 @@ from lora_lightning.resume.checkpoints import check_file, explain_damage, misfit
 _HASH = re.compile(r"-([0-9a-f]{8,64})\.")
 
 
-def check_name(path: Path) -> None:
+def check_name(path: Path, *, of_torchvision: bool = False) -> None:
     """Compare a file with the SHA-256 hash in its name, in torchvision's format: `vgg19-dcbb9e9d.pth`.
+
+    Args:
+        path: The file. A name without a hash is not compared.
+        of_torchvision: Whether torchvision chose the name. The hash of some of its files has no letters (`vgg13-19584684.pth`);
+            in other names, such a number may be a date and is not compared.
 
     Raises:
         ValueError: If they differ.
@@ -33,8 +38,7 @@ def check_name(path: Path) -> None:
         return
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    # A number without letters may be a date, unless the name comes from torchvision.
-    if not digest.startswith(found[1]) and not found[1].isdecimal():
+    if not digest.startswith(found[1]) and (of_torchvision or not found[1].isdecimal()):
         raise ValueError(
             f"{path} is damaged, or another file: its SHA-256 starts with {digest[: len(found[1])]} instead of {found[1]}, as in its name. "
             "Remove it, and download it again."
@@ -99,7 +103,7 @@ def through_torchvision(builder: Callable[..., nn.Module], entry: Any, copy: Pat
     folder = Path(torch.hub.get_dir())
     file = copy or folder / "checkpoints" / _file_name(entry)
     if file.exists():
-        check_name(file)
+        check_name(file, of_torchvision=True)
     if copy is None:
         return _build(builder, entry, file)
     with tempfile.TemporaryDirectory() as stand_in:

@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchvision.models import ResNet18_Weights
+from torchvision.models import ResNet18_Weights, VGG13_Weights
 
 from lora_lightning import Classifier, ImageFolderDataModule, LoRAFinetuning, image_backbone
 from lora_lightning.lora import is_adapted
@@ -79,6 +79,18 @@ class TestTorchvisionsWeights:
         (hub / published.name).write_bytes(with_a_flipped_bit(published.read_bytes()))
         with pytest.raises(ValueError, match=rf"{published.name} is damaged, or another file: its SHA-256"):
             image_backbone("resnet18", "IMAGENET1K_V1")
+
+    def test_are_compared_with_a_hash_without_letters_too(
+        self, published: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        named = "vgg13-19584684.pth"  # torchvision's name, which could be a date
+        assert any(named in entry.url for entry in VGG13_Weights)
+        monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1.value, "url", f"https://download.pytorch.org/{named}")
+        for folder, weights in ((hub, "IMAGENET1K_V1"), (tmp_path / "copy", str(tmp_path / "copy" / named))):
+            folder.mkdir(parents=True)
+            (folder / named).write_bytes(published.read_bytes())
+            with pytest.raises(ValueError, match=rf"{named} is damaged, or another file: .* instead of 19584684"):
+                image_backbone("resnet18", weights)
 
     def test_without_a_network_say_where_the_file_goes(self, published: Path, hub: Path) -> None:
         published.unlink()
