@@ -86,11 +86,11 @@ class TestTorchvisionsWeights:
         named = "vgg13-19584684.pth"  # torchvision's name, which could be a date
         assert any(named in entry.url for entry in VGG13_Weights)
         monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1.value, "url", f"https://download.pytorch.org/{named}")
-        for folder, weights in ((hub, "IMAGENET1K_V1"), (tmp_path / "copy", str(tmp_path / "copy" / named))):
+        for folder, asked in ((hub, "IMAGENET1K_V1"), (tmp_path / "copy", str(tmp_path / "copy" / named))):
             folder.mkdir(parents=True)
             (folder / named).write_bytes(published.read_bytes())
             with pytest.raises(ValueError, match=rf"{named} is damaged, or another file: .* instead of 19584684"):
-                image_backbone("resnet18", weights)
+                image_backbone("resnet18", asked)
 
     def test_without_a_network_say_where_the_file_goes(self, published: Path, hub: Path) -> None:
         published.unlink()
