@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lora_lightning.cli.merge import finetuning_of, load_merged
-from lora_lightning.cli.onnx_file import example_input, write_onnx
+from lora_lightning.cli.onnx_file import example_input, require_onnx, write_onnx
 from lora_lightning.report import free_path, refuse_to_overwrite
 from lora_lightning.resume.checkpoints import load_base
 
@@ -32,7 +32,7 @@ def export(
         The path of the file.
 
     Raises:
-        ValueError: If there is no checkpoint, and for the reasons of `write_onnx`.
+        ValueError: If there is no checkpoint or a package for ONNX is missing, and for the reasons of `write_onnx`.
         FileExistsError: If the file already exists.
     """
     callback = finetuning_of(trainer)
@@ -40,6 +40,7 @@ def export(
         raise ValueError("export needs --ckpt_path, a checkpoint or a log folder, or --adapter, a folder of adapters.")
     output = free_path(Path("model.onnx")) if output is None else Path(output)
     refuse_to_overwrite(output)
+    require_onnx()
     if callback is not None:
         load_merged(trainer, model, callback, ckpt_path)
     else:

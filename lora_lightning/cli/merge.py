@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lora_lightning.callbacks import LoRAFinetuning
-from lora_lightning.cli.onnx_file import example_input, write_onnx
+from lora_lightning.cli.onnx_file import example_input, require_onnx, write_onnx
 from lora_lightning.lora import merge
 from lora_lightning.report import free_path, refuse_to_overwrite
 from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO
@@ -48,6 +48,8 @@ def merge_checkpoint(
     for path in (output, onnx):
         if path is not None:
             refuse_to_overwrite(Path(path))
+    if onnx is not None:
+        require_onnx()
     load_merged(trainer, model, callback, ckpt_path)
     if onnx is not None:
         write_onnx(model, example_input(trainer, model, datamodule), onnx, datamodule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -24,6 +25,19 @@ _TOLERANCE = 1e-4
 Inputs = Tensor | Mapping[str, Tensor]
 
 
+def require_onnx() -> None:
+    """Raise an error before a model is loaded if a package for ONNX is not installed.
+
+    Raises:
+        ValueError: If `onnxruntime`, or `onnxscript`, which PyTorch's exporter uses, is missing.
+    """
+    for name in ("onnxruntime", "onnxscript"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise ValueError(f"ONNX needs the package {name}: pip install 'lora-lightning[onnx]'.") from None
+
+
 def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: LightningDataModule | None) -> None:
     """Write the forward pass of the model to an ONNX file for batches of any size, and run the file once to compare.
 
@@ -39,14 +53,11 @@ def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: 
         datamodule: Provides the metadata.
 
     Raises:
-        ValueError: If a required package is not installed, if `forward` fails, or if the outputs differ. No file is then written.
+        ValueError: If `forward` fails or returns no tensor, or if the outputs differ. No file is then written.
         FileExistsError: If a file already exists.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 - PyTorch's exporter needs it
-    except ImportError as error:
-        raise ValueError(f"ONNX needs the package {error.name}: pip install 'lora-lightning[onnx]'.") from None
+    import onnxruntime
+
     named = {"input": example} if isinstance(example, Tensor) else dict(example)
     keywords = isinstance(example, Mapping) and not signature(model.forward).parameters.keys().isdisjoint(example)
     wrapped = _Logits(model, keywords).eval()
@@ -59,6 +70,10 @@ def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: 
                 f"forward of {type(model).__name__} fails for the input {described(example)}: {type(error).__name__}: {error}. Set "
                 "example_input_array of the model to an input of forward."
             ) from error
+        if expected is None:
+            raise ValueError(
+                f"forward of {type(model).__name__} returned no tensor; expected logits: a tensor, or a mapping or sequence with one."
+            )
         program = torch.onnx.export(
             wrapped,
             (example, {}),  # a mapping as the last argument would be keyword arguments
@@ -94,8 +109,9 @@ class _Logits(nn.Module):
         self.model = model
         self.by_keyword = by_keyword
 
-    def forward(self, inputs: Any) -> Tensor:
-        return next(tensors_of(self.model(**inputs) if self.by_keyword else self.model(inputs)))
+    def forward(self, inputs: Any) -> Tensor | None:
+        output = self.model(**inputs) if self.by_keyword else self.model(inputs)
+        return next(tensors_of(output), None)
 
 
 def example_input(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> Inputs:

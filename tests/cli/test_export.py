@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,11 @@ class NeedsTargets(WholeBatch):
         return super().forward(batch) | {"loss": batch["label"].float()}
 
 
+class ReturnsNames(WholeBatch):
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, str]:  # type: ignore[override]
+        return dict.fromkeys(batch, "cat")
+
+
 class Dicts(LightningDataModule):
     """Batches with inputs and targets in one dictionary."""
 
@@ -152,13 +158,29 @@ def test_weights_in_a_separate_file_are_moved_with_their_model_and_overwrite_not
     assert [(each.name, each.read_bytes()) for each in path.parent.iterdir()] == [("model.onnx.data", weights)]
 
 
-def test_a_forward_that_needs_more_is_named(tmp_path: Path) -> None:
-    module, trainer = NeedsTargets(), Trainer(accelerator="cpu", logger=False)
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            NeedsTargets,
+            r"fails for the input \{x: \(2, 4\), scale: \(2,\)\}: KeyError: 'label'. Set example_input_array",
+        ),
+        (ReturnsNames, r"forward of ReturnsNames returned no tensor; expected logits"),
+    ],
+)
+def test_a_forward_that_cannot_be_exported_is_named(kind: type[WholeBatch], message: str, tmp_path: Path) -> None:
+    module, trainer = kind(), Trainer(accelerator="cpu", logger=False)
     torch.save({"state_dict": module.state_dict()}, tmp_path / "base.ckpt")
-    message = r"forward of NeedsTargets fails for the input \{x: \(2, 4\), scale: \(2,\)\}: KeyError: 'label'. Set example_input_array"
     with pytest.raises(ValueError, match=message):
         export(trainer, module, Dicts(), str(tmp_path / "base.ckpt"), tmp_path / "model.onnx")
     assert not list(tmp_path.glob("*.onnx"))
+
+
+def test_a_missing_package_is_named_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    trainer = Trainer(accelerator="cpu", logger=False)
+    with pytest.raises(ValueError, match=r"ONNX needs the package onnxscript: pip install 'lora-lightning\[onnx\]'"):
+        export(trainer, WholeBatch(), Dicts(), "not-there.ckpt", tmp_path / "model.onnx")
 
 
 def test_what_is_missing_is_named_and_nothing_is_overwritten(trained: Run) -> None:
