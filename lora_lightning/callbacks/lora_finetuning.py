@@ -40,7 +40,7 @@ from lora_lightning.lora import (
     some_of,
 )
 from lora_lightning.lora.sharding import settle
-from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO, AdapterContent, NotFiniteError
+from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO, AdapterContent
 from lora_lightning.resume.atomic_checkpoint import write_atomically
 from lora_lightning.resume.checkpoints import load_base, newest_checkpoint
 from lora_lightning.resume.packed_layers import let_packed_keys_be_missing
@@ -141,30 +141,27 @@ class LoRAFinetuning(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self.adapted is not None
         refuse_pruning(trainer)
-        check_optimizers(trainer, pl_module, self.adapted)
+        check_optimizers(trainer, pl_module, self._network)
         if self.lr_ratio != 1:
             for optimizer in trainer.optimizers:
-                self._handles += keep_lr_ratio(optimizer, self.adapted, self.lr_ratio)
+                self._handles += keep_lr_ratio(optimizer, self._network, self.lr_ratio)
         # Not in setup, since a precision such as bf16-true converts the base after it.
-        self._frozen = FrozenBase(self.adapted)
+        self._frozen = FrozenBase(self._network)
         if self._checkpoints is not None:
             self._checkpoints.content.at_start = self._frozen.updatable
-        self._finite = Finite(self.adapted)
+        self._finite = Finite(self._network, self._checkpoints)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self.adapted is not None
         self._random_state.on_train_start(trainer, pl_module)
-        self._untouched = Untouched(self.adapted, trainer.global_step) if self.verify else None
+        self._untouched = Untouched(self._network, trainer.global_step) if self.verify else None
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._random_state.on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if batch_idx == 0:  # after the other callbacks have started the epoch
-            assert self.adapted is not None
-            check_optimizers(trainer, pl_module, self.adapted)
+            check_optimizers(trainer, pl_module, self._network)
             restore_statistics(trainer, pl_module)
         if self.distillation is not None:
             self.distillation.record(pl_module)
@@ -184,18 +181,13 @@ class LoRAFinetuning(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self._finite is not None
-        try:
-            self._finite.look(trainer, outputs)
-        except NotFiniteError:
-            self._save_no_more()
-            raise
+        self._finite.look(trainer, outputs)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self.adapted is not None
         self._random_state.on_validation_start(trainer, pl_module)
         if trainer.state.fn == "fit":
-            restore_averaged_base(trainer, pl_module, self.adapted)
+            restore_averaged_base(trainer, pl_module, self._network)
         self._say_if_fresh(trainer)
 
     @override
@@ -204,15 +196,10 @@ class LoRAFinetuning(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self.adapted is not None
         assert self._frozen is not None
         assert self._finite is not None
-        try:
-            self._finite.check(trainer)
-        except NotFiniteError:
-            self._save_no_more()
-            raise
-        restore_averaged_base(trainer, pl_module, self.adapted)
+        self._finite.check(trainer)
+        restore_averaged_base(trainer, pl_module, self._network)
         self._frozen.warn_of_changes()
         if self._untouched is not None:
             untouched, self._untouched = self._untouched, None
@@ -220,8 +207,7 @@ class LoRAFinetuning(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self.adapted is not None
-        restore_averaged_base(trainer, pl_module, self.adapted)
+        restore_averaged_base(trainer, pl_module, self._network)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -242,10 +228,9 @@ class LoRAFinetuning(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the adapter folder and check that the base has not changed."""
-        assert self.adapted is not None
         assert self._frozen is not None
-        self.adapter_folder, of_best = write_adapter_folder(trainer, pl_module, self.adapted)
-        self._handover.put(trainer, self.adapted, self.adapter_folder)
+        self.adapter_folder, of_best = write_adapter_folder(trainer, pl_module, self._network)
+        self._handover.put(trainer, self._network, self.adapter_folder)
         trainer.strategy.barrier("adapter folder")  # so that it exists on every device when fit returns
         frozen, updated = self._frozen.changed()
         if frozen:
@@ -260,12 +245,13 @@ class LoRAFinetuning(Callback):
         rank_zero_info(f"The base is {self.base_in_words}. {where}")
 
     @property
-    def _the_adapted(self) -> nn.Module:
+    def _network(self) -> nn.Module:
+        """Return the adapted network, which exists after `setup`."""
         assert self.adapted is not None, "nothing is attached before setup"
         return self.adapted
 
     def _say_if_fresh(self, trainer: Trainer) -> None:
-        if trainer.state.fn != "fit" and is_untrained(self._the_adapted):
+        if trainer.state.fn != "fit" and is_untrained(self._network):
             rank_zero_info("The adapters are untrained and have no effect. Pass trained ones as ckpt_path.")
 
     def _load_base(self, pl_module: LightningModule) -> None:
@@ -290,26 +276,20 @@ class LoRAFinetuning(Callback):
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare the run after the module is adapted."""
-        assert self.adapted is not None
         average_with_adapters(trainer, pl_module, stage)
         files = trainer.strategy.checkpoint_io
         if isinstance(files, AdapterCheckpointIO):
             files = files.checkpoint_io
         base_path = str(self.base_path) if self.base_path else None
-        content = AdapterContent(pl_module, self.adapted, self.base_fingerprint, base_path, self._updated)
+        content = AdapterContent(pl_module, self._network, self.base_fingerprint, base_path, self._updated)
         if is_a(trainer.strategy, ModelParallelStrategy):
-            settle(self.adapted, trainer.strategy.device_mesh["data_parallel"].get_group())
+            settle(self._network, trainer.strategy.device_mesh["data_parallel"].get_group())
             self._checkpoints = ShardedCheckpoints(trainer.strategy, content)
             return
         self._handles.append(let_packed_keys_be_missing(pl_module))
         self._checkpoints = AdapterCheckpointIO(write_atomically(files), trainer.strategy, content)
         trainer.strategy.checkpoint_io = self._checkpoints
 
-    def _save_no_more(self) -> None:
-        """Prevent a `ModelCheckpoint` that saves on exceptions from replacing the last finite checkpoint."""
-        if self._checkpoints is not None:
-            self._checkpoints.closed = True
-
     def trained_parameters(self) -> str:
         """Return the number of trained parameters: `6,794 of 2,813,804 parameters, 0.242% of the base`."""
-        return trained_parameters(self._the_adapted)
+        return trained_parameters(self._network)

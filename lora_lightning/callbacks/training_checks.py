@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import adapted_weights, adapter_parameters, adapter_state_dict, some_of
 from lora_lightning.lora.sharding import full, local
-from lora_lightning.resume.adapter_checkpoint import NotFiniteError
+from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO, NotFiniteError
+from lora_lightning.resume.sharded_checkpoints import ShardedCheckpoints
 
 
 def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.Module) -> None:
@@ -108,13 +109,18 @@ class Untouched:
 
 
 class Finite:
-    """Stops training if the adapters are no longer finite.
+    """Stops training if the adapters are no longer finite, before `ModelCheckpoint` replaces the last finite checkpoint.
 
     The adapters are only checked after a loss that is not finite. Mixed precision may skip such a step without any harm.
+
+    Args:
+        adapted: The model with the adapters.
+        checkpoints: Writes the checkpoints of the run, and nothing more after an error.
     """
 
-    def __init__(self, adapted: nn.Module) -> None:
+    def __init__(self, adapted: nn.Module, checkpoints: AdapterCheckpointIO | ShardedCheckpoints | None) -> None:
         self.adapted = adapted
+        self.checkpoints = checkpoints
         self.losses: list[tuple[int, Tensor]] = []
 
     def look(self, trainer: Trainer, outputs: Any) -> None:
@@ -143,6 +149,8 @@ class Finite:
         ]
         if not names:
             return
+        if self.checkpoints is not None:
+            self.checkpoints.closed = True  # also for a ModelCheckpoint that saves on exceptions
         since = "" if began is None else f" since batch {began} (counted from 0), whose loss was not finite"
         files = trainer.checkpoint_callback
         last = getattr(files, "last_model_path", "") or getattr(files, "best_model_path", "")
