@@ -27,6 +27,7 @@ from lora_lightning.lora.sharding import local
 from lora_lightning.resume.checkpoints import ADAPTER_KEY
 from lora_lightning.resume.packed_layers import packed_keys
 
+_WITHOUT_FILE = "the model as it was created"
 _STATES = ("state_dict", "current_model_state", "average_model_state")
 """Entries that hold the model's state.
 
@@ -102,10 +103,16 @@ class AdapterContent:
                 f"{_summary(attached)}. Configure LoRAFinetuning with the rank, alpha, targets and variant of the checkpoint."
             )
         if description["base_fingerprint"] != self.base_fingerprint:
+            trained_on = description["base_path"]
+            advice = (
+                "Set base_checkpoint of LoRAFinetuning to the first one."
+                if trained_on
+                else "Create the model with the same weights as in the training, for example with the same seed, without base_checkpoint."
+            )
             raise ValueError(
-                f"{path} contains adapters of another base: they were trained on {description['base_path']} (fingerprint "
-                f"{description['base_fingerprint'][:12]}), but the base of the model is {self.base_path} "
-                f"({self.base_fingerprint[:12]}). Set base_checkpoint of LoRAFinetuning to the first one."
+                f"{path} contains adapters of another base: they were trained on {trained_on or _WITHOUT_FILE} (fingerprint "
+                f"{description['base_fingerprint'][:12]}), but the base of the model is {self.base_path or _WITHOUT_FILE} "
+                f"({self.base_fingerprint[:12]}). {advice}"
             )
 
     def base_keys(self) -> set[str]:

@@ -310,6 +310,15 @@ class TestRefusals:
             ckpt_path=trainer.checkpoint_callback.best_model_path,
         )
 
+    def test_adapters_of_a_base_without_a_file(self, make_trainer: MakeTrainer, base: Path) -> None:
+        trainer, _, _ = finetune(make_trainer, None)
+        self.refuse(
+            make_trainer(LoRAFinetuning(rank=1, base_checkpoint=base)),
+            r"they were trained on the model as it was created \(fingerprint .*\), but the base of the model is .*ckpt \(.*\)\. "
+            "Create the model with the same weights",
+            ckpt_path=trainer.checkpoint_callback.best_model_path,
+        )
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
