@@ -21,7 +21,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
+    BatchSizeFinder,
     EMAWeightAveraging,
+    LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
@@ -36,7 +38,7 @@ from lora_lightning import ConfusionReport, LoRAFinetuning
 from lora_lightning.lora import adapted_weights, adapter_parameters, adapter_state_dict, base_fingerprint, merge
 from lora_lightning.resume import NotFiniteError
 from lora_lightning.resume.checkpoints import newest_checkpoint
-from tests.helpers import same
+from tests.helpers import same, state
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -275,6 +277,40 @@ def test_pruning_is_refused_for_the_base_and_works_for_layers_trained_in_full(ma
     adapters = LoRAFinetuning(rank=2, target_modules=["body.0"], modules_to_save=["head"])
     make_trainer(adapters, pruning, max_epochs=1).fit(module, data())
     assert (module.head.weight == 0).float().mean() == 0.5
+
+
+class Searched(Two):
+    """Has a loader whose batch size Lightning can change."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(2)
+        super().__init__()
+        self.batch_size = 8
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(data().dataset, batch_size=self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return data()
+
+
+@pytest.mark.parametrize(
+    "search", [LearningRateFinder(num_training_steps=20, update_attr=False), BatchSizeFinder(init_val=2, max_trials=3)]
+)
+def test_a_search_before_the_training_leaves_the_adapters_as_they_were(
+    search: pl.Callback, make_trainer: MakeTrainer
+) -> None:
+    """The search for the batch size ends with that of the module."""
+    trained = []
+    for callbacks in ([], [search]):
+        torch.manual_seed(4)
+        module = Searched()
+        torch.manual_seed(4)
+        trainer = make_trainer(LoRAFinetuning(rank=2), *callbacks, max_epochs=2)
+        trainer.fit(module)
+        assert (module.batch_size, trainer.global_step) == (8, 6)
+        trained.append(state(module))
+    assert same(*trained)
 
 
 @pytest.mark.parametrize("lr_ratio", [1.0, 8.0])
@@ -637,8 +673,8 @@ class TestWeightAveraging:
         trainer = make_trainer(*callbacks, Look(), files, max_epochs=3, num_sanity_val_steps=0)
         trainer.fit(module, data(), data())
         live = module.state_dict()
-        for state in (*seen, live):
-            assert all(torch.equal(state[key], value) for key, value in base.items())
+        for each in (*seen, live):
+            assert all(torch.equal(each[key], value) for key, value in base.items())
         content = torch.load(tmp_path / "c" / "last.ckpt", weights_only=True)
         assert set(content["state_dict"]) == set(content["current_model_state"]) == set(adapter_state_dict(module))
         assert any(
