@@ -40,9 +40,9 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.M
             "configure_optimizers, when the adapters exist, from the parameters that require gradients; or leave the layers out with "
             "exclude_modules."
         )
-    if whole := [name for name, key in trainable.items() if key in held and key not in ours]:
+    if in_full := [name for name, key in trainable.items() if key in held and key not in ours]:
         raise ValueError(
-            f"The optimizer of this {module} has {some_of(map(repr, whole))}, which are not adapters: they would be trained in full, and be "
+            f"The optimizer of this {module} has {some_of(map(repr, in_full))}, which are not adapters: they would be trained in full, and be "
             "missing from the adapter folder. Create these layers before the optimizer, in __init__, setup or configure_model, and "
             "name them in modules_to_save; or freeze them, and remove callbacks like BackboneFinetuning that unfreeze them."
         )

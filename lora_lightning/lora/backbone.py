@@ -13,6 +13,6 @@ def backbone_of(module: nn.Module) -> nn.Module:
     For a `Classifier` this is the backbone. An adapter folder then contains the layer names of the backbone and can be
     loaded into the backbone alone.
     """
-    holders = [child for child in module.children() if any(True for _ in child.parameters())]
+    with_parameters = [child for child in module.children() if any(True for _ in child.parameters())]
     own = list(module.parameters(recurse=False))
-    return unwrapped(holders[0] if len(holders) == 1 and not own else module)
+    return unwrapped(with_parameters[0] if len(with_parameters) == 1 and not own else module)

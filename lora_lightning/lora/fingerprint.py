@@ -58,9 +58,9 @@ def digests(module: nn.Module, only: Container[str] | None = None) -> dict[str, 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for key, value in base_tensors(module):
             if only is None or key in only:
-                whole = full(value)
-                found[key] = pool.submit(_digest, whole)
-                if whole is not value:
+                gathered = full(value)
+                found[key] = pool.submit(_digest, gathered)
+                if gathered is not value:
                     found[key].result()
         return {key: digest.result() for key, digest in found.items()}
 
@@ -92,9 +92,9 @@ def is_in_another_precision(module: nn.Module, sample: str, but: Container[str] 
 def base_tensors(module: nn.Module, but: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters and persistent buffers of the base, by state-dict key."""
     module = unwrapped(module)
-    whole = saved_keys(module)
+    trained = saved_keys(module)
     for key, value in module.state_dict().items():
-        if isinstance(value, Tensor) and not is_adapter_key(key) and key not in whole and key not in but:
+        if isinstance(value, Tensor) and not is_adapter_key(key) and key not in trained and key not in but:
             yield key, value
 
 

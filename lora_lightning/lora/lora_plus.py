@@ -80,23 +80,23 @@ class _SplitGroups:
     def __init__(self, ups: set[int], lr_ratio: float) -> None:
         self.ups = ups
         self.lr_ratio = lr_ratio
-        self.whole: list[dict[str, Any]] = []
-        self.parts: list[dict[str, Any]] = []
-        """For each group of `whole`, a group without the B's. Changes by a step are copied back."""
+        self.original: list[dict[str, Any]] = []
+        self.without_b: list[dict[str, Any]] = []
+        """For each group of `original`, a group without the B's. Changes by a step are copied back."""
 
     def split(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.put_back(optimizer)  # if the last step was interrupted
-        self.whole = optimizer.param_groups
-        self.parts = [self._part(group, of_b=False) for group in self.whole]
-        of_b = [self._part(group, of_b=True) for group in self.whole]
-        optimizer.param_groups = [group for group in (*self.parts, *of_b) if group["params"]]
+        self.original = optimizer.param_groups
+        self.without_b = [self._part(group, of_b=False) for group in self.original]
+        of_b = [self._part(group, of_b=True) for group in self.original]
+        optimizer.param_groups = [group for group in (*self.without_b, *of_b) if group["params"]]
 
     def put_back(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if not self.whole:
+        if not self.original:
             return
-        for group, part in zip(self.whole, self.parts, strict=True):
+        for group, part in zip(self.original, self.without_b, strict=True):
             group.update({key: value for key, value in part.items() if key != "params"})
-        optimizer.param_groups, self.whole, self.parts = self.whole, [], []
+        optimizer.param_groups, self.original, self.without_b = self.original, [], []
 
     def _part(self, group: dict[str, Any], of_b: bool) -> dict[str, Any]:
         parameters = [parameter for parameter in group["params"] if (id(parameter) in self.ups) == of_b]

@@ -12,8 +12,8 @@ from lora_lightning.lora.model import adapted_weights
 
 def full(value: Tensor) -> Tensor:
     """Gather a distributed tensor, and return any other tensor as it is. All processes have to call this."""
-    whole: Tensor = value.full_tensor() if is_distributed(value) else value  # type: ignore[attr-defined]
-    return whole
+    gathered: Tensor = value.full_tensor() if is_distributed(value) else value  # type: ignore[attr-defined]
+    return gathered
 
 
 def is_distributed(value: Tensor | None) -> bool:

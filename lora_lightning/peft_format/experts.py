@@ -45,14 +45,14 @@ def experts_from_peft(tensors: dict[str, Tensor], wanted: Iterable[str], module:
     modules: dict[str, Any] = dict(module.named_modules())
     ends = tuple(f".{name}" for name in wanted)
     found: list[str] = []
-    for holder in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
-        depth, name = holder.count(_INSIDE), holder.replace(_INSIDE, "")
+    for layer in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
+        depth, name = layer.count(_INSIDE), layer.replace(_INSIDE, "")
         parameters = dict(modules[name].named_parameters(recurse=False)) if name in modules else {}
         keys = [key for key in parameters if f".{name}.{key}".endswith(ends)]
         if depth >= len(keys):
             continue
         key = keys[len(keys) - 1 - depth]
-        a, b = (tensors.pop(f"{holder}.{part}", None) for part in ("lora_A", "lora_B"))
+        a, b = (tensors.pop(f"{layer}.{part}", None) for part in ("lora_A", "lora_B"))
         if a is not None and b is not None and parameters[key].dim() == 3:
             experts = len(parameters[key])
             if a.dim() == b.dim() == 2 and len(a) % experts == b.shape[1] % experts == 0:

@@ -161,15 +161,15 @@ def _what_is_adapted(
         modules = dict(module.named_modules())
         names: dict[str, None] = {}
         for key in list(tensors):
-            holder, _, leaf = key.rpartition(".")
-            layer_name, _, last = holder.rpartition(".")
-            if isinstance(modules.get(holder), nn.MultiheadAttention):
-                tensors[f"{holder}.lora_in_proj_weight.{leaf}".lstrip(".")] = tensors.pop(key)
-                names[f"{holder}.in_proj_weight".lstrip(".")] = None
+            parent, _, leaf = key.rpartition(".")
+            layer_name, _, last = parent.rpartition(".")
+            if isinstance(modules.get(parent), nn.MultiheadAttention):
+                tensors[f"{parent}.lora_in_proj_weight.{leaf}".lstrip(".")] = tensors.pop(key)
+                names[f"{parent}.in_proj_weight".lstrip(".")] = None
             elif last.startswith("lora_"):
                 names[f"{layer_name}.{last.removeprefix('lora_')}".lstrip(".")] = None
             else:
-                names[holder] = None
+                names[parent] = None
         saved_names = list(description.get("modules_to_save") or [])
         saved = {parent for key in content.saved for parent in parents_of(key)}
         trained = [name for name in modules if name in saved and name.endswith(tuple(saved_names))]

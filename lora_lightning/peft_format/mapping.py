@@ -168,7 +168,7 @@ def check_method(description: dict[str, Any], where: object) -> None:
 
 
 def configuration(
-    description: dict[str, Any], where: object, module: nn.Module, targets: list[str], whole: list[str]
+    description: dict[str, Any], where: object, module: nn.Module, targets: list[str], trained: list[str]
 ) -> LoRAConfig:
     """Return our configuration for PEFT's, with exactly the layers in the file as targets.
 
@@ -191,7 +191,7 @@ def configuration(
             use_rslora=bool(description.get("use_rslora")),
             use_dora=bool(description.get("use_dora")),
             target_parameters=exactly(by_name, weights) if by_name else [],
-            modules_to_save=exactly(whole, modules) if whole else [],
+            modules_to_save=exactly(trained, modules) if trained else [],
             qkv=description.get("qkv") or "",
             bypass=(bypass[0], bypass[1]) if bypass else None,
         )

@@ -165,8 +165,8 @@ def loggable(name: str) -> str:
     return re.sub(r"[^\w\-. ]", "_", name)
 
 
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else float("nan")
+def _ratio(count: int, total: int) -> float:
+    return count / total if total else float("nan")
 
 
 def _or_none(value: float) -> float | None:

@@ -141,8 +141,8 @@ class AdapterContent:
     def _adapters(self) -> dict[str, str]:
         """Describe each adapter by name, for example `rank 1, scale 1`, and the modules that are trained in full."""
         described = {each.name: _describe(each) for each in adapted_weights(self.pl_module)}
-        whole = {key.rpartition(".")[0] for key in saved_keys(self.pl_module)}
-        return described | dict.fromkeys(sorted(whole), "trained in full")
+        in_full = {key.rpartition(".")[0] for key in saved_keys(self.pl_module)}
+        return described | dict.fromkeys(sorted(in_full), "trained in full")
 
 
 class AdapterCheckpointIO(CheckpointIO):
