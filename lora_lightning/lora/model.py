@@ -122,8 +122,8 @@ def select(module: nn.Module, config: LoRAConfig) -> list[AdaptedWeight]:
     if missing or not selected:
         close = [name for key in missing for name in difflib.get_close_matches(key, known)]
         what = f"Targets {missing} match no layer of a supported kind" if missing else "No layer is left to adapt"
-        listed = some_of(dict.fromkeys([*close, *known] if len(known) > 20 else known), 20)
-        raise ValueError(f"{what}. Layers that can be adapted: {listed or 'none; name weights in target_parameters'}.")
+        listed = some_of(dict.fromkeys([*close, *known] if len(known) > 20 else known), 20) or "none"
+        raise ValueError(f"{what}. Layers that can be adapted: {listed}. For others, set target_parameters.")
     refused = [f"Layer {each.name!r} {why}" for each in selected if (why := _refusal(each, config))]
     if refused:
         raise ValueError(f"{some_of(refused)}. Leave such layers out with exclude_modules.")
