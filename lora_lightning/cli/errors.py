@@ -14,6 +14,8 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
+from lora_lightning.cli.init import how_to_get
+
 _NO_NAME = '"<unicode string>"'
 _UNION = "Does not validate against any of the Union subtypes"
 
@@ -46,7 +48,7 @@ def explain(error: BaseException, words: Sequence[str] = ()) -> str:
 
 
 def _with_settings(text: str) -> str:
-    """Add the setting that caused the error, and the command that creates a missing file."""
+    """Add the setting that caused the error, or how to get a missing file."""
     if match := re.search(r"`(\w+)Accelerator` can not run on your system.*: (\[.*\])", text):
         kind = match[1].lower()
         return (
@@ -57,6 +59,8 @@ def _with_settings(text: str) -> str:
         config = Path("configs") / f"{match[2]}.yaml"
         if config.is_file():
             text += f" `lora-lightning fit --config {config}` creates it; base_checkpoint and --ckpt_path select another one."
+    if (match := re.search(r"File does not exist: '([^']+)'", text)) and (hint := how_to_get(match[1])):
+        text += f". {hint}"
     return text
 
 

@@ -17,6 +17,23 @@ TOPICS = {
 }
 
 
+def shipped(name: str) -> Path:
+    """Return the path of an example file in the package, whether it exists or not."""
+    return _SHIPPED / ("examples" if name.endswith(".py") else ".") / name
+
+
+def how_to_get(path: str) -> str:
+    """Return a sentence that says where to get a missing example file, or an empty string for other files."""
+    parts = Path(path).parts
+    if "configs" not in parts:
+        return ""
+    name = "/".join(parts[parts.index("configs") :])
+    for topic, (_, names) in TOPICS.items():
+        if name in names:
+            return f"`lora-lightning init {topic}` writes it."
+    return f"The package contains it: {shipped(name)}." if shipped(name).is_file() else ""
+
+
 def init(words: list[str]) -> int:
     """Copy the files of a topic to the working directory and print the commands that use them.
 
@@ -37,7 +54,7 @@ def init(words: list[str]) -> int:
         return 2
     commands: list[str] = []
     for name in names:
-        source = _SHIPPED / ("examples" if name.endswith(".py") else ".") / name
+        source = shipped(name)
         Path(name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source, name)
         lines = source.read_text(encoding="utf-8").splitlines()

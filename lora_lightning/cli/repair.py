@@ -15,11 +15,12 @@ from jsonargparse import ArgumentParser
 
 from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.cli.closing import show_lines
+from lora_lightning.cli.init import shipped
 from lora_lightning.data.focus import check_share
 from lora_lightning.data.mnist_files import Source
 from lora_lightning.repair.choice import named_classes
 from lora_lightning.repair.comparison import compare
-from lora_lightning.repair.digits import Digits
+from lora_lightning.repair.digits import EXAMPLE, Digits
 from lora_lightning.repair.process import Repair, Settings, say
 from lora_lightning.repair.task import Task
 from lora_lightning.repair.training import Runs
@@ -184,10 +185,14 @@ def _closing(one: Repair) -> dict[str, str]:
             lines[name] = str(folder / path)
     lines["curves"] = f"tensorboard --logdir {shlex.quote(str(folder))}"
     if "adapter" in lines:
+        # The example for MNIST may not have been written to the working directory.
+        options = [
+            str(shipped(word)) if word == EXAMPLE and not Path(word).exists() else word for word in one.task.options
+        ]
         words = [
             "lora-lightning",
             "test",
-            *one.task.options,
+            *options,
             "--adapter",
             lines["adapter"],
             "--ckpt_path",

@@ -16,6 +16,8 @@ from lora_lightning.models import Classifier, OneCycle, RichBoyNet
 from lora_lightning.repair.task import Way
 from lora_lightning.repair.training import Runs
 
+EXAMPLE = "configs/adapt.yaml"
+"""The configuration with the same model and data."""
 _PEAK_RATES: dict[Way, float] = {"adapters": 3e-3, "full network": 1e-3, "last layer": 3e-3}
 _PRETRAINING_RATE = 3e-3
 _PRETRAIN_BATCH_SIZE = 128
@@ -49,7 +51,7 @@ class Digits:
         self.recipe = f"training the over-sized MLP on all ten digits for {how_long}"
         self.steps, self.share = _STEPS[self.source], _SHARES[self.source]
         places = {"--data.source": self.source, "--data.data_dir": str(data_dir)}
-        self.options = ["--config", "configs/adapt.yaml", *(word for pair in places.items() for word in pair)]
+        self.options = ["--config", EXAMPLE, *(word for pair in places.items() for word in pair)]
 
     def model(self, way: Way = "adapters") -> Classifier:
         """Return an untrained MLP with Adam and the learning rate for this kind of training."""

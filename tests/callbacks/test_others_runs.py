@@ -298,7 +298,7 @@ class Searched(Two):
     "search", [LearningRateFinder(num_training_steps=20, update_attr=False), BatchSizeFinder(init_val=2, max_trials=3)]
 )
 def test_a_search_before_the_training_leaves_the_adapters_as_they_were(
-    search: pl.Callback, make_trainer: MakeTrainer
+    search: pl.Callback, make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     """The search for the batch size ends with that of the module."""
     trained = []
@@ -306,11 +306,12 @@ def test_a_search_before_the_training_leaves_the_adapters_as_they_were(
         torch.manual_seed(4)
         module = Searched()
         torch.manual_seed(4)
-        trainer = make_trainer(LoRAFinetuning(rank=2), *callbacks, max_epochs=2)
+        trainer = make_trainer(LoRAFinetuning(rank=2), *callbacks, max_epochs=2, default_root_dir=tmp_path)
         trainer.fit(module)
         assert (module.batch_size, trainer.global_step) == (8, 6)
         trained.append(state(module))
     assert same(*trained)
+    assert not list(tmp_path.glob("*.ckpt"))
 
 
 @pytest.mark.parametrize("lr_ratio", [1.0, 8.0])

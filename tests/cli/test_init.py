@@ -72,3 +72,27 @@ def test_the_pair_for_mnist_runs(
         words = ("--config", f"configs/{name}.yaml", "--data.source", "sample", "--trainer.max_steps", "29")
         status, text = run("fit", *words)
         assert status == 0, text
+
+
+@pytest.mark.parametrize(
+    ("config", "hint"),
+    [
+        ("configs/adapt.yaml", "`lora-lightning init mnist` writes it"),
+        ("configs/text.yaml", "`lora-lightning init text` writes it"),
+        ("configs/notebook/digit9.yaml", f"The package contains it: {ROOT / 'configs/notebook/digit9.yaml'}"),
+    ],
+)
+def test_an_example_that_is_not_in_the_working_directory_is_explained(
+    config: str, hint: str, run: Callable[..., tuple[int, str]], workspace: Path
+) -> None:
+    (workspace / "configs").unlink()
+    code, text = run("fit", "--config", config)
+    assert code == 2
+    assert f"File does not exist: '{workspace / config}'. {hint}" in text
+
+
+def test_a_missing_file_of_one_s_own_is_named(run: Callable[..., tuple[int, str]], workspace: Path) -> None:
+    for config in ("mine.yaml", "configs/mine.yaml"):
+        code, text = run("fit", "--config", config)
+        assert code == 2
+        assert f"File does not exist: '{workspace / config}'\n" in text

@@ -213,7 +213,8 @@ def test_pissa_of_weights_that_are_not_finite_is_refused_and_changes_nothing(mlp
 def test_a_target_of_a_large_network_that_matches_nothing_is_answered_with_close_names() -> None:
     net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(200)))
     with pytest.raises(
-        ValueError, match=r"Targets \['19o'\] match no layer .* can be adapted: 19\d?, .* and 180 more\. For others, set target_parameters\.$"
+        ValueError,
+        match=r"Targets \['19o'\] match no layer .* can be adapted: 19\d?, .* and 180 more\. For others, set target_parameters\.$",
     ):
         attach(net, LoRAConfig(rank=2, target_modules=["19o"]))
 
