@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from pathlib import Path
 
 from lora_lightning import __version__
 
@@ -31,6 +32,8 @@ def main(args: list[str] | None = None) -> int:
         The exit code: 1 if interrupted before the command starts, 2 for an unknown command, else that of `lora_lightning.cli.main.main`.
     """
     words = sys.argv[1:] if args is None else args
+    if args is None and not sys.flags.safe_path:
+        sys.path.append(str(Path.cwd()))  # for your own modules; `python -m lora_lightning` has it already
     first = words[0] if words else "--help"
     if first == "--version":
         print(f"lora-lightning {__version__}")
