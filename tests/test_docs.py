@@ -69,7 +69,7 @@ def test_every_snippet_runs(workspace: Path, code: str) -> None:
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 @pytest.mark.parametrize("line", commands())
 def test_every_command_is_understood(
-    workspace: Path, line: str, monkeypatch: pytest.MonkeyPatch, tiny_bert: str
+    workspace: Path, line: str, monkeypatch: pytest.MonkeyPatch, tiny_bert: str, small_efficientnet: None
 ) -> None:
     words = [word.strip('"') for word in line.split()[1:]]
     if words[0] == "repair":
