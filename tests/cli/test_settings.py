@@ -17,7 +17,6 @@ from PIL import Image
 from lora_lightning import Classifier, LoRAConfig, LoRAFinetuning, RichBoyNet
 from lora_lightning.cli.main import LoRALightningCLI, main
 from tests.conftest import ROOT
-from tests.test_ants_bees import PACKAGES
 
 Run = Callable[..., tuple[int, str]]
 SMALL = ("--data.source", "sample", "--trainer.max_steps", "10", "--trainer.max_epochs", "1")
@@ -53,13 +52,9 @@ def test_settings_of_adapters_are_options(pretrained: Run) -> None:
     "config", sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 )
 def test_the_options_work_with_every_shipped_configuration(
-    workspace: Path, config: str, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, config: str, monkeypatch: pytest.MonkeyPatch, small_efficientnet: None
 ) -> None:
-    (workspace / "examples").symlink_to(ROOT / "examples")
     (workspace / "own_module.py").symlink_to(ROOT / "examples" / "own_module.py")
-    monkeypatch.syspath_prepend(workspace)
-    for package, code in PACKAGES.items():
-        (workspace / f"{package}.py").write_text(code)
     photographs(Path("photos"), "cats", "dogs")
     Path("data/banking77").mkdir(parents=True)
     Path("data/banking77/train.csv").write_text("text,category\na,b\nc,d\n")
