@@ -91,8 +91,8 @@ def _trained_as_in(best: _Best | None, trainer: Trainer, pl_module: LightningMod
         yield
         return
     loaded = trainer.strategy.checkpoint_io.load_checkpoint(best.path)["state_dict"]
-    whole = saved_keys(pl_module)
-    own = {key: value for key, value in pl_module.state_dict().items() if is_adapter_key(key) or key in whole}
+    in_full = saved_keys(pl_module)
+    own = {key: value for key, value in pl_module.state_dict().items() if is_adapter_key(key) or key in in_full}
     kept = {key: value.clone() for key, value in own.items()}
     with torch.no_grad():
         for key, value in own.items():

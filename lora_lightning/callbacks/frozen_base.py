@@ -76,7 +76,7 @@ class FrozenBase:
             )
 
     def _count_writes(self) -> dict[str, int]:
-        """Return PyTorch's counts of in-place operations on the frozen tensors that are whole on this device."""
+        """Return PyTorch's counts of in-place operations on the frozen tensors that are complete on this device."""
         return {
             key: value._version
             for key, value in base_tensors(self.adapted)
