@@ -85,9 +85,9 @@ def repair(
     """Find the class with the lowest recall, repair it with LoRA, and report whether this succeeded.
 
     Without a configuration, this pretrains an MLP on MNIST. The class, the rank, the share and the scale of the adapters (W + λ ΔW with λ
-    from 0 to 1) are selected on validation data: the fewest errors on the class with no more errors on the others and at most 1.5 times
-    the false positives. The test data are only used for the verdict: "repaired", "traded" if other errors increased, or "no repair
-    found".
+    from 0 to 1) are selected on validation data: the fewest errors on the class with no more errors on the others, and where the false
+    positives do not rise by more than the errors on the class fall. The test data are only used for the verdict: "repaired", "traded"
+    if other errors increased, or "no repair found".
 
     Args:
         base_checkpoint: A trained model of configs/pretrain.yaml or configs/notebook/pretrain.yaml, or of the configuration: a

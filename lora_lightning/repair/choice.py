@@ -14,7 +14,6 @@ from lora_lightning.report import Confusion
 
 LAMBDAS = tuple(step / 10 for step in range(1, 11))
 """The compared scales λ of the adapters. The base has the scale 0."""
-MOST_FALSE_POSITIVES = 1.5
 _BIASES = tuple(step / 10 for step in range(1, 61))
 
 Key = TypeVar("Key")
@@ -23,9 +22,9 @@ Key = TypeVar("Key")
 def choose(base: Tally, candidates: Mapping[Key, Tally]) -> Key | None:
     """Return the candidate to keep, or `None` for the base.
 
-    A candidate qualifies if it has fewer errors on the classes in focus than the base, no more errors on all others, and at most 1.5
-    times the false positives. Among these, the one with the fewest errors on the focus is selected. Ties are resolved by the fewest
-    errors in total, then by the order.
+    A candidate qualifies if it has fewer errors on the classes in focus than the base, no more errors on all others, and if its false
+    positives do not rise by more than the errors on the focus fall. Among these, the one with the fewest errors on the focus is
+    selected. Ties are resolved by the fewest errors in total, then by the order.
 
     Args:
         base: Errors of the base on validation data.
@@ -36,7 +35,7 @@ def choose(base: Tally, candidates: Mapping[Key, Tally]) -> Key | None:
         for key, tally in candidates.items()
         if tally.focus_errors < base.focus_errors
         and tally.other_errors <= base.other_errors
-        and tally.false_positives <= MOST_FALSE_POSITIVES * base.false_positives
+        and tally.false_positives - base.false_positives <= base.focus_errors - tally.focus_errors
     }
     return min(allowed, key=lambda key: (allowed[key].focus_errors, allowed[key].errors), default=None)
 

@@ -50,7 +50,7 @@ def steps() -> tuple[Table, list[dict[str, Any]]]:
         table.add_column(column, justify="right")
     numbers: list[dict[str, Any]] = []
     for name, (net, shape, rank, targets) in cases.items():
-        for batch_size in (16, 64) if len(shape) == 3 else (4, 16):
+        for batch_size in (16, 32, 64) if len(shape) == 3 else (4, 16):
             inputs, classes = torch.randn(batch_size, *shape), torch.randint(10, (batch_size,))
             each = {"full": training_step(copy.deepcopy(net), inputs, classes)} | steps_of(
                 net, inputs, classes, rank, targets

@@ -31,7 +31,11 @@ def test_errors_are_counted_for_the_classes_in_focus() -> None:
     [
         ({"better": Tally(10, 90, 10, 1000), "best": Tally(8, 95, 12, 1000)}, "best"),
         ({"trades": Tally(2, 101, 10, 1000), "better": Tally(19, 100, 10, 1000)}, "better"),
-        ({"takes all for it": Tally(2, 90, 16, 1000), "better": Tally(19, 100, 15, 1000)}, "better"),
+        ({"takes all for it": Tally(2, 90, 29, 1000), "better": Tally(19, 100, 11, 1000)}, "better"),
+        (
+            {"corrects as many as it takes": Tally(2, 90, 28, 1000), "better": Tally(19, 100, 11, 1000)},
+            "corrects as many as it takes",
+        ),
         ({"worse elsewhere": Tally(8, 95, 10, 1000), "better": Tally(8, 90, 10, 1000)}, "better"),
         ({"no better": Tally(20, 50, 5, 1000)}, None),
         ({}, None),
