@@ -39,6 +39,7 @@ from lora_lightning.lora import (
     keep_lr_ratio,
     some_of,
 )
+from lora_lightning.lora.bitsandbytes_layers import keep_packing
 from lora_lightning.lora.sharding import settle
 from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO, AdapterContent
 from lora_lightning.resume.atomic_checkpoint import write_atomically
@@ -269,6 +270,7 @@ class LoRAFinetuning(Callback):
         self.adapted = backbone_of(pl_module)
         self._updated = set()
         self._handover.take(self.adapted)
+        keep_packing(self.adapted)
         # Without a seed, each process has a different base until `ddp` broadcasts that of the first one.
         digest = base_fingerprint(self.adapted)
         self.base_fingerprint = trainer.strategy.broadcast(digest) if trainer.world_size > 1 else digest

@@ -21,6 +21,7 @@ class LoRABitsandbytesLinear(LoRALinear):
 
     @classmethod
     def lora_place(cls, layer: nn.Module, parameter: str, variants: tuple[type, ...]) -> LoRALayer:
+        keep_packing(layer)
         compose(layer, *variants, cls, *mixins_of(layer))
         return cast(LoRALayer, layer)
 
@@ -46,7 +47,6 @@ class LoRABitsandbytesLinear(LoRALinear):
         if weight.is_floating_point():  # merged temporarily, or not quantized yet
             return weight.data
         if hasattr(layer, "quant_state"):
-            layer.state_dict()  # unpacks a weight that evaluation on the CPU has packed differently
             packed = cast(Any, layer._parameters["weight"])
             state = getattr(packed, "quant_state", layer.quant_state)
             return cast(Tensor, functional.dequantize_4bit(packed.data, state))
@@ -56,6 +56,22 @@ class LoRABitsandbytesLinear(LoRALinear):
 
     def lora_from_matrix(self, matrix: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
         return matrix
+
+
+def keep_packing(module: nn.Module) -> None:
+    """Prevent the 4-bit layers in `module` from packing their weights differently in evaluation.
+
+    On CPUs with bfloat16 instructions (AVX512-BF16), `Linear4bit` does so in its first evaluation. Then no gradients flow through it, and
+    what it restores for a state dict is another weight. The scales of a layer that was evaluated before were rounded to bfloat16.
+    """
+    for layer in module.modules():
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            state: Any = getattr(layer._parameters["weight"], "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                layer.state_dict()  # restores the packing, but not the scales if they are not nested
+                if not state.nested:
+                    state.absmax = state.absmax.t().flatten().float()
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _is_dense(weight: Tensor) -> bool:

@@ -20,6 +20,7 @@ from lora_lightning.lora import (
     merged,
     verify_adapters,
 )
+from lora_lightning.lora.bitsandbytes_layers import keep_packing
 
 bnb = pytest.importorskip("bitsandbytes", reason="the extra bitsandbytes is not installed")
 
@@ -45,8 +46,16 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def base(kind: str) -> nn.Module:
     torch.manual_seed(0)
+    return quantized(kind)
+
+
+def quantized(kind: str) -> nn.Module:
+    """A network of this kind. Evaluating it does not change how its weights are packed, before it is adapted either."""
     make = KINDS[kind][0]
-    return nn.Sequential(make(64, 32), nn.ReLU(), make(32, 16)).to("cpu")  # which quantizes
+    net = nn.Sequential(make(64, 32), nn.ReLU(), make(32, 16)).to("cpu")  # which quantizes
+    for layer in (net[0], net[2]):
+        layer.support_avx512bf16_for_cpu = False
+    return net
 
 
 def train(net: nn.Module, x: Tensor) -> None:
@@ -114,8 +123,7 @@ def test_a_folder_brings_the_adapters_back(base: nn.Module, tmp_path: Path) -> N
 def test_peft_computes_the_same_over_four_bits(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    make = KINDS["nf4"][0]
-    base = nn.Sequential(make(64, 32), nn.ReLU(), make(32, 16)).to("cpu")
+    base = quantized("nf4")
     other = copy.deepcopy(base)
     x = torch.randn(8, 64)
     attach(base, LoRAConfig(rank=4))
@@ -123,3 +131,37 @@ def test_peft_computes_the_same_over_four_bits(tmp_path: Path) -> None:
     save_adapter(base, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(other, tmp_path / "adapter")
     torch.testing.assert_close(theirs(x), base(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_evaluating_on_a_cpu_with_bfloat16_does_not_repack_weights(nested: bool) -> None:
+    net = nn.Sequential(four_bits(nested), nn.ReLU(), four_bits(nested)).to("cpu")
+    for layer in (net[0], net[2]):
+        layer.support_avx512bf16_for_cpu = True  # as bitsandbytes finds out on such a CPU
+    digest, x = base_fingerprint(net), torch.randn(8, 256)
+    attach(net, LoRAConfig(rank=4, target_modules=["2"]))
+    keep_packing(net)  # for the layer without adapters
+    trained = net.train()(x)
+    with torch.no_grad():
+        assert torch.equal(net.eval()(x), trained)
+    assert base_fingerprint(net) == digest
+    train(net.train(), x)
+
+
+@pytest.mark.parametrize(("nested", "rounding"), [(False, 2**-8), (True, 0.02)])
+def test_a_layer_that_was_repacked_before_is_adapted_with_rounded_scales(nested: bool, rounding: float) -> None:
+    torch.manual_seed(0)
+    layer = four_bits(nested).to("cpu")
+    layer.support_avx512bf16_for_cpu = True
+    dense = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    layer.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    attach(layer, LoRAConfig(rank=4))
+    product = layer(torch.eye(256)).detach().t()
+    torch.testing.assert_close(product, dense, rtol=rounding, atol=1e-6)
+
+
+def four_bits(nested: bool) -> nn.Module:
+    """A layer with four scales per row, also nested ones."""
+    return bnb.nn.Linear4bit(
+        256, 256, compute_dtype=torch.float32, compress_statistics=nested, quant_type="nf4", bias=False
+    )
