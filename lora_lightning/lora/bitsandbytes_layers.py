@@ -64,6 +64,7 @@ def keep_packing(module: nn.Module) -> None:
     On CPUs with bfloat16 instructions (AVX512-BF16), `Linear4bit` does so in its first evaluation. Then no gradients flow through it, and
     what it restores for a state dict is another weight. The scales of a layer that was evaluated before were rounded to bfloat16.
     """
+    layer: Any
     for layer in module.modules():
         if getattr(layer, "support_avx512bf16_for_cpu", False):
             state: Any = getattr(layer._parameters["weight"], "quant_state", None)
