@@ -1,10 +1,12 @@
 """Training steps on a GPU: `python -m tests.benchmarks.cuda`, of an MLP, two vision transformers and a language model.
 
-All methods have PyTorch's fused AdamW, and bfloat16 weights but for the MLP. PEFT's adapters are in float32, as ours are, or in the
+All methods have PyTorch's fused AdamW, and bfloat16 weights but for the MLP and for mixed precision, where the weights are in float32 and
+the steps under autocast. PEFT's adapters are in float32, as ours are, or in the
 dtype of the base (`autocast_adapter_dtype=False`). The floor is the forward pass and the gradients of the inputs through the frozen network, with
 neither adapters nor optimizer. The methods take turns; times are medians by CUDA events, and a ratio is the median of the ratios
 within the same turn. A captured step is one CUDA graph of forward pass, backward pass and optimizer, and shows the GPU's part of a step:
-Python and the launches of kernels cost nothing there. Compiled and captured rows are relative to the floor of their kind. Memory is the peak
+Python and the launches of kernels cost nothing there. In compiled steps, `torch.compile` compiles each block of the network.
+Compiled and captured rows are relative to the floor and the PEFT of their kind. Memory is the peak
 that an eager or compiled method allocates by itself: weights, optimizer and activations. Utilisation counts the multiplications that a
 method cannot do without (three forward passes' worth for full training, two for adapters) against the card's peak for dense bfloat16.
 """
@@ -70,30 +72,22 @@ def _measure(
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(inputs)
     forward = counter.get_total_flops()
-    methods: dict[str, tuple[Callable[[], Step], int]] = {
-        "full": (lambda: _training(copy.deepcopy(net), inputs, targets, loss), 3),
-        "PEFT": (lambda: _training(_with_peft(copy.deepcopy(net)), inputs, targets, loss), 2),
-        "PEFT, base's dtype": (lambda: _training(_with_peft(copy.deepcopy(net), False), inputs, targets, loss), 2),
-        "ours": (lambda: _training(_with_ours(copy.deepcopy(net)), inputs, targets, loss), 2),
-        "floor": (lambda: _floor(copy.deepcopy(net), inputs, targets, loss), 2),
-    }
-    if compiled:
-        methods["ours, compiled"] = (
-            lambda: _training(torch.compile(_with_ours(copy.deepcopy(net))), inputs, targets, loss),
-            2,
-        )
-        methods["floor, compiled"] = (lambda: _floor(torch.compile(copy.deepcopy(net)), inputs, targets, loss), 2)
     steps: dict[str, Step] = {}
     found: dict[str, dict[str, float]] = {}
-    for name, (make, passes) in methods.items():
+    for name, compiles in [(name, False) for name in METHODS] + [(name, True) for name in METHODS if compiled]:
+        make, passes = METHODS[name]
+        key = name + ", compiled" * compiles
         before = torch.cuda.memory_allocated()
-        step = steps[name] = make()
+        made = make(copy.deepcopy(net))
+        if compiles:
+            _compile_blocks(made)
+        step = steps[key] = (_floor if name == "floor" else _training)(made, inputs, targets, loss)
         step()
         torch.cuda.reset_peak_memory_stats()
         for _ in range(WARM_UP):
             step()
         torch.cuda.synchronize()
-        found[name] = {"peak": torch.cuda.max_memory_allocated() - before, "flops": passes * forward}
+        found[key] = {"peak": torch.cuda.max_memory_allocated() - before, "flops": passes * forward}
     pool = torch.cuda.graph_pool_handle()
     for name in list(steps):
         steps[f"{name}, captured"] = _captured(steps[name], pool)
@@ -105,11 +99,10 @@ def _measure(
             taken[name].append(_milliseconds(steps[name]))
     for name, times in taken.items():
         found[name]["milliseconds"] = statistics.median(times)
-        captured = ", captured" * name.endswith("captured")
-        compiled_too = ", compiled" * ("compiled" in name)
-        others = {"x floor": f"floor{compiled_too}", "x PEFT": "PEFT", "x in base": "PEFT, base's dtype"}
+        kind = ", compiled" * ("compiled" in name) + ", captured" * ("captured" in name)
+        others = {"x floor": f"floor{kind}", "x PEFT": f"PEFT{kind}", "x in base": f"PEFT, base's dtype{kind}"}
         for key, other in others.items():
-            pairs = zip(times, taken[other + captured], strict=True)
+            pairs = zip(times, taken[other], strict=True)
             found[name][key] = statistics.median(a / b for a, b in pairs)
     return found
 
@@ -180,6 +173,23 @@ def _with_peft(net: nn.Module, in_float32: bool = True) -> nn.Module:
     return peft.get_peft_model(net, config, autocast_adapter_dtype=in_float32)
 
 
+METHODS: dict[str, tuple[Callable[[nn.Module], nn.Module], int]] = {  # and the passes that it cannot do without
+    "full": (lambda net: net, 3),
+    "PEFT": (_with_peft, 2),
+    "PEFT, base's dtype": (lambda net: _with_peft(net, False), 2),
+    "ours": (_with_ours, 2),
+    "floor": (lambda net: net, 2),
+}
+
+
+def _compile_blocks(net: nn.Module) -> None:
+    """Compile each block in place. Blocks of the same kind share what is compiled for the first."""
+    torch._dynamo.config.recompile_limit = 64  # of a block's code, which all methods share
+    for stack in [each for each in net.modules() if isinstance(each, nn.ModuleList | nn.Sequential) and len(each) > 3]:
+        for block in stack:
+            block.compile()
+
+
 class _Decoder(nn.Module):
     """A Llama of the transformers library from hidden states to logits, so that its floor has an input to differentiate."""
 
@@ -203,6 +213,11 @@ class _Decoder(nn.Module):
         return self.lm_head(self.llama(inputs_embeds=states, use_cache=False).last_hidden_state)
 
 
+def _in_mixed_precision(net: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):  # a CUDA graph must not keep what was cast before
+        return _classes(net, inputs, targets)
+
+
 def _classes(net: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(net(inputs).float(), targets)
 
@@ -223,6 +238,14 @@ def _vit(name: str, batch: int, **options: Any) -> Any:
     return net, images, torch.randint(1000, (batch,)), _classes, batch, "images"
 
 
+def _mixed(batch: int) -> Any:
+    import timm
+
+    images = torch.randn(batch, 3, 224, 224)
+    net = timm.create_model("vit_base_patch16_224")
+    return net, images, torch.randint(1000, (batch,)), _in_mixed_precision, batch, "images"
+
+
 def _llama() -> Any:
     states = torch.randn(1, 2048, 2048, dtype=torch.bfloat16)
     with torch.device("cuda"):  # drawing a billion weights takes a CPU a minute
@@ -233,12 +256,12 @@ def _llama() -> Any:
 # What makes each, and whether it is compiled too.
 NETWORKS: dict[str, tuple[Callable[[], Any], bool]] = {
     "RichBoyNet, batch 64": (lambda: _mlp(64), False),
-    "ViT-B/16, batch 32": (lambda: _vit("vit_base_patch16_224", 32), False),
+    "ViT-B/16, batch 32": (lambda: _vit("vit_base_patch16_224", 32), True),
+    "ViT-B/16, batch 32, bf16-mixed": (lambda: _mixed(32), False),
     "ViT-B/16, batch 128": (lambda: _vit("vit_base_patch16_224", 128), False),
     "ViT-L/16, batch 32": (lambda: _vit("vit_large_patch16_224", 32), False),
-    "ViT-L/16, batch 128": (lambda: _vit("vit_large_patch16_224", 128), False),
-    "Llama 1.1 B, 2,048 tokens": (_llama, False),
-    "4 blocks of ViT-B/16, batch 32": (lambda: _vit("vit_base_patch16_224", 32, depth=4), True),
+    "ViT-L/16, batch 128": (lambda: _vit("vit_large_patch16_224", 128), True),
+    "Llama 1.1 B, 2,048 tokens": (_llama, True),
 }
 
 
