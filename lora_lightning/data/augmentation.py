@@ -26,28 +26,55 @@ def jitter(images: Tensor) -> Tensor:
 
 
 def distort(images: Tensor) -> Tensor:
-    """Return images that show parts of two of the images at once, which are mirrored, rotated by any angle and cut at random.
+    """Return distorted images, which are samples without a class for distillation.
 
-    They are samples without a class for distillation. Each part is shifted by up to 3 pixels and scaled by up to 25 %. Half of the parts are
-    cut along a random line. The maximum of both parts is returned, so the background should be darker than the objects.
+    Each image is distorted in one of three ways at random. It shows parts of two of the images at once, each mirrored with a probability of
+    50 %, rotated by any angle, shifted by up to 3 pixels, scaled by up to 25 %, and half of them cut along a line. Or it is rotated by
+    up to 15 degrees, shifted by up to 2 pixels and scaled by up to 15 %, and then either cut along a line, or gets a round hole. A
+    nine that lost its left side looks like a seven, and one that lost its top like a four. The maximum of two parts is shown, so the
+    background should be darker than the objects.
 
     Args:
         images: Floating-point images of shape (B, C, H, W).
     """
-    return torch.maximum(_part(images), _part(images[torch.randperm(len(images), device=images.device)]))
+    count, device = len(images), images.device
+    background = images.amin((1, 2, 3), keepdim=True)
+    two = torch.maximum(_part(images), _part(images[torch.randperm(count, device=device)]))
+    moved = _moved(images, torch.rand(4, count, device=device) * 2 - 1, 15.0, 2.0, 0.15)
+    cut = torch.where(_beside_line(images), moved, background)
+    holed = torch.where(_in_hole(images), background, moved)
+    way = torch.rand(count, 1, 1, 1, device=device) * 3
+    return torch.where(way < 1, two, torch.where(way < 2, cut, holed))
 
 
 def _part(images: Tensor) -> Tensor:
-    count, _, height, width = images.shape
-    draws = torch.rand(8, count, device=images.device)
-    mirrored = torch.where((draws[4] < 0.5)[:, None, None, None], images.flip(3), images)
-    moved = _moved(mirrored, draws[:4] * 2 - 1, 180.0, 3.0, 0.25)
+    draws = torch.rand(6, len(images), 1, 1, 1, device=images.device)
+    mirrored = torch.where(draws[4] < 0.5, images.flip(3), images)
+    moved = _moved(mirrored, draws[:4].flatten(1) * 2 - 1, 180.0, 3.0, 0.25)
+    return torch.where(_beside_line(images) | (draws[5] < 0.5), moved, images.amin((1, 2, 3), keepdim=True))
+
+
+def _beside_line(images: Tensor) -> Tensor:
+    """Return a mask of one side of a line per image, of shape (B, 1, H, W)."""
     # The line is up to 6 of 28 pixels beyond the center or up to 2 before it, at any angle.
-    angle, offset = draws[5] * 2 * math.pi, (draws[6] * 8 - 2) / 14
+    down, right, draws = _coordinates(images)
+    angle, offset = draws[0] * 2 * math.pi, (draws[1] * 8 - 2) / 14
+    return right * angle.cos() + down * angle.sin() < offset
+
+
+def _in_hole(images: Tensor) -> Tensor:
+    """Return a mask of a disk per image, of shape (B, 1, H, W)."""
+    # Its radius is 2.5 to 7.5 of 28 pixels, and its center up to 10 pixels from that of the image in each direction.
+    down, right, draws = _coordinates(images)
+    by_down, by_right = ((draws[:2] * 2 - 1) * 10 / 14).unbind()
+    return (down - by_down) ** 2 + (right - by_right) ** 2 < ((2.5 + draws[2] * 5) / 14) ** 2
+
+
+def _coordinates(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the coordinates from -1 to 1 of shapes (H, 1) and (W,), and three random numbers per image of shape (3, B, 1, 1, 1)."""
+    *_, height, width = images.shape
     down, right = torch.linspace(-1, 1, height).to(images), torch.linspace(-1, 1, width).to(images)
-    along = right * angle.cos()[:, None, None] + down[:, None] * angle.sin()[:, None, None]
-    kept = (along < offset[:, None, None]) | (draws[7] < 0.5)[:, None, None]
-    return torch.where(kept[:, None], moved, images.amin((1, 2, 3), keepdim=True))
+    return down[:, None], right, torch.rand(3, len(images), 1, 1, 1, device=images.device)
 
 
 def _moved(images: Tensor, draws: Tensor, rotation: float, shift: float, scale: float) -> Tensor:

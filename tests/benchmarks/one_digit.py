@@ -30,9 +30,8 @@ _PROTOCOL, _BIAS = "the notebook's protocol", "bias on the logit of 9"
 WAYS = {
     _PROTOCOL: "",
     "distillation, weight 0.5": f"--lora.distillation 0.5 --lora.temperature 8 {RECIPE}",
-    "distillation, weight 0.7": f"--lora.distillation 0.7 --lora.temperature 8 {RECIPE}",
-    "with distorted copies, weight 0.5": f"--lora.distillation 0.5 --lora.temperature 8 {COPIES} {RECIPE}",
-    "with distorted copies, weight 0.3, T = 4": f"--lora.distillation 0.3 --lora.temperature 4 {COPIES} {RECIPE}",
+    "with distorted copies, weight 0.3": f"--lora.distillation 0.3 --lora.temperature 8 {COPIES} {RECIPE}",
+    "with distorted copies, weight 0.15": f"--lora.distillation 0.15 --lora.temperature 8 {COPIES} {RECIPE}",
 }
 Curve = list[tuple[float, Tally]]
 
