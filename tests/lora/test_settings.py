@@ -164,6 +164,21 @@ def test_compiled_without_graph_breaks_and_switched_without_compiling_again(
     torch.testing.assert_close(gradients(net, y), expected_gradients)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the compiler's own modules
+def test_compiled_block_by_block_all_blocks_share_what_is_compiled_for_the_first() -> None:
+    torch.compiler.reset()
+    blocks = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0) for _ in range(3)))
+    attach(blocks, LoRAConfig(rank=2))
+    stir(blocks)
+    x = torch.randn(5, 4, 8, requires_grad=True)
+    expected = blocks(x)
+    for block in blocks:
+        block.compile(backend="eager")
+    blocks[0](x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(blocks(x), expected)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), "torch.save"])
 def test_copies_and_pickles(net: nn.Module, x: Tensor, copied: Callable[[nn.Module], nn.Module] | str) -> None:
     net.eval()
