@@ -22,7 +22,7 @@ from lora_lightning.repair.training import Runs
 
 SEEDS = range(5, 10)
 NINE = (9,)
-SCALES = [step / 20 for step in range(21)]
+SCALES = [step / 20 for step in range(26)]
 BIASES = [step / 4 for step in range(33)]
 RECIPE = "--lora.rank 8 --lora.alpha 8 --data.batch_size 50 --model.optimizer.lr 0.0003 --trainer.max_epochs 6"
 COPIES = "--data.distorted_copies true"
@@ -122,8 +122,8 @@ def table_of(seeds: dict[int, dict[str, Curve]]) -> Table:
     )
     for heading in ("", *map(str, seeds), "median", "others, relative"):
         table.add_column(heading)
-    digit, others = _median(_along(_PROTOCOL, seeds)[-1][1])
-    rows = {"base": _along(_PROTOCOL, seeds)[0][1]} | {way: _along(way, seeds)[-1][1] for way in WAYS}
+    rows = {"base": _along(_PROTOCOL, seeds)[0][1]} | {way: dict(_along(way, seeds))[1.0] for way in WAYS}
+    digit, others = _median(rows[_PROTOCOL])
     for way in (*list(WAYS)[1:], _BIAS):
         for value, tallies in _along(way, seeds):
             if _median(tallies)[0] <= digit:
@@ -142,7 +142,7 @@ def _figure(seeds: dict[int, dict[str, Curve]]) -> Figure:
     axis = figure.subplots()
     for way in (*WAYS, _BIAS):
         digit, others = zip(*(_median(tallies) for _, tallies in _along(way, seeds)), strict=True)
-        label = f"{way}, λ from 0 to 1" if way in WAYS else way
+        label = f"{way}, λ from 0 to {SCALES[-1]}" if way in WAYS else way
         axis.plot(others, digit, "o-", markersize=3, label=label)
     axis.set(
         xlabel="errors on all other digits",
