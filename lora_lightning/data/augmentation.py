@@ -28,11 +28,11 @@ def jitter(images: Tensor) -> Tensor:
 def distort(images: Tensor) -> Tensor:
     """Return distorted images, which are samples without a class for distillation.
 
-    Each image is distorted in one of three ways at random. It shows parts of two of the images at once, each mirrored with a probability of
-    50 %, rotated by any angle, shifted by up to 3 pixels, scaled by up to 25 %, and half of them cut along a line. Or it is rotated by
-    up to 15 degrees, shifted by up to 2 pixels and scaled by up to 15 %, and then either cut along a line, or gets a round hole. A
-    nine that lost its left side looks like a seven, and one that lost its top like a four. The maximum of two parts is shown, so the
-    background should be darker than the objects.
+    Each image is distorted in one of three ways, with equal probabilities. In the first, it shows the maximum of parts of two images. Each
+    part is mirrored or not, rotated by any angle, shifted by up to 3 pixels, scaled by up to 25 %, and cut along a random line or not. In the
+    other two, the image is rotated by up to 15 degrees, shifted by up to 2 pixels and scaled by up to 15 %. Then it is cut along a random
+    line, or gets a round hole. A nine without its left side looks like a seven, and one without its top like a four. The background
+    should be darker than the objects.
 
     Args:
         images: Floating-point images of shape (B, C, H, W).
