@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_lightning import lora
-    from lora_lightning.callbacks import ConfusionReport, FeatureCache, LoRAFinetuning, PredictionWriter
+    from lora_lightning.callbacks import ConfusionReport, LoRAFinetuning, PredictionWriter
     from lora_lightning.data import ImageFolderDataModule, MNISTDataModule, TextDataModule
     from lora_lightning.lora import LoRAConfig
     from lora_lightning.models import Classifier, RichBoyNet, image_backbone, text_backbone
@@ -16,7 +16,6 @@ __version__ = "0.1.0"
 __all__ = [
     "Classifier",
     "ConfusionReport",
-    "FeatureCache",
     "ImageFolderDataModule",
     "LoRAConfig",
     "LoRAFinetuning",
@@ -32,7 +31,7 @@ __all__ = [
 ]
 
 _PACKAGES = {
-    "callbacks": ("ConfusionReport", "FeatureCache", "LoRAFinetuning", "PredictionWriter"),
+    "callbacks": ("ConfusionReport", "LoRAFinetuning", "PredictionWriter"),
     "data": ("ImageFolderDataModule", "MNISTDataModule", "TextDataModule"),
     "lora": ("LoRAConfig",),
     "models": ("Classifier", "RichBoyNet", "image_backbone", "text_backbone"),

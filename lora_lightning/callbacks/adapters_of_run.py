@@ -10,12 +10,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lora_lightning.callbacks.relative_names import relative_names
-from lora_lightning.lora import LoRAConfig, attach, backbone_of, some_of
+from lora_lightning.lora import LoRAConfig, attach, backbone_of
 from lora_lightning.lora.config import Names
 from lora_lightning.lora.model import attachment_of, unwrapped
 from lora_lightning.peft_format import load_adapter
 from lora_lightning.resume.checkpoints import newest_adapter
 from lora_lightning.resume.random_state import own_random_numbers
+from lora_lightning.wording import some_of
 
 
 def attach_adapters(pl_module: LightningModule, config: LoRAConfig, folder: str | os.PathLike[str] | None) -> None:

@@ -9,14 +9,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lora_lightning.callbacks.adapter_folder import write_adapter_folder
 from lora_lightning.callbacks.adapters_of_run import attach_adapters, check_present_adapters
 from lora_lightning.callbacks.averaged_base import average_with_adapters, restore_averaged_base, restore_statistics
-from lora_lightning.callbacks.distillation import Distillation
 from lora_lightning.callbacks.frozen_base import FrozenBase
 from lora_lightning.callbacks.handover import Handover
 from lora_lightning.callbacks.late_layers import AfterLayers, convert_layers
@@ -33,11 +32,8 @@ from lora_lightning.lora import (
     LoRAConfig,
     backbone_of,
     base_fingerprint,
-    check_lr_ratio,
     is_adapted,
     is_untrained,
-    keep_lr_ratio,
-    some_of,
 )
 from lora_lightning.lora.bitsandbytes_layers import keep_packing
 from lora_lightning.lora.sharding import settle
@@ -47,6 +43,12 @@ from lora_lightning.resume.checkpoints import load_base, newest_checkpoint
 from lora_lightning.resume.packed_layers import let_packed_keys_be_missing
 from lora_lightning.resume.random_state import RandomState
 from lora_lightning.resume.sharded_checkpoints import ShardedCheckpoints
+from lora_lightning.wording import some_of
+
+LR_RATIO_IS_OF_THE_OPTIMIZER = (
+    "lr_ratio (LoRA+) belongs to the optimizer. Use Classifier(lr_ratio=16) or --model.lr_ratio 16, or in a module of your own "
+    "lora.lora_plus_param_groups(module, lr, lr_ratio) in configure_optimizers."
+)
 
 
 class LoRAFinetuning(Callback):
@@ -63,12 +65,7 @@ class LoRAFinetuning(Callback):
             the model as it is.
         adapter: Folder of adapters to start from, written by `fit` or PEFT, or a log folder, whose newest adapter is used. The folder
             determines the adapted layers, and `config` is ignored. `None` creates new adapters.
-        lr_ratio: Ratio of the learning rates of B and A (LoRA+, https://arxiv.org/abs/2402.12354, which recommends about 16). It applies
-            with any scheduler and after resuming.
         verify: Whether to warn after the first epoch about adapters that training has not changed.
-        distillation: Weight of the distillation from the frozen base on the training samples. It preserves the predictions for classes
-            without training samples, and costs a forward pass of the base per step.
-        temperature: Temperature T of the distillation (https://arxiv.org/abs/1503.02531, section 2).
         config: The arguments of `LoRAConfig`. Names can be relative to the adapted child or to the whole module. New last layers of
             `image_backbone` and `text_backbone` are added to `modules_to_save` if this is a list.
 
@@ -91,21 +88,18 @@ class LoRAFinetuning(Callback):
         *,
         base_checkpoint: str | os.PathLike[str] | None = None,
         adapter: str | os.PathLike[str] | None = None,
-        lr_ratio: float = 1.0,
         verify: bool = True,
-        distillation: float = 0.0,
-        temperature: float = 2.0,
         **config: Any,
     ) -> None:
+        if "lr_ratio" in config:
+            raise ValueError(LR_RATIO_IS_OF_THE_OPTIMIZER)
         self.config = LoRAConfig(**config)
-        self.lr_ratio = check_lr_ratio(lr_ratio)
         self.base_checkpoint = base_checkpoint
         self.base_path: Path | None = None
         self.base_fingerprint = ""
         self.base_in_words = ""
         self.adapter = adapter
         self.verify = verify
-        self.distillation = Distillation(distillation, temperature) if distillation else None
         self.adapter_folder: Path | str | None = None
         self.adapted: nn.Module | None = None
         self._random_state = RandomState()
@@ -144,9 +138,6 @@ class LoRAFinetuning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_pruning(trainer)
         check_optimizers(trainer, pl_module, self._network)
-        if self.lr_ratio != 1:
-            for optimizer in trainer.optimizers:
-                self._handles += keep_lr_ratio(optimizer, self._network, self.lr_ratio)
         # Not in setup, since a precision such as bf16-true converts the base after it.
         self._frozen = FrozenBase(self._network)
         if self._checkpoints is not None:
@@ -164,18 +155,6 @@ class LoRAFinetuning(Callback):
         if batch_idx == 0:  # after the other callbacks have started the epoch
             check_optimizers(trainer, pl_module, self._network)
             restore_statistics(trainer, pl_module)
-        if self.distillation is not None:
-            self.distillation.record(pl_module)
-
-    @override
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self.distillation is not None:
-            self.distillation.add_gradient(trainer, pl_module)
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self.distillation is not None:
-            self.distillation.stop()
 
     @override
     def on_train_batch_end(

@@ -14,10 +14,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.lightning_packages import is_a
-from lora_lightning.lora import adapted_weights, adapter_parameters, adapter_state_dict, some_of
+from lora_lightning.lora import adapted_weights, adapter_parameters, adapter_state_dict
 from lora_lightning.lora.sharding import full, local
 from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO, NotFiniteError
 from lora_lightning.resume.sharded_checkpoints import ShardedCheckpoints
+from lora_lightning.wording import some_of
 
 
 def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.Module) -> None:

@@ -97,12 +97,10 @@ class Configured:
         """Return the configured callback, or a new one, with this rank and this base. The scale of the adapters is kept."""
         if self._callback is None:
             return LoRAFinetuning(rank=rank, base_checkpoint=base)
-        config, distillation = self._callback.config, self._callback.distillation
+        config = self._callback.config
         alpha = None if config.alpha is None else config.alpha / config.rank * rank
         settings = vars(replace(config, rank=rank, alpha=alpha, modules_to_save=[]))
-        if distillation is not None:
-            settings |= {"distillation": distillation.weight, "temperature": distillation.temperature}
-        return LoRAFinetuning(base_checkpoint=base, lr_ratio=self._callback.lr_ratio, **settings)
+        return LoRAFinetuning(base_checkpoint=base, **settings)
 
     def train_base(self, runs: Runs) -> Path:
         """Run the configured `fit`, and merge adapters into the best checkpoint."""

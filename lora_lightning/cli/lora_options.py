@@ -9,17 +9,14 @@ from docstring_parser import parse
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lora_lightning.callbacks import LoRAFinetuning
+from lora_lightning.callbacks import LR_RATIO_IS_OF_THE_OPTIMIZER, LoRAFinetuning
 from lora_lightning.lora import LoRAConfig
 from lora_lightning.resume.checkpoints import newest_adapter, newest_checkpoint
 
 _OWN = {
     "base_checkpoint": str | None,
     "adapter": str | None,
-    "lr_ratio": float | None,
     "verify": bool | None,
-    "distillation": float | None,
-    "temperature": float | None,
 }
 
 
@@ -34,6 +31,7 @@ def add_lora_options(parser: LightningArgumentParser) -> None:
         group.add_argument(f"--lora.{name}", type=types[name] | None, default=None, help=_help(described[name]))
     for name, kind in _OWN.items():
         group.add_argument(f"--lora.{name}", type=kind, default=None, help=_help(described[name]))
+    group.add_argument("--lora.lr_ratio", type=float | None, default=None, help="See --model.lr_ratio.")
 
 
 def _own_parameters() -> list[Any]:
@@ -51,6 +49,8 @@ def apply_lora_options(settings: Namespace) -> None:
     """
     options: Any = settings.pop("lora", Namespace())  # type: ignore[no-untyped-call]
     given = {name: value for name, value in vars(options).items() if value is not None}
+    if "lr_ratio" in given:
+        raise ValueError(LR_RATIO_IS_OF_THE_OPTIMIZER)
     listed = settings.trainer.callbacks or []
     callbacks = list(listed) if isinstance(listed, list) else [listed]
     ours = [each for each in callbacks if is_lora_finetuning(each)]

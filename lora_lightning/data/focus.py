@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.data.samplers import ReplaySampler
-from lora_lightning.lora import some_of
+from lora_lightning.wording import some_of
 
 Name = TypeVar("Name", int, str)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from lora_lightning.data.augmentation import distort, jitter
+from lora_lightning.data.augmentation import jitter
 from lora_lightning.data.focus import as_list, check_share, replay_sampler
 from lora_lightning.data.in_memory import InMemoryDataset, full_batches, stratified_split
 from lora_lightning.data.mnist_files import Source, prepare, read
@@ -38,9 +38,6 @@ class MNISTDataModule(ResumableDataModule):
         focus: Digits that have a fixed share of each training batch. The rest is drawn from all others (replay).
         focus_fraction: Share of these digits.
         augment: Whether to augment training images on the device with `lora_lightning.data.augmentation.jitter`.
-        distorted_copies: Whether to add a distorted copy of each training image to the batch, made on the device with
-            `lora_lightning.data.augmentation.distort`. Its target is -100, which losses ignore. With `LoRAFinetuning(distillation=...)`,
-            the predictions of the base for these images are preserved.
         eval_digits: Digits to validate, test and predict on.
         batch_size: Batch size in training, per device.
         eval_batch_size: Batch size in validation, test and prediction, per device.
@@ -68,7 +65,6 @@ class MNISTDataModule(ResumableDataModule):
         focus: list[int] | int | None = None,
         focus_fraction: float = 0.35,
         augment: bool = False,
-        distorted_copies: bool = False,
         eval_digits: list[int] | int | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 1000,
@@ -98,7 +94,6 @@ class MNISTDataModule(ResumableDataModule):
         self.focus = focus
         self.focus_fraction = focus_fraction
         self.augment = augment
-        self.distorted_copies = distorted_copies
         self.eval_digits = eval_digits
         self.val_fraction = val_fraction
         self.split_seed = split_seed
@@ -165,11 +160,8 @@ class MNISTDataModule(ResumableDataModule):
         # (x / 255 - mean) / std in one pass to new memory and one in place.
         images = images.unsqueeze(1).to(torch.float32)
         images = images.sub_(255 * MEAN).div_(255 * STD)
-        if self.trainer is not None and self.trainer.training:
-            images = jitter(images) if self.augment else images
-            if self.distorted_copies:
-                images = torch.cat([images, distort(images)])
-                targets = torch.cat([targets, torch.full_like(targets, -100)])
+        if self.augment and self.trainer is not None and self.trainer.training:
+            images = jitter(images)
         if self.trainer is not None:
             # Lightning has converted the batch to bf16-true or 64-true before this hook, except for uint8.
             images = self.trainer.precision_plugin.convert_input(images)

@@ -19,8 +19,8 @@ from lora_lightning.data.module import ResumableDataModule
 from lora_lightning.data.samplers import LengthGroupedSampler
 from lora_lightning.data.text_dataset import TextDataset, token_limit
 from lora_lightning.data.text_files import read_texts
-from lora_lightning.lora import some_of
 from lora_lightning.resume.loader import ResumableLoader
+from lora_lightning.wording import some_of
 
 Labelled = tuple[list[str], list[int]]
 

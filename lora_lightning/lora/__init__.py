@@ -23,7 +23,7 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.extract import extract_adapter
 from lora_lightning.lora.fingerprint import base_fingerprint
 from lora_lightning.lora.layers import LoRALayer, LoRALinear
-from lora_lightning.lora.lora_plus import check_lr_ratio, keep_lr_ratio, lora_plus_param_groups
+from lora_lightning.lora.lora_plus import check_lr_ratio, lora_plus_param_groups
 from lora_lightning.lora.low_rank import low_rank_factors
 from lora_lightning.lora.merging import disabled, merge, merged
 from lora_lightning.lora.model import (
@@ -33,7 +33,6 @@ from lora_lightning.lora.model import (
     attachment_of,
     detach,
     is_adapted,
-    some_of,
 )
 from lora_lightning.lora.named_adapters import adapter_names, add_weighted_adapter, set_adapter
 from lora_lightning.lora.state import adapter_parameters, adapter_state_dict, is_adapter_key, is_untrained, saved_keys
@@ -61,13 +60,11 @@ __all__ = [
     "is_adapted",
     "is_adapter_key",
     "is_untrained",
-    "keep_lr_ratio",
     "lora_plus_param_groups",
     "low_rank_factors",
     "merge",
     "merged",
     "saved_keys",
     "set_adapter",
-    "some_of",
     "verify_adapters",
 ]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.bitsandbytes_layers import become_linear
-from lora_lightning.lora.model import AdaptedWeight, adapted_weights, attachment_of, leave_plain, some_of, unwrapped
+from lora_lightning.lora.model import AdaptedWeight, adapted_weights, attachment_of, leave_plain, unwrapped
+from lora_lightning.wording import some_of
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from lora_lightning.lora.config import LoRAConfig, Names
 from lora_lightning.lora.freeze import FrozenStatistics, freeze, unfreeze_statistics
 from lora_lightning.lora.layers import LAYERS, LoRALayer, compose, dense, mixins_of
+from lora_lightning.wording import some_of
 
 # Implementations of `name`, `bypass`, `modules_to_save` and the exclusions of "all", registered by other files.
 EXTENSIONS: dict[str, Callable[..., Any]] = {}
@@ -208,9 +209,3 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """Return the module without the wrappers of `torch.compile` and Lightning Fabric."""
     inner = module._modules.get("_orig_mod", module._modules.get("_original_module"))
     return module if inner is None else unwrapped(inner)
-
-
-def some_of(words: Iterable[str], shown: int = 5) -> str:
-    """Return the first words and the number of further ones."""
-    words = list(words)
-    return ", ".join(words[:shown]) + (f" and {len(words) - shown} more" if len(words) > shown else "")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lora_lightning.lora.config import LoRAConfig, Names
 from lora_lightning.lora.embedding import LoRAEmbedding
 from lora_lightning.lora.layers import LAYERS, LoRALinear
-from lora_lightning.lora.model import EXTENSIONS, AdaptedWeight, some_of
+from lora_lightning.lora.model import EXTENSIONS, AdaptedWeight
+from lora_lightning.wording import some_of
 
 
 class LoRATransposedLinear(LoRALinear):

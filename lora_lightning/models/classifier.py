@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from lora_lightning.lora import is_adapted
+from lora_lightning.lora import check_lr_ratio, is_adapted, lora_plus_param_groups
 from lora_lightning.models.one_cycle import OneCycle
 from lora_lightning.resume.checkpoints import ADAPTER_KEY, holds_adapters_alone
 
@@ -31,6 +33,12 @@ class Classifier(LightningModule):
         lr_scheduler: A function from the optimizer to a learning-rate scheduler, which is stepped after every training step.
             `OneCycle` gets the length of the run.
         num_classes: Number of classes. If given, it is compared with that of the backbone and of the data.
+        lr_ratio: Ratio of the learning rates of B and A (LoRA+, https://arxiv.org/abs/2402.12354, which recommends about 16). If it is
+            not 1 and there are adapters, `optimizer` gets two parameter groups, and the learning rate of the second one, with B, is
+            multiplied. A scheduler with learning rates of its own, such as `OneCycleLR(max_lr)`, then needs one for each group.
+
+    Raises:
+        ValueError: If `num_classes` or `lr_ratio` is out of range.
 
     Example::
 
@@ -43,6 +51,7 @@ class Classifier(LightningModule):
         optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-3, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
         num_classes: int | None = None,
+        lr_ratio: float = 1.0,
     ) -> None:
         super().__init__()
         if num_classes is not None and num_classes < 2:
@@ -51,6 +60,7 @@ class Classifier(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.num_classes = num_classes
+        self.lr_ratio = check_lr_ratio(lr_ratio)
         self._loss, self._accuracy = MeanMetric(), MeanMetric()
 
     @override
@@ -102,7 +112,7 @@ class Classifier(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        optimizer = self._make_optimizer()
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -117,6 +127,18 @@ class Classifier(LightningModule):
         """Refuse a checkpoint of adapters for a model without adapters, and explain how to use it."""
         if (description := checkpoint.get(ADAPTER_KEY)) is not None and not is_adapted(self):
             raise ValueError(holds_adapters_alone(description))
+
+    def _make_optimizer(self) -> Optimizer:
+        if self.lr_ratio != 1 and is_adapted(self):
+            # Learning rates relative to that of the optimizer, which is known once it exists.
+            groups = lora_plus_param_groups(self, lr=1.0, lr_ratio=self.lr_ratio)
+            optimizer = self.optimizer([{"params": group["params"]} for group in groups])
+            for made, group in zip(optimizer.param_groups, groups, strict=True):
+                made["lr"] *= group["lr"]
+            return optimizer
+        if self.lr_ratio != 1:
+            rank_zero_info(f"lr_ratio={self.lr_ratio:g} has no effect: the model has no adapters.")
+        return self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def _total_steps(self) -> int:
         total = self.trainer.estimated_stepping_batches

@@ -9,7 +9,7 @@ import yaml
 from torch import nn
 
 import lora_lightning
-from lora_lightning.lora import some_of
+from lora_lightning.wording import some_of
 
 CARD_NAME = "README.md"
 

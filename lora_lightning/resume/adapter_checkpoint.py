@@ -20,12 +20,12 @@ from lora_lightning.lora import (
     is_adapted,
     is_adapter_key,
     saved_keys,
-    some_of,
 )
 from lora_lightning.lora.fingerprint import digests
 from lora_lightning.lora.sharding import local
 from lora_lightning.resume.checkpoints import ADAPTER_KEY
 from lora_lightning.resume.packed_layers import packed_keys
+from lora_lightning.wording import some_of
 
 _WITHOUT_FILE = "the model as it was created"
 _STATES = ("state_dict", "current_model_state", "average_model_state")

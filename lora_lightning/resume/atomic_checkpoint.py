@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,21 @@ class AtomicCheckpointIO(CheckpointIO):
         unfinished = path.with_name(f".{path.name}.unfinished")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.unlink(missing_ok=True)
+            _remove(unfinished)
             unfinished.touch()
             mode = unfinished.stat().st_mode
+            unfinished.unlink()  # a CheckpointIO may write a folder
             self.checkpoint_io.save_checkpoint(checkpoint, unfinished, storage_options)
-            unfinished.chmod(mode)  # older versions of fsspec make files readable only by their owner
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
+            if unfinished.is_dir():
+                _remove(path)  # since a folder that has files is not replaced
+            else:
+                unfinished.chmod(mode)  # older versions of fsspec make files readable only by their owner
+                with unfinished.open("rb") as file:
+                    os.fsync(file.fileno())
             unfinished.replace(path)
         except OSError as error:
             with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
+                _remove(unfinished)
             raise OSError(
                 f"The checkpoint {path} could not be written ({error.strerror or error}). Earlier checkpoints are intact. Free "
                 "some space or choose another folder, then resume with --ckpt_path last."
@@ -72,7 +77,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        if "://" not in str(path):
+        if "://" not in str(path) and not Path(path).is_dir():
             check_file(Path(path))
         with explain_damage(path), paths_are_safe():
             # By default, Lightning leaves this to PyTorch for a local file, and would run code from a remote one.
@@ -86,3 +91,11 @@ class AtomicCheckpointIO(CheckpointIO):
     @override
     def teardown(self) -> None:
         self.checkpoint_io.teardown()
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with its content, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

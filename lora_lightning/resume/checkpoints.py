@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 import torch
 from lightning.pytorch import LightningModule
 
-from lora_lightning.lora import some_of
+from lora_lightning.wording import some_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 STARTED_FROM = "started_from.txt"

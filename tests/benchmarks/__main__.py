@@ -1,7 +1,7 @@
 """Runs the benchmarks, prints their tables and writes them as JSON.
 
-LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol] [memory] [prefix]
-[architectures] [layers] [language_model] [report_cost] [one_digit] [hooks] [loops] [start_end] [text_step]
+LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol] [memory]
+[architectures] [layers] [language_model] [report_cost] [hooks] [loops] [start_end] [text_step]
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from tests.benchmarks import (
     loops,
     lora_step,
     networks,
-    one_digit,
     report_cost,
     seed_protocol,
     start_end,
@@ -38,12 +37,10 @@ BENCHMARKS = {
     "idle": lambda: networks.run("idle"),
     "seed_protocol": lambda: seed_protocol.run(Path(os.environ.get("LORA_LIGHTNING_DATA", "data")).resolve()),
     "memory": vgg19.run_memory,
-    "prefix": vgg19.run_prefix,
     "architectures": architectures.run,
     "layers": layers.run,
     "language_model": language_model.run,
     "report_cost": report_cost.run,
-    "one_digit": one_digit.run,
     "hooks": hooks.run,
     "loops": loops.run,
     "start_end": start_end.run,

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning import Classifier, LoRAFinetuning, load_adapter
 from lora_lightning.lora import adapter_state_dict, base_fingerprint, disabled, is_adapted
+from lora_lightning.models import OneCycle
 from lora_lightning.resume.checkpoints import newest_checkpoint
 
 MakeTrainer = Callable[..., Trainer]
@@ -134,8 +135,8 @@ def test_a_checkpoint_of_another_variant_is_refused(
 SCHEDULERS: dict[str, Scheduler | None] = {
     "none": None,
     "step": lambda optimizer: lr_scheduler.StepLR(optimizer, 2),
-    "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 6, eta_min=1e-3),
-    "one cycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=50),
+    "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 13),
+    "one cycle": OneCycle,
     "lambda": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1)),
 }
 
@@ -146,17 +147,36 @@ class Rates(pl.Callback):
     def __init__(self) -> None:
         self.seen: list[list[float]] = []
 
-    def note(self, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        self.seen.append([group["lr"] for group in optimizer.param_groups])
-        ups = {id(p) for name, p in module.named_parameters() if name.endswith(("lora_B", "lora_embedding_B"))}
-        if len(optimizer.param_groups) == 2:
-            a, b = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
-            assert b == ups
-            assert not a & b
-
     def on_train_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
+        def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            self.seen.append([group["lr"] for group in optimizer.param_groups])
+
         for optimizer in trainer.optimizers:
-            optimizer.register_step_pre_hook(lambda optimizer, *_: self.note(pl_module, optimizer))
+            optimizer.register_step_pre_hook(note)
+
+
+def trained_classifier(
+    lr_ratio: float,
+    scheduler: str,
+    make_trainer: MakeTrainer,
+    *callbacks: pl.Callback,
+    adapters: bool = True,
+    ckpt_path: Path | None = None,
+) -> tuple[Classifier, Rates]:
+    torch.manual_seed(2)
+    net, rates = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), Rates()
+    module = Classifier(net, lr_scheduler=SCHEDULERS[scheduler], lr_ratio=lr_ratio)
+    torch.manual_seed(3)
+    ours = [LoRAFinetuning(rank=2)] if adapters else []
+    trainer = make_trainer(*ours, rates, *callbacks, max_epochs=4, limit_val_batches=0)
+    images, targets = torch.randn(24, 5), torch.arange(24) % 3
+    loader = DataLoader(TensorDataset(images, targets), batch_size=8)
+    trainer.fit(module, loader, loader, ckpt_path=ckpt_path)
+    if len(trainer.optimizers[0].param_groups) == 2:
+        of_a, of_b = ({id(p) for p in group["params"]} for group in trainer.optimizers[0].param_groups)
+        assert of_b == {id(p) for name, p in module.named_parameters() if "lora_B" in name}
+        assert of_a | of_b == {id(p) for p in module.parameters() if p.requires_grad}
+    return module, rates
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
@@ -164,34 +184,37 @@ class Rates(pl.Callback):
 def test_lora_plus_keeps_its_ratio_under_any_scheduler_and_after_resuming(
     scheduler: str, make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    base, rates = Tagger(SCHEDULERS[scheduler]), {}
+    each_epoch = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    whole, rates = trained_classifier(16, scheduler, make_trainer, each_epoch)
+    plain, rates_of_plain = trained_classifier(1, scheduler, make_trainer)
+    assert all(b == pytest.approx(16 * a) for a, b in rates.seen)
+    assert [a for a, _ in rates.seen] == pytest.approx([rate for [rate] in rates_of_plain.seen])
+    resumed, of_rest = trained_classifier(16, scheduler, make_trainer, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert of_rest.seen == rates.seen[6:]
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+    assert any(not torch.equal(value, plain.state_dict()[key]) for key, value in whole.state_dict().items())
 
-    def run(name: str, epochs: int, ckpt_path: Path | None = None, lr_ratio: float = 16) -> Tagger:
-        module, rates[name] = copy.deepcopy(base), Rates()
-        torch.manual_seed(3)
-        callbacks = LoRAFinetuning(rank=2, lr_ratio=lr_ratio), rates[name], ModelCheckpoint(tmp_path / name)
-        trainer = make_trainer(*callbacks, max_epochs=epochs)
-        trainer.fit(module, data(), ckpt_path=ckpt_path)
-        [group] = trainer.optimizers[0].param_groups
-        assert {id(p) for p in group["params"]} == {id(p) for p in module.parameters() if p.requires_grad}
-        return module
 
-    whole = run("whole", 4)
-    run("half", 2)
-    resumed = run("resumed", 4, newest_checkpoint(tmp_path / "half"))
-    plain = run("plain", 4, lr_ratio=1)
-    assert all(b == pytest.approx(16 * a) for a, b in rates["whole"].seen)
-    assert [a for a, _ in rates["whole"].seen] == pytest.approx([rate for [rate] in rates["plain"].seen])
-    assert rates["half"].seen + rates["resumed"].seen == rates["whole"].seen
-    assert not torch.equal(whole.head.lora_B, plain.head.lora_B)
-    assert resumed.head.lora_B.any()
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+def test_lora_plus_without_adapters_has_no_effect_and_says_so(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        _, rates = trained_classifier(16, "none", make_trainer, adapters=False)
+    assert rates.seen == [[1e-3]] * 12
+    assert caplog.text.count("lr_ratio=16 has no effect: the model has no adapters.") == 1
 
 
 def test_a_ratio_below_one_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"lr_ratio=0.5: expected the ratio of the learning rates of B and A, at least 1"
     ):
-        LoRAFinetuning(lr_ratio=0.5)
+        Classifier(nn.Linear(2, 2), lr_ratio=0.5)
+
+
+def test_the_ratio_is_no_setting_of_the_adapters() -> None:
+    with pytest.raises(ValueError, match=r"lr_ratio .* Classifier.lr_ratio=16. or --model.lr_ratio 16, .*param_groups"):
+        LoRAFinetuning(lr_ratio=16)
 
 
 class Unused(Tagger):

@@ -92,7 +92,7 @@ def test_every_setting_has_an_option_and_they_come_first_in_the_help(capsys: pyt
         main(["fit", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    names = [*LoRAConfig.__dataclass_fields__, "base_checkpoint", "adapter", "lr_ratio", "verify"]
+    names = [*LoRAConfig.__dataclass_fields__, "base_checkpoint", "adapter", "verify"]
     places = [text.rindex(f"--lora.{name} ") for name in names]
     assert places == sorted(places)
     assert max(places) < text.rindex("--trainer.accelerator")

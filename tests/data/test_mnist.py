@@ -21,7 +21,7 @@ from torchvision.datasets import MNIST
 
 from lora_lightning import Classifier, MNISTDataModule, RichBoyNet
 from lora_lightning.data import mnist_files
-from lora_lightning.data.augmentation import _grid, distort
+from lora_lightning.data.augmentation import _grid
 
 
 @pytest.fixture(autouse=True)
@@ -327,29 +327,6 @@ def test_the_grid_of_an_augmentation_is_pytorchs(size: tuple[int, int]) -> None:
     matrices = torch.randn(5, 2, 3)
     expected = torch.nn.functional.affine_grid(matrices, [5, 1, *size], align_corners=False)
     torch.testing.assert_close(_grid(matrices, *size), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_distorted_copies_come_after_the_images_without_a_target_in_training_alone() -> None:
-    plain, copied = seen_in_one_step(), seen_in_one_step(distorted_copies=True)
-    images, targets = copied.batches["train"]
-    assert torch.equal(images[:32], plain.batches["train"][0])
-    assert torch.equal(targets[:32], plain.batches["train"][1])
-    assert targets[32:].tolist() == [-100] * 32
-    assert all(not torch.equal(images[32 + index], images[index]) for index in range(32))
-    for end in (Tensor.amin, Tensor.amax):  # no brighter and no darker, up to rounding
-        torch.testing.assert_close(end(images[32:]), end(images[:32]))
-    assert torch.equal(copied.batches["val"][0], plain.batches["val"][0])
-    assert copied.accuracies == plain.accuracies, "the accuracy is that of the samples with a target"
-
-
-def test_distorted_copies_are_cut_have_a_hole_or_show_two_images() -> None:
-    images = torch.ones(200, 1, 28, 28)
-    images[:, :, 14, 14] = 0  # the background is the darkest pixel
-    dark = distort(images) < 0.5
-    border = dark[:, :, [0, -1]].any((1, 2, 3)) | dark[:, :, :, [0, -1]].any((1, 2, 3))
-    area = dark.sum((1, 2, 3))
-    for lost in (border, ~border & (area > 10), area <= 2):  # beside a line, within a disk, nothing
-        assert 10 < lost.sum() < 150
 
 
 def test_one_digit_needs_no_list() -> None:

@@ -179,3 +179,22 @@ def test_a_folder_that_is_a_file_ends_the_save_with_its_name(tmp_path: Path) -> 
         OSError, match=r"The checkpoint .*last\.ckpt could not be written \((File exists|Not a directory)"
     ):
         AtomicCheckpointIO(TorchCheckpointIO()).save_checkpoint({}, tmp_path / "c" / "last.ckpt")
+
+
+class FolderIO(TorchCheckpointIO):
+    """Writes each checkpoint as a folder, as distributed and sharded formats do."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        Path(path).mkdir()
+        super().save_checkpoint(checkpoint, Path(path) / "content.pt", storage_options)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return super().load_checkpoint(Path(path) / "content.pt", map_location, weights_only)
+
+
+def test_a_checkpoint_io_that_writes_folders_saves_again_and_again_and_reads(tmp_path: Path) -> None:
+    files, path = AtomicCheckpointIO(FolderIO()), tmp_path / "checkpoints" / "last.ckpt"
+    for value in (1, 2):
+        files.save_checkpoint({"state_dict": {"a": torch.full((3,), value)}}, path)
+        assert torch.equal(files.load_checkpoint(path)["state_dict"]["a"], torch.full((3,), value))
+    assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"], "nothing unfinished is left"

@@ -34,7 +34,7 @@ trainer:
     init_args: {save_dir: SAVE_DIR, name: run}
   callbacks:
     - class_path: lora_lightning.LoRAFinetuning
-      init_args: {rank: 4, dropout: 0.2, lr_ratio: 4.0, base_checkpoint: logs/pretrain}
+      init_args: {rank: 4, dropout: 0.2, base_checkpoint: logs/pretrain}
     - class_path: ModelCheckpoint
       init_args: {every_n_train_steps: SAVE_EVERY, save_last: true, filename: "{step}", save_on_exception: true}
 model:

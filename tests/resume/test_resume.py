@@ -64,7 +64,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "accumulated gradients": {"trainer": {"accumulate_grad_batches": 3}},
     "two batches of each epoch": {"trainer": {"limit_train_batches": 2}},
     "validated in the middle": {"trainer": {"val_check_interval": 5}},
-    "LoRA+ and a scheduler": {"lora": {"lr_ratio": 8.0}, "scheduler": lr_scheduler.StepLR, "scheduler_args": (4,)},
+    "LoRA+ and a scheduler": {"lr_ratio": 8.0, "scheduler": lr_scheduler.StepLR, "scheduler_args": (4,)},
     "one cycle": {"scheduler": lr_scheduler.OneCycleLR, "scheduler_args": (0.02, 1000)},
     "a scheduler that counts the steps of the run": {"scheduler": OneCycle, "scheduler_args": ()},
     "dora, dropout on the adapter": {"lora": {"use_dora": True, "dropout": 0.2}},
@@ -82,7 +82,8 @@ def test_resumed_run_equals_uninterrupted(setting: str, stop: int, make_trainer:
         return settings["scheduler"](optimizer, *settings["scheduler_args"])
 
     torch.manual_seed(5)
-    base = Classifier(Noisy(), lr_scheduler=scheduler if "scheduler" in settings else None)
+    lr_ratio = settings.get("lr_ratio", 1.0)
+    base = Classifier(Noisy(), lr_scheduler=scheduler if "scheduler" in settings else None, lr_ratio=lr_ratio)
 
     def run(name: str, *callbacks: Callback, ckpt_path: Path | None = None) -> tuple[Trainer, Classifier]:
         module = copy.deepcopy(base)

@@ -1,4 +1,4 @@
-"""Draws the five goldfish that come with the package: `python lora_lightning/data/sample/images/draw_goldfish.py <folder>`.
+"""Draws the five goldfish that come with the package: `python examples/draw_goldfish.py <folder>`.
 
 Each is drawn four times as large and reduced, from a fixed seed.
 """

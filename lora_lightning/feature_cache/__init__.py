@@ -1,1 +1,0 @@
-"""Computes the frozen part of a network once per sample."""
