@@ -184,12 +184,12 @@ def trained_classifier(
 def test_lora_plus_keeps_its_ratio_under_any_scheduler_and_after_resuming(
     scheduler: str, make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    each_epoch = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    each_epoch = ModelCheckpoint(tmp_path / "whole", filename="{epoch}", save_top_k=-1)
     whole, rates = trained_classifier(16, scheduler, make_trainer, each_epoch)
     plain, rates_of_plain = trained_classifier(1, scheduler, make_trainer)
     assert all(b == pytest.approx(16 * a) for a, b in rates.seen)
     assert [a for a, _ in rates.seen] == pytest.approx([rate for [rate] in rates_of_plain.seen])
-    resumed, of_rest = trained_classifier(16, scheduler, make_trainer, ckpt_path=tmp_path / "epoch=1.ckpt")
+    resumed, of_rest = trained_classifier(16, scheduler, make_trainer, ckpt_path=tmp_path / "whole" / "epoch=1.ckpt")
     assert of_rest.seen == rates.seen[6:]
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
     assert any(not torch.equal(value, plain.state_dict()[key]) for key, value in whole.state_dict().items())

@@ -1,0 +1,116 @@
+"""Plants faults and lists which test catches each: `python -m tests.benchmarks.faults --count 30 --seed 0 [pytest arguments]`.
+
+A fault changes an operator or a constant, or drops a statement, in one line of `lora/`, `callbacks/`, `report/` or the checkpoints. It is
+planted in a copy of the project, whose default suite then runs until its first failure. What survives changes nothing, or shows a guarantee
+without a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("lora", "callbacks", "report", "checkpoints")
+_SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.Lt: ast.GtE,
+    ast.Gt: ast.LtE,
+    ast.LtE: ast.Gt,
+    ast.GtE: ast.Lt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Holds a changed file, and what was changed in which line."""
+
+    path: Path
+    line: int
+    description: str
+    source: str
+
+
+def faults_of(path: Path) -> list[Fault]:
+    """Return all faults that can be planted in a file."""
+    text = path.read_text()
+    count = len(list(ast.walk(ast.parse(text))))
+    return [fault for index in range(count) if (fault := _changed(path, text, index)) is not None]
+
+
+def _changed(path: Path, text: str, index: int) -> Fault | None:
+    """Return the file with a fault in the node at this index, if it can have one."""
+    tree = ast.parse(text)
+    node = list(ast.walk(tree))[index]
+    what = ""
+    if isinstance(node, ast.BinOp | ast.BoolOp) and (other := _SWAPPED.get(type(node.op))) is not None:
+        what = f"{type(node.op).__name__} -> {other.__name__}"
+        node.op = other()  # type: ignore[assignment]
+    elif isinstance(node, ast.Compare) and (other := _SWAPPED.get(type(node.ops[0]))) is not None:
+        what = f"{type(node.ops[0]).__name__} -> {other.__name__}"
+        node.ops[0] = other()  # type: ignore[call-overload]
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        what, node.value = f"{node.value} -> {not node.value}", not node.value
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+        what, node.value = f"{node.value} -> {node.value + 1}", node.value + 1
+    elif isinstance(node, ast.If | ast.FunctionDef | ast.For | ast.With) and len(node.body) > 1:
+        dropped = node.body[-1]
+        if isinstance(dropped, ast.Expr | ast.Assign | ast.AugAssign) and not isinstance(
+            getattr(dropped, "value", None), ast.Constant
+        ):
+            what = f"dropped: {ast.unparse(dropped)}"
+            node.body.pop()
+            node = dropped
+    if not what:
+        return None
+    return Fault(path, int(getattr(node, "lineno", 0)), what, ast.unparse(tree))
+
+
+def caught_by(fault: Fault, arguments: list[str]) -> str:
+    """Run the suite on a copy of the project with this fault, and return the test that failed first."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "project"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "logs", ".venv", "results", "*.pyc"))
+        (copy / fault.path.relative_to(ROOT)).write_text(fault.source)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return "survived" if done.returncode == 0 else (failed or ["does not start"])[0]
+
+
+def main() -> None:
+    """Draw faults, plant each, and print what caught it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    options, arguments = parser.parse_known_args()
+    paths = sorted(path for room in ROOMS for path in (ROOT / "lora_lightning" / room).glob("*.py"))
+    drawn = random.Random(options.seed).sample([fault for path in paths for fault in faults_of(path)], options.count)
+    caught = 0
+    for fault in drawn:
+        test = caught_by(fault, arguments)
+        caught += test != "survived"
+        print(f"{fault.path.relative_to(ROOT)}:{fault.line}: {fault.description}: {test}", flush=True)
+    print(f"{caught} of {len(drawn)} caught")
+
+
+if __name__ == "__main__":
+    main()
