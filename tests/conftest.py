@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Several processes of one thread each are faster than one of several: the tests' networks are small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -25,6 +32,12 @@ for _name in ("lightning.fabric", "lightning.pytorch"):
     logging.getLogger(_name).propagate = True
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many processes `-n auto` starts: each takes up to 2 GB, and some tests start several of their own."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, 4)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
@@ -37,6 +50,55 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     return tmp_path
+
+
+def logs_of(folder: Path, *commands: tuple[str, ...]) -> Path:
+    """Run commands in a folder, once for several tests that only read what they left there; return its `logs`."""
+    (folder / "configs").symlink_to(ROOT / "configs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PL_GLOBAL_SEED", "0")  # which a run sets, and this puts back
+        patch.delenv("PL_GLOBAL_SEED")
+        for words in commands:
+            assert main(list(words)) == 0, words
+    return folder / "logs"
+
+
+def copy_logs(logs: Path, *names: str) -> None:
+    """Copy runs into `logs` of the working directory; large files, which no command changes in place, are linked."""
+
+    def copy(source: str, target: str) -> str:
+        if source.endswith(".ckpt"):
+            with contextlib.suppress(OSError):
+                os.link(source, target)
+                return target
+        return shutil.copy2(source, target)
+
+    for name in names:
+        shutil.copytree(logs / name, Path("logs") / name, copy_function=copy)
+
+
+@pytest.fixture(scope="session")
+def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and adapters on it, trained for 20 steps on the sample once for all tests that begin with them."""
+    short = ("--data.source", "sample", "--trainer.max_steps", "20", "--trainer.max_epochs", "1")
+    short += ("--trainer.log_every_n_steps", "2")
+    commands = (("fit", "--config", f"configs/{name}.yaml", *short) for name in ("pretrain", "adapt"))
+    return logs_of(tmp_path_factory.mktemp("short"), *commands)
+
+
+@pytest.fixture
+def a_base(workspace: Path, short_runs: Path) -> Path:
+    """The log folder of a base, where the configurations look for it."""
+    copy_logs(short_runs, "pretrain")
+    return Path("logs/pretrain")
+
+
+@pytest.fixture
+def a_base_with_adapters(a_base: Path, short_runs: Path) -> Path:
+    """The log folder of adapters, beside that of their base."""
+    copy_logs(short_runs, "adapt")
+    return Path("logs/adapt")
 
 
 EFFICIENTNET = {

@@ -2,153 +2,205 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import runpy
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from lora_lightning.data.image_folder import SAMPLE as PICTURES
+from tests.conftest import ROOT
 
+Run = Callable[..., tuple[int, str]]
 SAMPLE = ["--data.source", "sample"]
+CPU = ["--trainer.accelerator", "cpu"]
+PREDICT = [
+    "predict",
+    "-c",
+    "configs/goldfish_lora.yaml",
+    "--model.backbone.name",
+    "timm/test_resnet",
+    "--adapter",
+    "none",
+]
+ONE_IMAGE = ["--data.predict", str(PICTURES / "goldfish" / "two.jpg")]
+OVERFIT = ["fit", "-c", "configs/pretrain.yaml", *SAMPLE, "--trainer.overfit_batches", "2"]
+OVERFIT += ["--trainer.max_epochs", "3", "--trainer.max_steps", "-1", "--trainer.logger.name", "overfit"]
+ADAPT = ["fit", "-c", "configs/adapt.yaml", *SAMPLE, "--trainer.max_steps", "10"]
 
-
-def run(*words: str, devices: int = 1) -> Path:
-    """One command in processes of their own; its log folder."""
-    strategy = ["--trainer.strategy", "ddp", "--trainer.devices", str(devices)] if devices > 1 else []
-    before = set(Path("logs").glob("*/version_*"))
-    outcome = subprocess.run(
-        [sys.executable, "-m", "lora_lightning", *words, "--trainer.accelerator", "cpu", *strategy],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    (folder,) = set(Path("logs").glob("*/version_*")) - before
-    return folder
-
-
-@pytest.mark.usefixtures("workspace")
-def test_three_devices_count_every_digit_once() -> None:
-    words = ["test", "-c", "configs/pretrain.yaml", *SAMPLE, "--data.eval_batch_size", "100"]
-    alone, together = (json.loads((run(*words, devices=n) / "confusion.json").read_text()) for n in (1, 3))
-    assert together["samples"] == 1000  # which 3 does not divide
-    assert together["model"]["matrix"] == alone["model"]["matrix"]
-
-
-@pytest.mark.usefixtures("workspace")
-def test_two_devices_overfit_the_batches_that_they_are_asked_to() -> None:
-    words = [*SAMPLE, "--trainer.overfit_batches", "2", "--trainer.max_epochs", "3", "--trainer.max_steps", "-1"]
-    (path,) = run("fit", "-c", "configs/pretrain.yaml", *words, devices=2).glob("checkpoints/*.ckpt")
-    assert torch.load(path, weights_only=True)["global_step"] == 6
-
-
-@pytest.mark.usefixtures("workspace")
-def test_two_devices_train_the_adapters_that_one_trains_with_batches_twice_as_large() -> None:
-    run("fit", "-c", "configs/pretrain.yaml", *SAMPLE)
-    states = []
-    for devices, batch_size in ((1, 80), (2, 40)):
-        words = [*SAMPLE, "--data.batch_size", str(batch_size), "--trainer.max_steps", "10"]
-        folder = run("fit", "-c", "configs/adapt.yaml", *words, devices=devices)
-        (path,) = folder.glob("checkpoints/*.ckpt")
-        states.append(torch.load(path, weights_only=True)["state_dict"])
-        assert [file.name for file in folder.glob("adapter*")] == ["adapter"]
-    alone, together = states
-    assert len(alone) == 6
-    assert any(value.abs().max() > 0.01 for value in alone.values())
-    for key, value in alone.items():
-        torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.usefixtures("workspace")
-def test_two_devices_predict_every_image_once() -> None:
-    words = [
-        "predict",
-        "-c",
-        "configs/goldfish_lora.yaml",
-        "--model.backbone.name",
-        "timm/test_resnet",
-        "--adapter",
-        "none",
-    ]
-    alone, together = ((run(*words, devices=n) / "predictions.csv").read_text() for n in (1, 2))
-    assert [line.split(",")[:3] for line in together.splitlines()] == [
-        line.split(",")[:3] for line in alone.splitlines()
-    ]
-    assert len(alone.splitlines()) == 6
-    one = run(*words, "--data.predict", str(PICTURES / "goldfish" / "two.jpg"), devices=2)
-    assert len((one / "predictions.csv").read_text().splitlines()) == 2
-
-
-SCRIPT = """
-import json, sys, torch
+COUNT = """
+import json, torch
 from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lora_lightning import Classifier, ConfusionReport, LoRAFinetuning, MNISTDataModule, RichBoyNet
 
-size, devices, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+def count(size, devices, out):
+    class Few(MNISTDataModule):
+        def setup(self, stage):
+            super().setup(stage)
+            self._val = self._val.select(torch.arange(size))
+            self._test = self._test.select(torch.arange(size))
 
-class Few(MNISTDataModule):
-    def setup(self, stage):
-        super().setup(stage)
-        self._val = self._val.select(torch.arange(size))
-        self._test = self._test.select(torch.arange(size))
+    torch.manual_seed(0)
+    report, data = ConfusionReport(verbose=False), Few(source="sample", batch_size=200, eval_batch_size=2, digits=[9])
+    model = Classifier(RichBoyNet(16, 16))
+    trainer = Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1,
+        enable_progress_bar=False, enable_model_summary=False, logger=CSVLogger(f"{out}_logs"), log_every_n_steps=1,
+        enable_checkpointing=False, callbacks=[LoRAFinetuning(rank=1), report], num_sanity_val_steps=0,
+    )
+    trainer.fit(model, datamodule=data)
+    fitted = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    trainer.test(model, datamodule=data, verbose=False)
+    tested = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    if trainer.is_global_zero:
+        matrices = [report.report.model.matrix.tolist(), report.report.base.matrix.tolist()]
+        Path(out).write_text(json.dumps({"matrices": matrices, "fitted": fitted, "tested": tested}))
+"""
+COMMANDS = """
+import os, sys
+from torch import distributed
+from lora_lightning.cli.main import main
 
-torch.manual_seed(0)
-report, data = ConfusionReport(verbose=False), Few(source="sample", batch_size=200, eval_batch_size=2, digits=[9])
-model = Classifier(RichBoyNet(16, 16))
-trainer = Trainer(
-    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1, enable_progress_bar=False,
-    enable_model_summary=False, logger=CSVLogger(f"{out}_logs"), log_every_n_steps=1, enable_checkpointing=False,
-    callbacks=[LoRAFinetuning(rank=1), report], num_sanity_val_steps=0,
-)
-trainer.fit(model, datamodule=data)
-fitted = {key: float(value) for key, value in trainer.callback_metrics.items()}
-trainer.test(model, datamodule=data, verbose=False)
-tested = {key: float(value) for key, value in trainer.callback_metrics.items()}
-if trainer.is_global_zero:
-    matrices = [report.report.model.matrix.tolist(), report.report.base.matrix.tolist()]
-    Path(out).write_text(json.dumps({"matrices": matrices, "fitted": fitted, "tested": tested}))
+# Both processes run this; Lightning starts the second one in the first command.
+outcomes = []
+for port, words in json.loads(Path("commands.json").read_text()):
+    os.environ["MASTER_PORT"] = str(port)
+    before = set(Path("logs").glob("*/version_*"))
+    code = main(words)
+    new = sorted(map(str, set(Path("logs").glob("*/version_*")) - before))
+    outcomes.append({"code": code, "initialized": distributed.is_initialized(), "new": new})
+Path("outcome_" + os.environ.get("LOCAL_RANK", "0")).write_text(json.dumps(outcomes))
 """
 
 
-@pytest.mark.parametrize(("size", "devices"), [(1, 3), (5, 2)])
+def free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def python(*words: str, folder: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("PL_GLOBAL_SEED", None)
+    outcome = subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+def run_on(devices: int, folder: Path, *commands: list[str]) -> list[Path]:
+    """Run commands one after the other in the same processes, which leave their group after each; their log folders."""
+    words = [[*command, *CPU, "--trainer.strategy", "ddp", "--trainer.devices", str(devices)] for command in commands]
+    pairs = list(zip(free_ports(len(words)), words, strict=True))
+    (folder / "commands.json").write_text(json.dumps(pairs))
+    (folder / "commands.py").write_text(COUNT + COMMANDS)
+    python("commands.py", folder=folder)
+    for rank in range(devices):
+        for each in json.loads((folder / f"outcome_{rank}").read_text()):
+            assert (each["code"], each["initialized"]) == (0, False)
+    folders = [folder / new for each in json.loads((folder / "outcome_0").read_text()) for new in each["new"]]
+    assert len(folders) == len(commands)
+    return folders
+
+
+def alone(run: Run, *words: str) -> Path:
+    """The log folder of a command in this process."""
+    before = set(Path("logs").glob("*/version_*"))
+    code, text = run(*words, *CPU)
+    assert code == 0, text
+    (folder,) = set(Path("logs").glob("*/version_*")) - before
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, short_runs: Path) -> dict[str, Path]:
+    """The log folders of several commands on two devices: starting the processes takes longer than the commands."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    shutil.copytree(short_runs / "pretrain", folder / "logs" / "pretrain")
+    commands = {
+        "overfit": OVERFIT,
+        "adapt": [*ADAPT, "--data.batch_size", "40"],
+        "predict": PREDICT,
+        "predict one": [*PREDICT, *ONE_IMAGE],
+    }
+    return dict(zip(commands, run_on(2, folder, *commands.values()), strict=True))
+
+
+@pytest.mark.slow
+def test_three_devices_count_every_digit_once(run: Run, a_base: Path, workspace: Path) -> None:
+    words = ["test", "-c", "configs/pretrain.yaml", *SAMPLE, "--data.eval_batch_size", "100"]
+    folders = alone(run, *words), *run_on(3, workspace, words)
+    one, three = (json.loads((folder / "confusion.json").read_text()) for folder in folders)
+    assert three["samples"] == 1000  # which 3 does not divide
+    assert three["model"]["matrix"] == one["model"]["matrix"]
+
+
+def test_two_devices_overfit_the_batches_that_they_are_asked_to(two: dict[str, Path]) -> None:
+    (path,) = two["overfit"].glob("checkpoints/*.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == 6
+
+
+def test_two_devices_train_the_adapters_that_one_trains_with_batches_twice_as_large(
+    run: Run, a_base: Path, two: dict[str, Path]
+) -> None:
+    states = []
+    for folder in (alone(run, *ADAPT, "--data.batch_size", "80"), two["adapt"]):
+        (path,) = folder.glob("checkpoints/*.ckpt")
+        states.append(torch.load(path, weights_only=True)["state_dict"])
+        assert [file.name for file in folder.glob("adapter*")] == ["adapter"]
+    one, together = states
+    assert len(one) == 6
+    assert any(value.abs().max() > 0.01 for value in one.values())
+    for key, value in one.items():
+        torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_two_devices_predict_every_image_once(run: Run, two: dict[str, Path]) -> None:
+    folders = alone(run, *PREDICT), two["predict"], two["predict one"]
+    one, together, image = ((folder / "predictions.csv").read_text().splitlines() for folder in folders)
+    assert [line.split(",")[:3] for line in together] == [line.split(",")[:3] for line in one]
+    assert len(one) == 6
+    assert len(image) == 2
+
+
+@pytest.mark.parametrize(("size", "devices"), [pytest.param(1, 3, marks=pytest.mark.slow), (5, 2)])
 def test_counts_and_means_are_exact_also_when_a_device_has_no_batch(size: int, devices: int, workspace: Path) -> None:
-    Path("run.py").write_text(SCRIPT)
-    for number in (1, devices):
-        command = [sys.executable, "run.py", str(size), str(number), f"{number}.json"]
-        outcome = subprocess.run(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False
-        )
-        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    alone, together = (json.loads(Path(f"{number}.json").read_text()) for number in (1, devices))
+    Path("run.py").write_text(f"{COUNT}\ncount({size}, {devices}, '{devices}.json')\n")
+    python("run.py", folder=workspace)
+    Path("count.py").write_text(COUNT)
+    runpy.run_path("count.py")["count"](size, 1, "1.json")
+    one, together = (json.loads(Path(f"{number}.json").read_text()) for number in (1, devices))
     assert sum(map(sum, together["matrices"][0])) == sum(map(sum, together["matrices"][1])) == size
-    assert together["matrices"][1] == alone["matrices"][1]  # the base, which training leaves alone
-    assert together["tested"].keys() == alone["tested"].keys()
-    assert {key for key in alone["fitted"] if key.startswith("val/")} <= together["fitted"].keys()
+    assert together["matrices"][1] == one["matrices"][1]  # the base, which training leaves alone
+    assert together["tested"].keys() == one["tested"].keys()
+    assert {key for key in one["fitted"] if key.startswith("val/")} <= together["fitted"].keys()
 
 
-@pytest.mark.usefixtures("workspace")
-def test_two_nodes_by_torchrun_train_what_two_processes_of_one_train() -> None:
-    run("fit", "-c", "configs/pretrain.yaml", *SAMPLE)
-    words = ["fit", "-c", "configs/adapt.yaml", "--trainer.max_steps", "5", "--trainer.strategy", "ddp"]
-    together = run(*words, devices=2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+@pytest.mark.slow
+def test_two_nodes_by_torchrun_train_what_two_processes_of_one_train(a_base: Path, workspace: Path) -> None:
+    (together,) = run_on(2, workspace, ADAPT)
+    together = together.relative_to(workspace)
+    words = [*ADAPT, *CPU, "--trainer.strategy", "ddp", "--trainer.num_nodes", "2", "--trainer.devices", "1"]
+    (port,) = free_ports(1)
     nodes = [
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
                 *("--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", str(port)),
-                *("-m", "lora_lightning", *words, *SAMPLE, "--trainer.num_nodes", "2", "--trainer.devices", "1"),
+                *("-m", "lora_lightning", *words),
             ],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -158,7 +210,7 @@ def test_two_nodes_by_torchrun_train_what_two_processes_of_one_train() -> None:
         for rank in range(2)
     ]
     try:
-        outputs = [node.communicate(timeout=240)[0] for node in nodes]
+        outputs = [node.communicate(timeout=900)[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()
@@ -171,27 +223,3 @@ def test_two_nodes_by_torchrun_train_what_two_processes_of_one_train() -> None:
     ]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-
-
-@pytest.mark.usefixtures("workspace")
-def test_a_command_leaves_the_process_group_so_that_no_process_aborts_at_its_exit() -> None:
-    words = ["test", "-c", "configs/pretrain.yaml", *SAMPLE, "--trainer.strategy", "ddp", "--trainer.devices", "2"]
-    Path("command.py").write_text(f"""
-import os
-from pathlib import Path
-from torch import distributed
-from lora_lightning.cli.main import main
-code = main({words} + ["--trainer.accelerator", "cpu"])
-rank = os.environ.get("LOCAL_RANK", "0")
-Path("outcome_" + rank).write_text(str(code) + " " + str(distributed.is_initialized()))
-""")
-    outcome = subprocess.run(
-        [sys.executable, "command.py"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    assert [Path(f"outcome_{rank}").read_text() for rank in range(2)] == ["0 False", "0 False"]

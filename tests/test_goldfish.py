@@ -16,7 +16,7 @@ import torch
 from lora_lightning import image_backbone
 from lora_lightning.data.image_folder import SAMPLE
 from lora_lightning.data.images import read_image
-from tests.conftest import ROOT
+from tests.conftest import ROOT, copy_logs, logs_of
 
 Run = Callable[..., tuple[int, str]]
 PICTURES = sorted(path.name for path in (SAMPLE / "goldfish").iterdir())
@@ -49,8 +49,13 @@ def fit_and_predict(run: Run, *config: str) -> Path:
     return adapter
 
 
-def test_adapters_in_all_layers_of_vgg19(run: Run) -> None:
-    config = ("--config", "configs/goldfish_lora.yaml")
+NETWORKS = ["squeezenet1_1", pytest.param("vgg19", marks=pytest.mark.slow)]
+"""That of the configurations has 143 million parameters; the other takes little time."""
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_adapters_in_all_layers(run: Run, name: str) -> None:
+    config = ("--config", "configs/goldfish_lora.yaml", "--model.backbone.name", name)
     adapter = fit_and_predict(run, *config)
     adapted = predictions("logs/goldfish_lora")
 
@@ -62,7 +67,7 @@ def test_adapters_in_all_layers_of_vgg19(run: Run) -> None:
     assert code == 0, text
     assert "only the base is used" in text
     torch.manual_seed(0)
-    net = image_backbone("vgg19").eval()
+    net = image_backbone(name).eval()
     images = torch.stack([net.preprocessing(read_image(SAMPLE / "goldfish" / name)) for name in PICTURES])
     with torch.no_grad():
         of_base = net(images).softmax(1)
@@ -71,8 +76,9 @@ def test_adapters_in_all_layers_of_vgg19(run: Run) -> None:
         assert float(row["probability"]) == pytest.approx(float(expected.max()), rel=1e-5)
 
 
-def test_the_bypass_around_vgg19_predicts_the_same_in_a_new_process(run: Run) -> None:
-    config = ("--config", "configs/goldfish.yaml")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_bypass_predicts_the_same_in_a_new_process(run: Run, name: str) -> None:
+    config = ("--config", "configs/goldfish.yaml", "--model.backbone.name", name)
     code, text = run("fit", *config)
     assert code == 0, text
     assert f"Trained: {150_528 * 10 + 10 * 1_000:,} of " in text
@@ -82,7 +88,7 @@ def test_the_bypass_around_vgg19_predicts_the_same_in_a_new_process(run: Run) ->
     check_that_every_image_is_a_goldfish("logs/goldfish")
     here = predictions("logs/goldfish")
     words = [sys.executable, "-m", "lora_lightning", "predict", *config, "--adapter", "logs/goldfish"]
-    there = subprocess.run(words, check=False, capture_output=True, text=True, timeout=300)
+    there = subprocess.run(words, check=False, capture_output=True, text=True, timeout=900)
     assert there.returncode == 0, there.stderr
     assert predictions("logs/goldfish") == here
 
@@ -90,9 +96,10 @@ def test_the_bypass_around_vgg19_predicts_the_same_in_a_new_process(run: Run) ->
 @pytest.mark.parametrize(
     "name",
     [
-        "resnet18",
-        "efficientnet_b0",
-        "timm/mobilenetv3_small_100",
+        "timm/test_resnet",
+        pytest.param("resnet18", marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", marks=pytest.mark.slow),
+        pytest.param("timm/mobilenetv3_small_100", marks=pytest.mark.slow),
         # Without weights its last layer is zero, so that no gradient passes it in the only step of the first epoch.
         pytest.param(
             "vit_b_16",
@@ -113,10 +120,13 @@ class TestSmall:
 
     CONFIG = ("--config", "configs/goldfish_lora.yaml", "--model.backbone.name", "timm/test_resnet")
 
+    @pytest.fixture(scope="class")
+    def fitted_once(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return logs_of(tmp_path_factory.mktemp("goldfish"), ("fit", *self.CONFIG, "--trainer.max_epochs", "1"))
+
     @pytest.fixture
-    def fitted(self, run: Run) -> Path:
-        code, text = run("fit", *self.CONFIG, "--trainer.max_epochs", "1")
-        assert code == 0, text
+    def fitted(self, workspace: Path, fitted_once: Path) -> Path:
+        copy_logs(fitted_once, "goldfish_lora")
         return Path("logs/goldfish_lora")
 
     def test_the_documented_commands_run_twice(self, run: Run) -> None:
@@ -127,7 +137,7 @@ class TestSmall:
         Path("lora_lightning").symlink_to(ROOT / "lora_lightning")
         for _ in range(2):
             for command, words in commands:
-                code, text = run(command, *shlex.split(words), *self.CONFIG[2:])
+                code, text = run(command, *shlex.split(words), *self.CONFIG[2:], "--trainer.max_epochs", "2")
                 assert code == 0, text
         assert [Path(row["file"]).name for row in predictions("logs/goldfish_lora")] == [
             "close.jpg",
@@ -233,7 +243,7 @@ class TestSmall:
 
     def test_a_network_of_torchvision_may_be_named_as_a_class(self, run: Run) -> None:
         text = Path("configs/goldfish_lora.yaml").read_text()
-        text = text.replace("lora_lightning.image_backbone", "torchvision.models.resnet18").replace(
+        text = text.replace("lora_lightning.image_backbone", "torchvision.models.squeezenet1_1").replace(
             "{name: vgg19, ", "{"
         )
         Path("direct.yaml").write_text(text)

@@ -47,6 +47,7 @@ def test_a_new_user_s_script_runs_and_leaves_a_page(script: Path, tmp_path: Path
     # Without a network: the digits in the package, random weights, and a module and photographs that are made up.
     code = code.replace("MNISTDataModule(focus=[9]", "MNISTDataModule(source='sample', focus=[9]")
     code = code.replace("MNISTDataModule()", "MNISTDataModule(source='sample')").replace('"IMAGENET1K_V1"', "None")
+    code = code.replace("max_epochs=5", "max_epochs=2")
     (tmp_path / "script.py").write_text(code)
     (tmp_path / "own.py").write_text(OWN)
     for level, name in enumerate(("cats", "dogs")):

@@ -594,14 +594,16 @@ def run_script(folder: Path, code: str) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         check=False,
     )
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     return outcome.stdout + outcome.stderr
 
 
-@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn", "ddp_notebook"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp_fork", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp_spawn", "ddp_notebook"))]
+)
 def test_a_strategy_that_starts_processes_of_its_own_tests_what_it_trained(strategy: str, tmp_path: Path) -> None:
     output = run_script(
         tmp_path,
@@ -627,6 +629,7 @@ def test_a_strategy_that_starts_processes_of_its_own_tests_what_it_trained(strat
     assert "The model in the main process has none" in output
 
 
+@pytest.mark.slow
 def test_two_devices_without_a_seed_read_their_own_checkpoint(tmp_path: Path) -> None:
     run_script(
         tmp_path,

@@ -29,12 +29,10 @@ CONFIGS = sorted(
 
 
 @pytest.fixture
-def pretrained(run: Run) -> Path:
+def pretrained(a_base: Path) -> Path:
     """A base for every config that adapts one, where it looks for it."""
-    code, text = run("fit", "-c", "configs/pretrain.yaml", *SAMPLE, "--trainer.max_steps", "20")
-    assert code == 0, text
     Path("logs/notebook_pretrain").symlink_to("pretrain")
-    return Path("logs/pretrain")
+    return a_base
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -196,6 +194,7 @@ def test_the_module_and_the_script_are_one_command() -> None:
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow  # tests/resume/test_killed.py interrupts a `fit`
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_it_with_a_line_and_a_code(workspace: Path) -> None:
     process = subprocess.Popen(

@@ -113,6 +113,7 @@ def test_adapters_of_a_repair_train_as_configured_and_the_full_network_at_a_tent
     assert rates == {"adapters": 0.02, "last layer": 0.02, "full network": pytest.approx(0.002)}
 
 
+@pytest.mark.slow
 def test_photographs_in_class_folders_are_repaired(run: Run, workspace: Path) -> None:
     for level, name in enumerate(("cats", "dogs", "owls")):
         Path("photos", name).mkdir(parents=True)

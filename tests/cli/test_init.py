@@ -46,18 +46,26 @@ def test_the_topics_are_listed_without_pytorch() -> None:
         assert all(f"\n  {topic}" in text for topic in TOPICS)
 
 
+@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["here", "processes"])
 def test_the_commands_for_a_module_of_one_s_own_run_as_they_are_printed(
-    empty: Path, capsys: pytest.CaptureFixture[str]
+    empty: Path, capsys: pytest.CaptureFixture[str], processes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(empty)  # a process of its own finds the module without that
+    monkeypatch.delitem(sys.modules, "own_module", raising=False)
     assert main(["init", "own"]) == 0
     commands = [line.strip() for line in capsys.readouterr().out.splitlines() if "--config" in line]
     assert len(commands) == 2
     for command in commands:
         program, *words = shlex.split(command)
+        if not processes:
+            assert main(words) == 0
+            printed = capsys.readouterr().out
+            continue
         script = Path(sys.executable).with_name(program)  # which is not in the folder of own_module.py
         done = subprocess.run([script, *words], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert "errors" in done.stdout
+        printed = done.stdout
+    assert "errors" in printed
     assert list(Path("logs/own").rglob("confusion.json"))
 
 

@@ -15,16 +15,12 @@ import torch
 from lora_lightning import RichBoyNet
 
 Run = Callable[..., tuple[int, str]]
-SMALL = ("--data.source", "sample", "--trainer.max_steps", "20", "--trainer.max_epochs", "1")
 MERGE = ("merge", "--config", "configs/adapt.yaml", "--data.source", "sample")
 
 
 @pytest.fixture
-def trained(run: Run) -> Run:
+def trained(run: Run, a_base_with_adapters: Path) -> Run:
     """A base and adapters, trained for a few steps."""
-    for config in ("pretrain", "adapt"):
-        code, output = run("fit", "--config", f"configs/{config}.yaml", *SMALL)
-        assert code == 0, output
     return run
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,15 @@ def numbers(text: str) -> tuple[int, int, int, int, float, float]:
 
 
 def weak_base(folder: Path) -> Path:
-    """Train a base that has seen few sevens."""
+    """A base that has seen few sevens."""
+    shutil.copy(_weak_base(), folder / "weak.ckpt")
+    return folder / "weak.ckpt"
+
+
+@functools.cache
+def _weak_base() -> Path:
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     from lightning.pytorch import Trainer
 
     from lora_lightning import Classifier
@@ -93,6 +105,7 @@ def test_without_a_base_one_is_trained_and_nothing_is_called_a_repair_that_is_no
     assert ("Adapter:" in text) == ("Chosen on validation data" in text)
 
 
+@pytest.mark.slow  # tests/cli/test_configured_repair.py compares with them, too
 def test_baselines_stand_beside_it_in_a_table_and_in_files(run: Run, workspace: Path) -> None:
     base = weak_base(workspace)
     words = (
@@ -177,6 +190,7 @@ def test_the_scale_of_adapters_that_are_there_is_chosen_and_written_into_a_copy(
     assert (trained / "adapter_model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_several_seeds_end_with_their_median(run: Run, workspace: Path) -> None:
     base = weak_base(workspace)
     code, text = run("repair", "--source", "sample", "--base_checkpoint", str(base), "--steps", "40", "--seeds", "2")
@@ -187,6 +201,7 @@ def test_several_seeds_end_with_their_median(run: Run, workspace: Path) -> None:
     assert len(list(Path("logs/repair").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_terminal_that_lacks_characters_loses_no_table_and_no_file(workspace: Path) -> None:
     base = weak_base(workspace)
     words = ["repair", "--source", "sample", "--base_checkpoint", str(base), "--steps", "60"]

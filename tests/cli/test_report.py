@@ -15,11 +15,8 @@ SMALL = ("--data.source", "sample", "--trainer.max_steps", "20", "--trainer.max_
 
 
 @pytest.fixture
-def tested(run: Run) -> Run:
+def tested(run: Run, a_base_with_adapters: Path) -> Run:
     """A base and adapters, trained for a few steps and tested."""
-    for config in ("pretrain", "adapt"):
-        code, text = run("fit", "--config", f"configs/{config}.yaml", *SMALL, "--trainer.log_every_n_steps", "2")
-        assert code == 0, text
     code, text = run("test", "--config", "configs/adapt.yaml", *SMALL[:2], "--ckpt_path", "logs/adapt")
     assert code == 0, text
     assert "report     logs/adapt/version_1/report.html" in text

@@ -73,8 +73,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("stop", [2, 5, 6, 7, 12])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    ("setting", "stop"),
+    [
+        pytest.param(setting, stop, marks=[] if setting == "replay" or stop == 7 else pytest.mark.slow)
+        for setting in SETTINGS
+        for stop in (2, 5, 6, 7, 12)
+    ],
+)
 def test_resumed_run_equals_uninterrupted(setting: str, stop: int, make_trainer: MakeTrainer, tmp_path: Path) -> None:
     settings = SETTINGS[setting]
 
