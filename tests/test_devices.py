@@ -100,12 +100,12 @@ def python(*words: str, folder: Path) -> None:
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
-def run_on(devices: int, folder: Path, *commands: list[str]) -> list[Path]:
+def run_on(devices: int, folder: Path, *commands: list[str], code: str = "") -> list[Path]:
     """Run commands one after the other in the same processes, which leave their group after each; their log folders."""
     words = [[*command, *CPU, "--trainer.strategy", "ddp", "--trainer.devices", str(devices)] for command in commands]
     pairs = list(zip(free_ports(len(words)), words, strict=True))
     (folder / "commands.json").write_text(json.dumps(pairs))
-    (folder / "commands.py").write_text(COUNT + COMMANDS)
+    (folder / "commands.py").write_text(COUNT + COMMANDS + code)
     python("commands.py", folder=folder)
     for rank in range(devices):
         for each in json.loads((folder / f"outcome_{rank}").read_text()):
@@ -136,7 +136,8 @@ def two(tmp_path_factory: pytest.TempPathFactory, short_runs: Path) -> dict[str,
         "predict": PREDICT,
         "predict one": [*PREDICT, *ONE_IMAGE],
     }
-    return dict(zip(commands, run_on(2, folder, *commands.values()), strict=True))
+    folders = run_on(2, folder, *commands.values(), code="count(5, 2, '2.json')\n")
+    return dict(zip(commands, folders, strict=True)) | {"count": folder}
 
 
 @pytest.mark.slow
@@ -176,17 +177,27 @@ def test_two_devices_predict_every_image_once(run: Run, two: dict[str, Path]) ->
     assert len(image) == 2
 
 
-@pytest.mark.parametrize(("size", "devices"), [pytest.param(1, 3, marks=pytest.mark.slow), (5, 2)])
-def test_counts_and_means_are_exact_also_when_a_device_has_no_batch(size: int, devices: int, workspace: Path) -> None:
-    Path("run.py").write_text(f"{COUNT}\ncount({size}, {devices}, '{devices}.json')\n")
-    python("run.py", folder=workspace)
+def assert_exact(size: int, together: Path) -> None:
+    """Compare with one device what several have counted and averaged."""
     Path("count.py").write_text(COUNT)
     runpy.run_path("count.py")["count"](size, 1, "1.json")
-    one, together = (json.loads(Path(f"{number}.json").read_text()) for number in (1, devices))
-    assert sum(map(sum, together["matrices"][0])) == sum(map(sum, together["matrices"][1])) == size
-    assert together["matrices"][1] == one["matrices"][1]  # the base, which training leaves alone
-    assert together["tested"].keys() == one["tested"].keys()
-    assert {key for key in one["fitted"] if key.startswith("val/")} <= together["fitted"].keys()
+    one, several = (json.loads(path.read_text()) for path in (Path("1.json"), together))
+    assert sum(map(sum, several["matrices"][0])) == sum(map(sum, several["matrices"][1])) == size
+    assert several["matrices"][1] == one["matrices"][1]  # the base, which training leaves alone
+    assert several["tested"].keys() == one["tested"].keys()
+    assert {key for key in one["fitted"] if key.startswith("val/")} <= several["fitted"].keys()
+
+
+@pytest.mark.usefixtures("workspace")
+def test_counts_and_means_are_exact_where_two_devices_have_batches_of_different_numbers(two: dict[str, Path]) -> None:
+    assert_exact(5, two["count"] / "2.json")
+
+
+@pytest.mark.slow
+def test_counts_and_means_are_exact_also_when_two_of_three_devices_have_no_batch(workspace: Path) -> None:
+    Path("run.py").write_text(f"{COUNT}\ncount(1, 3, '3.json')\n")
+    python("run.py", folder=workspace)
+    assert_exact(1, Path("3.json"))
 
 
 @pytest.mark.slow

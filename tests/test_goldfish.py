@@ -115,14 +115,18 @@ def test_any_other_backbone_by_its_name(run: Run, name: str) -> None:
     fit_and_predict(run, "--config", "configs/goldfish_lora.yaml", "--model.backbone.name", name)
 
 
+SMALL = ("--config", "configs/goldfish_lora.yaml", "--model.backbone.name", "timm/test_resnet")
+
+
+@pytest.fixture(scope="module")
+def fitted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return logs_of(tmp_path_factory.mktemp("goldfish"), ("fit", *SMALL, "--trainer.max_epochs", "1"))
+
+
 class TestSmall:
     """The same commands with a network that takes no time."""
 
-    CONFIG = ("--config", "configs/goldfish_lora.yaml", "--model.backbone.name", "timm/test_resnet")
-
-    @pytest.fixture(scope="class")
-    def fitted_once(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return logs_of(tmp_path_factory.mktemp("goldfish"), ("fit", *self.CONFIG, "--trainer.max_epochs", "1"))
+    CONFIG = SMALL
 
     @pytest.fixture
     def fitted(self, workspace: Path, fitted_once: Path) -> Path:

@@ -1,10 +1,12 @@
-"""The first ten minutes: three scripts of at most 12 lines, as a new user writes them, each in a process and a folder of its own."""
+"""The first ten minutes: three scripts of at most 12 lines, as a new user writes them, each in a folder of its own."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +42,11 @@ batches = torch.utils.data.DataLoader([batch], batch_size=None)
 """
 
 
+@pytest.mark.parametrize("process", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["here", "process"])
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
-def test_a_new_user_s_script_runs_and_leaves_a_page(script: Path, tmp_path: Path) -> None:
+def test_a_new_user_s_script_runs_and_leaves_a_page(
+    script: Path, process: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     code = script.read_text()
     assert len(code.splitlines()) <= 12
     # Without a network: the digits in the package, random weights, and a module and photographs that are made up.
@@ -55,17 +60,22 @@ def test_a_new_user_s_script_runs_and_leaves_a_page(script: Path, tmp_path: Path
         for number in range(6):
             pixels = np.full((40, 50, 3), 60 + 100 * level + number, np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.jpg")
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "errors" in done.stdout
-    assert "before" in done.stdout
+    if process:
+        words = [sys.executable, "script.py"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    else:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "own", raising=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in a script, where they end nothing
+            runpy.run_path("script.py", run_name="__main__")
+        printed = capsys.readouterr().out
+    assert "errors" in printed
+    assert "before" in printed
     folder = tmp_path / "lightning_logs"
     pages = list(folder.rglob("report*.html"))
     assert any("McNemar" in page.read_text() for page in pages)

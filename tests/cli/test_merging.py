@@ -30,6 +30,7 @@ def errors_of(output: str) -> str:
     return found[-1].split("│")[1 if "→" in found[-1] else 0].strip()
 
 
+@pytest.mark.smoke
 def test_the_merged_checkpoint_is_a_plain_model_with_the_same_errors(trained: Run) -> None:
     code, output = trained(*MERGE, "--ckpt_path", "logs/adapt", "--output", "merged.ckpt")
     assert code == 0, output

@@ -25,6 +25,7 @@ def answer(*words: str) -> tuple[int, str, str]:
     return int(exit_code), "\n".join(lines) + done.stderr, imported
 
 
+@pytest.mark.smoke
 def test_the_version_needs_no_pytorch() -> None:
     assert answer("--version") == (0, f"lora-lightning {lora_lightning.__version__}", "[]")
 
@@ -39,6 +40,7 @@ def test_modules_in_the_working_directory_are_found_unless_python_is_told_not_to
     assert (done.stdout.splitlines()[-1] == str(tmp_path)) is found
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])
 def test_help_names_all_commands_without_pytorch(words: tuple[str, ...]) -> None:
     code, text, imported = answer(*words)

@@ -17,7 +17,7 @@ FAST = {
     "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "mnasnet0_5", "googlenet", "regnet_y_400mf",
 }  # fmt: skip
 NAMES = [
-    pytest.param(name, marks=[] if name in FAST else pytest.mark.slow)
+    pytest.param(name, marks=pytest.mark.smoke if name == "resnet18" else [] if name in FAST else pytest.mark.slow)
     for name in torchvision.models.list_models(module=torchvision.models)
 ]
 
@@ -73,6 +73,7 @@ def test_every_architecture_keeps_all_promises(name: str) -> None:
     assert len(trained) == 2 * len(names)
     assert base_fingerprint(net) == digest
     assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
+    del before  # gigabytes, for the largest
 
     with torch.no_grad():
         for parameter in adapter_parameters(net):

@@ -59,6 +59,7 @@ def plain(net: nn.Module) -> nn.Module:
     return net
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_peft_reads_what_is_written_here(config: LoRAConfig, tmp_path: Path) -> None:
     net, x = adapted(config), torch.randn(5, 8)
@@ -78,6 +79,7 @@ def test_what_is_written_is_read_back_bitwise(config: LoRAConfig, tmp_path: Path
         assert torch.equal(adapter_state_dict(other)[key], value)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "arguments",
     [

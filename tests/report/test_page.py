@@ -73,6 +73,7 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.mark.smoke
 def test_the_page_tells_the_story_in_one_small_file_without_anything_from_outside(run: Path) -> None:
     write_page([run], run / "report.html")
     page = Page(run / "report.html")

@@ -73,13 +73,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def cost(setting: str, stop: int) -> list[pytest.MarkDecorator]:
+    if stop == 7:
+        return [pytest.mark.smoke] if setting == "replay" else []
+    return [] if setting == "replay" else [pytest.mark.slow]
+
+
 @pytest.mark.parametrize(
     ("setting", "stop"),
-    [
-        pytest.param(setting, stop, marks=[] if setting == "replay" or stop == 7 else pytest.mark.slow)
-        for setting in SETTINGS
-        for stop in (2, 5, 6, 7, 12)
-    ],
+    [pytest.param(setting, stop, marks=cost(setting, stop)) for setting in SETTINGS for stop in (2, 5, 6, 7, 12)],
 )
 def test_resumed_run_equals_uninterrupted(setting: str, stop: int, make_trainer: MakeTrainer, tmp_path: Path) -> None:
     settings = SETTINGS[setting]
