@@ -63,7 +63,9 @@ def test_adapters_in_all_layers_of_vgg19(run: Run) -> None:
     assert "only the base is used" in text
     torch.manual_seed(0)
     net = image_backbone("vgg19").eval()
-    images = torch.stack([net.preprocessing(read_image(SAMPLE / "goldfish" / name)) for name in PICTURES])
+    images = torch.stack(
+        [net.backbone_facts.preprocessing(read_image(SAMPLE / "goldfish" / name)) for name in PICTURES]
+    )
     with torch.no_grad():
         of_base = net(images).softmax(1)
     for row, expected in zip(predictions("logs/goldfish_lora"), of_base, strict=True):
