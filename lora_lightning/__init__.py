@@ -1,4 +1,4 @@
-"""LoRA for PyTorch Lightning: fine-tune any model with a few thousand parameters, and see what changed, class by class."""
+"""LoRA for PyTorch Lightning: fine-tune any model with a few thousand parameters, and see what changed by class."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,10 @@ _PACKAGES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first access, so that `lora_lightning.lora` only imports PyTorch and `--version` imports nothing."""
+    """Import a public name on first access.
+
+    Then `lora_lightning.lora` only imports PyTorch, and `--version` imports nothing.
+    """
     if name == "lora":
         return import_module("lora_lightning.lora")
     for package, names in _PACKAGES.items():

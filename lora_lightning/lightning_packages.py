@@ -1,7 +1,7 @@
 """Recognizes the classes of Lightning from both of its packages.
 
-`lightning` and `pytorch_lightning` contain copies of the same classes, which are different for `isinstance`. The callbacks work with
-trainers and modules of both.
+`lightning` and `pytorch_lightning` contain copies of the same classes, which are different for `isinstance`. The
+callbacks work with trainers and modules of both.
 """
 
 from __future__ import annotations

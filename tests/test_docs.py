@@ -22,6 +22,7 @@ ORDER = (
     "peft_format",
     "report",
     "lightning_packages",
+    "backbone_facts",
     "resume",
     "data",
     "models",

@@ -68,7 +68,8 @@ def test_adapters_in_all_layers(run: Run, name: str) -> None:
     assert "only the base is used" in text
     torch.manual_seed(0)
     net = image_backbone(name).eval()
-    images = torch.stack([net.preprocessing(read_image(SAMPLE / "goldfish" / name)) for name in PICTURES])
+    preprocess = net.backbone_facts.preprocessing
+    images = torch.stack([preprocess(read_image(SAMPLE / "goldfish" / picture)) for picture in PICTURES])
     with torch.no_grad():
         of_base = net(images).softmax(1)
     for row, expected in zip(predictions("logs/goldfish_lora"), of_base, strict=True):

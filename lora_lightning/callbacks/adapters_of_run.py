@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lora_lightning.backbone_facts import backbone_facts
 from lora_lightning.callbacks.relative_names import relative_names
 from lora_lightning.lora import LoRAConfig, attach, backbone_of
 from lora_lightning.lora.config import Names
@@ -86,8 +87,7 @@ def check_present_adapters(pl_module: LightningModule, config: LoRAConfig, sourc
 def _complete(config: LoRAConfig, pl_module: LightningModule, adapted: nn.Module) -> tuple[LoRAConfig, list[str]]:
     """Return the configuration with names relative to the adapted child and with its new layers, and these layers."""
     config = relative_names(config, pl_module, adapted)
-    new_head = vars(adapted).get("new_head") or []
-    new_heads = [new_head] if isinstance(new_head, str) else new_head
-    saved = config.modules_to_save
-    new = [name for name in new_heads if not Names(saved)(name)] if isinstance(saved, list) else []
+    facts, saved = backbone_facts(adapted), config.modules_to_save
+    new_head = () if facts is None else facts.new_head
+    new = [name for name in new_head if not Names(saved)(name)] if isinstance(saved, list) else []
     return (replace(config, modules_to_save=[*saved, *new]) if new else config), new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,13 +11,18 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lora_lightning.backbone_facts import backbone_facts
+
 
 def decoder(trainer: Trainer) -> Callable[[Tensor], list[str]] | None:
     """Return a function that decodes token ids, from the tokenizer of the data module or of a part of the model, if any."""
-    holders = [getattr(trainer, "datamodule", None), *trainer.lightning_module.modules()]
-    found = [tokenizer for each in holders if each is not None and (tokenizer := vars(each).get("tokenizer"))]
-    decoders = [each.batch_decode for each in found if hasattr(each, "batch_decode")]
-    return partial(decoders[0], skip_special_tokens=True) if decoders else None
+    for holder in (getattr(trainer, "datamodule", None), *trainer.lightning_module.modules()):
+        facts = backbone_facts(holder)
+        # A property is not evaluated, since it may need more than there is in a test.
+        tokenizer = inspect.getattr_static(holder, "tokenizer", None) if facts is None else facts.tokenizer
+        if tokenizer is not None and hasattr(tokenizer, "batch_decode"):
+            return partial(tokenizer.batch_decode, skip_special_tokens=True)
+    return None
 
 
 def names_of_classes(given: Any, number: int) -> tuple[str, ...]:

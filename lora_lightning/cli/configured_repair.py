@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch.optim import Optimizer
 
+from lora_lightning.backbone_facts import backbone_facts, set_backbone_facts
 from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.cli.main import LoRALightningCLI
 from lora_lightning.cli.merge import merge_checkpoint
@@ -65,7 +66,8 @@ class Configured:
     def model(self, way: Way = "adapters") -> Classifier:
         """Return the configured model. Full fine-tuning uses a tenth of the configured learning rate, which is meant for adapters."""
         model: Classifier = self._read().model
-        vars(model.backbone)["new_head"] = None  # it is trained as part of the base
+        if (facts := backbone_facts(model.backbone)) is not None:
+            set_backbone_facts(model.backbone, replace(facts, new_head=()))  # it is trained as part of the base
         if way == "full network":
             configured = model.optimizer
 

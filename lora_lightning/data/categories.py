@@ -23,23 +23,23 @@ def categories_of(classes: str | Sequence[str]) -> tuple[str, ...]:
             return tuple(get_weight(classes).meta["categories"])
         except (ValueError, KeyError, AttributeError):
             raise ValueError(
-                f"classes={classes!r}: expected a list of names, or the name of torchvision's weights that have categories, for "
-                "example VGG19_Weights.IMAGENET1K_V1."
+                f"classes={classes!r}: expected a list of names, or the name of torchvision's weights that have "
+                "categories, for example VGG19_Weights.IMAGENET1K_V1."
             ) from None
-    twice = sorted({name for name in classes if list(classes).count(name) > 1})
-    if twice or len(classes) < 2:
-        what = f"repeats {', '.join(twice)}" if twice else f"has {len(classes)} names"
-        raise ValueError(f"classes {what}; expected two or more, each once.")
+    repeated = sorted({name for name in classes if list(classes).count(name) > 1})
+    if repeated or len(classes) < 2:
+        problem = f"repeats {', '.join(repeated)}" if repeated else f"has {len(classes)} names"
+        raise ValueError(f"classes {problem}; expected two or more, each once.")
     return tuple(classes)
 
 
-def indices_of(folders: Sequence[str], categories: Sequence[str], where: str) -> list[int]:
+def indices_of(folders: Sequence[str], categories: Sequence[str], parent: str) -> list[int]:
     """Return the class indices for the names of folders, where underscores can replace spaces.
 
     Args:
         folders: Names of the folders.
         categories: The classes, see `categories_of`.
-        where: Parent of the folders, for the message.
+        parent: Parent of the folders, for the message.
 
     Raises:
         ValueError: If a folder does not match any class. The message lists similar names.
@@ -49,7 +49,7 @@ def indices_of(folders: Sequence[str], categories: Sequence[str], where: str) ->
     unknown = [folder for folder, number in found.items() if number is None]
     if unknown:
         raise ValueError(
-            f"{where} has {len(unknown)} folder{'s that match' if len(unknown) > 1 else ' that matches'} no class: "
+            f"{parent} has {len(unknown)} folder{'s that match' if len(unknown) > 1 else ' that matches'} no class: "
             + "; ".join(_with_close_matches(folder, categories) for folder in unknown[:5])
             + (f"; and {len(unknown) - 5} more" if len(unknown) > 5 else "")
             + f". Expected names of the {len(categories):,} classes ({', '.join(categories[:3])}, ...)."

@@ -42,8 +42,10 @@ def class_folders(folder: Path) -> list[Path]:
     found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not found:
         images, _ = images_in(folder)
-        what = f"{len(images)} images, but no folders" if images else "no folders"
-        raise ValueError(f"{folder} contains {what}; expected a folder of images per class: {folder}/<class name>/.")
+        contents = f"{len(images)} images, but no folders" if images else "no folders"
+        raise ValueError(
+            f"{folder} contains {contents}; expected a folder of images per class: {folder}/<class name>/."
+        )
     return found
 
 
@@ -54,10 +56,10 @@ def labelled_images(folder: Path, class_names: Sequence[str]) -> Labelled:
         ValueError: If a folder does not match any class or has no images, or if a file is not an image.
     """
     found = class_folders(folder)
-    indices = indices_of([each.name for each in found], class_names, str(folder))
+    indices = indices_of([class_folder.name for class_folder in found], class_names, str(folder))
     files: list[Path] = []
     targets: list[int] = []
-    passed_over: list[Path] = []
+    ignored: list[Path] = []
     for class_folder, index in zip(found, indices, strict=True):
         images, others = images_in(class_folder)
         if not images:
@@ -66,13 +68,13 @@ def labelled_images(folder: Path, class_names: Sequence[str]) -> Labelled:
             )
         files += images
         targets += [index] * len(images)
-        passed_over += others
-    _say_what_is_passed_over(passed_over)
+        ignored += others
+    _report_ignored(ignored)
     _refuse_damaged(files)
     return files, targets
 
 
-def images_to_predict(where: Path) -> list[Path]:
+def images_to_predict(path: Path) -> list[Path]:
     """Return the images for a file, for a folder and its subfolders, or for a glob pattern.
 
     Raises:
@@ -80,19 +82,19 @@ def images_to_predict(where: Path) -> list[Path]:
         ValueError: If a file is not an image.
     """
     others: list[Path] = []
-    if where.is_dir():
-        images, others = images_in(where, below=True)
-    elif where.is_file():
-        images = [where]
+    if path.is_dir():
+        images, others = images_in(path, below=True)
+    elif path.is_file():
+        images = [path]
     else:
-        pattern = str(where.relative_to(where.anchor))
-        images, others = images_among(path for path in Path(where.anchor).glob(pattern) if path.is_file())
+        pattern = str(path.relative_to(path.anchor))
+        images, others = images_among(match for match in Path(path.anchor).glob(pattern) if match.is_file())
     if not images:
         raise FileNotFoundError(
-            f"{where} is not an image and matches none; expected an image ({', '.join(EXTENSIONS)}), a folder of them, or a glob "
-            "pattern in quotes."
+            f"{path} is not an image and matches none; expected an image ({', '.join(EXTENSIONS)}), a folder of them, "
+            "or a glob pattern in quotes."
         )
-    _say_what_is_passed_over(others)
+    _report_ignored(others)
     _refuse_damaged(images)
     return images
 
@@ -113,7 +115,7 @@ def _refuse_damaged(files: Sequence[Path]) -> None:
         raise ValueError(" ".join(complaints[:5] + [f"(and {len(complaints) - 5} more)"] * (len(complaints) > 5)))
 
 
-def _say_what_is_passed_over(others: Sequence[Path]) -> None:
+def _report_ignored(others: Sequence[Path]) -> None:
     if others:
         listed = ", ".join(str(path) for path in others[:5]) + (
             f" and {len(others) - 5} more" if len(others) > 5 else ""

@@ -14,6 +14,7 @@ from torchvision.models import get_weight
 from torchvision.transforms._presets import ImageClassification
 from typing_extensions import override
 
+from lora_lightning.backbone_facts import backbone_facts
 from lora_lightning.data.categories import categories_of
 from lora_lightning.data.focus import as_list, check_classes, check_share, replay_sampler
 from lora_lightning.data.folders import (
@@ -31,15 +32,19 @@ from lora_lightning.data.samplers import ShuffledSampler
 from lora_lightning.resume.loader import ResumableLoader
 
 SAMPLE = Path(__file__).parent / "sample" / "images"
-_USUAL = ImageClassification(crop_size=224)
+_IMAGENET: Transform = ImageClassification(crop_size=224)
+_TESTED_INSTEAD = {"": "", "val": " (the validation images)", "train": " (the training images: there are no others)"}
+"""Descriptions of the test images by the split that replaces a missing one."""
 
 
 class ImageFolderDataModule(ResumableDataModule):
-    """Loads images from `root/<class name>/*.{jpg,jpeg,png,webp,bmp}`, preprocessed for a backbone: (B, 3, H, W), float32.
+    """Loads images from one folder per class, preprocessed for a backbone: (B, 3, H, W), float32.
 
-    If `root` contains `train/`, and possibly `val/` and `test/`, with class folders, these splits are used. Missing splits are taken from the
-    training images. Images can be greyscale, have a palette, transparency (on white), 16 bits or an orientation in their EXIF data.
-    Damaged, empty or oversized images are refused by name.
+    The images are `root/<class name>/*.{jpg,jpeg,png,webp,bmp}`.
+
+    If `root` contains `train/`, and possibly `val/` and `test/`, with class folders, these splits are used. Missing
+    splits are taken from the training images. Images can be greyscale, have a palette, transparency (on white), 16 bits
+    or an orientation in their EXIF data. Damaged, empty or oversized images are refused by name.
 
     Args:
         root: The folder, or `sample` for the images in the package if there is no folder with this name.
@@ -47,17 +52,18 @@ class ImageFolderDataModule(ResumableDataModule):
             trained on them (`VGG19_Weights.IMAGENET1K_V1`: a folder `goldfish` is class 1 of ImageNet's 1,000). By
             default the sorted names of the training folders. Underscores in the name of a folder can replace spaces.
         preprocessing: A transform from an image to a tensor, or the name of torchvision's weights
-            (`VGG19_Weights.IMAGENET1K_V1`). The default is that of the backbone if `image_backbone` created it, or else the
-            usual one for ImageNet (256 pixels on the shorter side, the central 224 x 224, normalized).
+            (`VGG19_Weights.IMAGENET1K_V1`). The default is that of the backbone if `image_backbone` created it, or else
+            the usual one for ImageNet (256 pixels on the shorter side, the central 224 x 224, normalized).
         augmentation: A transform of torchvision.transforms.v2 for training images, applied before the preprocessing.
-        predict: Images to predict: a file, a folder with its subfolders, or a glob pattern. By default all images in `root`.
+        predict: Images to predict: a file, a folder with its subfolders, or a glob pattern. By default all images in
+            `root`.
         focus: Classes to over-represent, for example one with low recall.
         focus_fraction: Share of these classes in each training batch. The rest is drawn from all others (replay).
         batch_size: Batch size in training, per device.
         eval_batch_size: Batch size in validation, test and prediction, per device.
         val_fraction: Fraction of the training images that is held out for validation, equal for every class.
-        test_fraction: The same for testing. If it is 0 and there is no folder `test`, the test uses the validation images, or else the
-            training images, with a warning.
+        test_fraction: The same for testing. If it is 0 and there is no folder `test`, the test uses the validation
+            images, or else the training images, with a warning.
         split_seed: Seed of the split, which is independent of the seed of the run.
         num_workers: Number of processes that decode images.
         in_memory: Whether to decode every image once in the main process and keep it: 0.6 MB each at 224 x 224.
@@ -67,7 +73,8 @@ class ImageFolderDataModule(ResumableDataModule):
         predict_files: The images to predict, after `setup`.
 
     Raises:
-        ValueError: If a value is out of range. In `setup`, if a folder does not match any class or is empty, or if a file is not an image.
+        ValueError: If a value is out of range. In `setup`, if a folder does not match any class or is empty, or if a
+            file is not an image.
         FileNotFoundError: In `setup`, if a folder or image does not exist.
 
     Example::
@@ -127,11 +134,11 @@ class ImageFolderDataModule(ResumableDataModule):
             FileNotFoundError: If the folder does not exist.
         """
         folder = split_folders(_folder(root))["train"]
-        names = [each.name for each in class_folders(folder)]
+        names = [class_folder.name for class_folder in class_folders(folder)]
         if len(names) < 2:
             raise ValueError(
-                f"{folder} has only the class folder {names[0]!r}; a classifier needs two or more classes. List all of them in "
-                "classes, for example VGG19_Weights.IMAGENET1K_V1."
+                f"{folder} has only the class folder {names[0]!r}; a classifier needs two or more classes. List all of "
+                "them in classes, for example VGG19_Weights.IMAGENET1K_V1."
             )
         return tuple(names)
 
@@ -198,18 +205,18 @@ class ImageFolderDataModule(ResumableDataModule):
             self._datasets[split] = ImageDataset(files, targets, self._preprocessing(), augmentation, self.in_memory)
         train, val, test = (labelled[split][0] for split in SPLITS)
         rank_zero_info(
-            f"Images in {self.root}: {len(train):,} for training, from {len(set(labelled['train'][1])):,} of {len(self.class_names):,} "
-            f"classes, {len(val):,} for validation, {len(test):,} for testing"
-            + {"": ".", "val": " (the validation images).", "train": " (the training images: there are no others)."}[
-                instead
-            ]
+            f"Images in {self.root}: {len(train):,} for training, from {len(set(labelled['train'][1])):,} of "
+            f"{len(self.class_names):,} classes, {len(val):,} for validation, {len(test):,} for testing"
+            f"{_TESTED_INSTEAD[instead]}."
         )
 
     def _split_off(self, labelled: Labelled, held_out: int) -> tuple[Labelled, Labelled]:
         files, targets = labelled
-        kept, held = stratified_split(torch.tensor(targets), held_out, self.split_seed)
-        first, second = (([files[row] for row in rows], [targets[row] for row in rows]) for rows in (kept, held))
-        return first, second
+        kept_rows, held_out_rows = stratified_split(torch.tensor(targets), held_out, self.split_seed)
+        kept, held = (
+            ([files[row] for row in rows], [targets[row] for row in rows]) for rows in (kept_rows, held_out_rows)
+        )
+        return kept, held
 
     def _set_up_prediction(self) -> None:
         if self.class_names is None:
@@ -221,9 +228,9 @@ class ImageFolderDataModule(ResumableDataModule):
         expected = None if self.trainer is None else getattr(self.trainer.lightning_module, "num_classes", None)
         if expected not in (None, len(self.class_names)):
             raise ValueError(
-                f"{self.root} has images of {len(self.class_names):,} classes ({', '.join(self.class_names[:3])}, ...), but the model "
-                f"has num_classes={expected}. Set it and that of the backbone to {len(self.class_names)}, or list the classes of the "
-                "model in the classes of the data module."
+                f"{self.root} has images of {len(self.class_names):,} classes ({', '.join(self.class_names[:3])}, "
+                f"...), but the model has num_classes={expected}. Set it and that of the backbone to "
+                f"{len(self.class_names)}, or list the classes of the model in the classes of the data module."
             )
 
     def _dataset(self, split: str) -> ImageDataset:
@@ -235,10 +242,11 @@ class ImageFolderDataModule(ResumableDataModule):
         if self.preprocessing is not None:
             return self.preprocessing
         modules = [] if self.trainer is None else self.trainer.lightning_module.modules()
-        of_backbone: Transform | None = next(
-            (vars(each)["preprocessing"] for each in modules if "preprocessing" in vars(each)), None
-        )
-        return of_backbone or _USUAL
+        for module in modules:
+            facts = backbone_facts(module)
+            if facts is not None and facts.preprocessing is not None:
+                return facts.preprocessing
+        return _IMAGENET
 
     def _loading(self) -> dict[str, Any]:
         """Return the arguments of a data loader. Images in memory need no workers, which would each hold a copy."""

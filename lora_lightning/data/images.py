@@ -84,5 +84,6 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         if path.stat().st_size == 0:
             reason = "it is empty"
         raise ValueError(
-            f"{path} is damaged, or not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} image ({reason}). Remove or replace it."
+            f"{path} is damaged, or not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} image ({reason}). Remove or "
+            "replace it."
         ) from None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+Batch = TypeVar("Batch")
 
 
 class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -42,10 +44,10 @@ class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
 
 def full_batches() -> dict[str, Any]:
     """Return arguments of a data loader for data sets that return full batches."""
-    return {"collate_fn": _as_it_is, "pin_memory": torch.cuda.is_available()}
+    return {"collate_fn": _unchanged, "pin_memory": torch.cuda.is_available()}
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
@@ -63,7 +65,8 @@ def stratified_split(targets: Tensor, held_out: int, seed: int) -> tuple[Tensor,
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(targets), generator=generator)
     by_class = [shuffled[targets[shuffled] == label] for label in torch.unique(targets)]
-    # Row k of a class with n rows has the position (k + 1/2) / n, so the lowest positions contain the same share of each class.
+    # Row k of a class with n rows has the position (k + 1/2) / n, so the lowest positions contain the same share of
+    # each class.
     position = torch.cat([(torch.arange(len(rows), dtype=torch.float64) + 0.5) / len(rows) for rows in by_class])
     chosen = torch.cat(by_class)[position.argsort(stable=True)[:held_out]]
     mask = torch.zeros(len(targets), dtype=torch.bool)

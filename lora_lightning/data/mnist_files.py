@@ -105,8 +105,8 @@ def _read_full(data_dir: Path, split: str) -> InMemoryDataset:
     counts = [_check_size(path, item) for path, item in zip(paths, ((28, 28), ()), strict=True)]
     if counts[0] != counts[1]:
         raise ValueError(
-            f"{paths[0]} contains {counts[0]} images, but {paths[1]} contains {counts[1]} labels. Remove both and run again "
-            "to download them again."
+            f"{paths[0]} contains {counts[0]} images, but {paths[1]} contains {counts[1]} labels. Remove both and run "
+            "again to download them again."
         )
     if counts[0] == _COUNTS[split]:
         _warn_of_other_contents(paths)
@@ -118,8 +118,8 @@ def _read_full(data_dir: Path, split: str) -> InMemoryDataset:
 def _check_size(path: Path, item: tuple[int, ...]) -> int:
     """Return the number of items in an IDX file, after comparing its header with its size.
 
-    The header consists of two zero bytes, the type (8 for unsigned bytes), the number of dimensions, and each dimension as a
-    big-endian 32-bit number. torchvision only checks the name of the file.
+    The header consists of two zero bytes, the type (8 for unsigned bytes), the number of dimensions, and each dimension
+    as a big-endian 32-bit number. torchvision only checks the name of the file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected the four files of MNIST in {path.parent}.")
@@ -137,8 +137,8 @@ def _check_size(path: Path, item: tuple[int, ...]) -> int:
         raise ValueError(f"{path} contains {count} items of shape {tuple(shape)}; expected shape {item}. {advice}")
     if path.stat().st_size != expected:
         raise ValueError(
-            f"{path} has {path.stat().st_size} bytes, and {expected} according to its header: it is truncated or damaged. "
-            f"{advice}"
+            f"{path} has {path.stat().st_size} bytes, and {expected} according to its header: it is truncated or "
+            f"damaged. {advice}"
         )
     return int(count)
 
@@ -150,8 +150,8 @@ def _warn_of_other_contents(paths: list[Path]) -> None:
             digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if digest != _DIGESTS[path.name]:
             rank_zero_warn(
-                f"{path} is not the file of MNIST (MD5 {digest}, expected {_DIGESTS[path.name]}): it is damaged, or belongs to another "
-                "data set. To download the file of MNIST, remove it and run again."
+                f"{path} is not the file of MNIST (MD5 {digest}, expected {_DIGESTS[path.name]}): it is damaged, or "
+                "belongs to another data set. To download the file of MNIST, remove it and run again."
             )
 
 
@@ -161,7 +161,11 @@ def _check_digits(targets: Tensor, path: Path) -> None:
 
 
 def _download(data_dir: Path) -> str:
-    """Download the files with torchvision, including its checksums, and return the reason of a failure or an empty string."""
+    """Download the files with torchvision, including its checksums.
+
+    Returns:
+        The reason of a failure, or an empty string.
+    """
     if reason := _unreachable(MNIST.mirrors):
         return reason
     try:
@@ -182,8 +186,8 @@ def _unreachable(mirrors: list[str]) -> str:
                 return ""
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
-            late = isinstance(reason, TimeoutError)
-            reasons.append(f"{url}: {f'no answer within {_PROBE_SECONDS:g} s' if late else reason}")
+            timed_out = isinstance(reason, TimeoutError)
+            reasons.append(f"{url}: {f'no answer within {_PROBE_SECONDS:g} s' if timed_out else reason}")
     return "; ".join(reasons)
 
 

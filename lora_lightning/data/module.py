@@ -58,7 +58,8 @@ class ResumableDataModule(LightningDataModule):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Lightning does not call the interface of the loader for this if a scheduler has counted the steps of the run before.
+        # Lightning does not call the interface of the loader for this if a scheduler has counted the steps of the run
+        # before.
         self._resume_from = state_dict
 
     def placement(self) -> dict[str, int]:
@@ -74,12 +75,13 @@ class ResumableDataModule(LightningDataModule):
         placement = self.placement()
         sampler: Sampler[int] = SequentialSampler(dataset)  # type: ignore[arg-type]
         if placement["num_replicas"] > 1:
-            # The default of Lightning repeats samples, so that all devices have the same number, and counts would not be exact.
+            # The default of Lightning repeats samples, so that all devices have the same number, and counts would not
+            # be exact.
             sampler = UnrepeatedSampler(size, num_replicas=placement["num_replicas"], rank=placement["rank"])
         loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, generator=torch.Generator(), **arguments)
         if isinstance(sampler, UnrepeatedSampler) and not len(sampler):
-            # Lightning would skip a device without batches while the others wait for it, so it gets an empty batch. Only the
-            # constructor of DataLoader accepts a batch_sampler, but would then hide the sampler.
+            # Lightning would skip a device without batches while the others wait for it, so it gets an empty batch.
+            # Only the constructor of DataLoader accepts a batch_sampler, but would then hide the sampler.
             object.__setattr__(loader, "batch_sampler", _EmptyBatch(sampler, batch_size, drop_last=False))
         return loader
 

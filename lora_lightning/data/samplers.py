@@ -18,8 +18,8 @@ _WINDOW = 50
 class ShuffledSampler(DistributedSampler[int]):
     """Yields every sample once per epoch in random order.
 
-    On several devices, the global batch of a step equals the batch of a single device with the corresponding larger batch
-    size.
+    On several devices, the global batch of a step equals the batch of a single device with the corresponding larger
+    batch size.
 
     Args:
         size: Number of samples.
@@ -43,8 +43,8 @@ class ShuffledSampler(DistributedSampler[int]):
 class LengthGroupedSampler(DistributedSampler[int]):
     """Yields every sample once per epoch, in shuffled batches of similar length.
 
-    The shuffled order is split into windows of 50 global batches, and each window is sorted by length. Then the batches are
-    shuffled. This reduces padding, since the samples in a batch have similar lengths.
+    The shuffled order is split into windows of 50 global batches, and each window is sorted by length. Then the batches
+    are shuffled. This reduces padding, since the samples in a batch have similar lengths.
 
     Args:
         lengths: Length of each sample.
@@ -66,7 +66,7 @@ class LengthGroupedSampler(DistributedSampler[int]):
         order = torch.randperm(len(self.lengths), generator=generator)
         order = torch.cat([order, order[: self.total_size - len(order)]])
         parts = torch.split(order, _WINDOW * self.global_batch)
-        windows = [each[self.lengths[each].argsort(stable=True)] for each in parts]
+        windows = [rows[self.lengths[rows].argsort(stable=True)] for rows in parts]
         batches = torch.split(torch.cat(windows), self.global_batch)
         # An incomplete batch stays the last one. With several devices, each device takes its share of every batch.
         full = len(order) // self.global_batch
@@ -76,10 +76,10 @@ class LengthGroupedSampler(DistributedSampler[int]):
 
 
 class ReplaySampler(DistributedSampler[int]):
-    """Yields batches with a fixed share of focus samples, where the rest is drawn from all others (replay against forgetting).
+    """Yields batches with a fixed share of focus samples, where the rest is drawn from all others.
 
-    An epoch passes once over the other samples and uses as many focus samples as necessary, which are shuffled again after all of
-    them were used. Incomplete batches are dropped.
+    The others are a replay against forgetting. An epoch passes once over the other samples and uses as many focus
+    samples as necessary, which are shuffled again after all of them were used. Incomplete batches are dropped.
 
     Args:
         is_focus: Mask of the focus samples, a boolean tensor of shape (N,).
@@ -118,11 +118,12 @@ class ReplaySampler(DistributedSampler[int]):
         steps = len(self.other_rows) // (self.others_per_batch * num_replicas)
         if not len(self.focus_rows) or not steps:
             raise ValueError(
-                f"{len(self.focus_rows)} focus and {len(self.other_rows)} other samples are not enough for one batch of "
-                f"{self.focus_per_batch} + {self.others_per_batch} on each of {num_replicas} device(s)."
+                f"{len(self.focus_rows)} focus and {len(self.other_rows)} other samples are not enough for one batch "
+                f"of {self.focus_per_batch} + {self.others_per_batch} on each of {num_replicas} device(s)."
             )
         self.steps = steps
-        super().__init__(range(len(is_focus)), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
+        rows = range(len(is_focus))
+        super().__init__(rows, num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return self.steps * self.batch_size
@@ -132,10 +133,10 @@ class ReplaySampler(DistributedSampler[int]):
         batches = self.steps * self.num_replicas
         others = self.other_rows[torch.randperm(len(self.other_rows), generator=generator)]
         others = others[: batches * self.others_per_batch].view(batches, -1)
-        wanted = batches * self.focus_per_batch
-        rounds = -(-wanted // len(self.focus_rows))
+        focus_count = batches * self.focus_per_batch
+        rounds = -(-focus_count // len(self.focus_rows))
         passes = [torch.randperm(len(self.focus_rows), generator=generator) for _ in range(rounds)]
-        focus = self.focus_rows[torch.cat(passes)[:wanted]].view(batches, -1)
+        focus = self.focus_rows[torch.cat(passes)[:focus_count]].view(batches, -1)
         if self.lengths is not None:
             focus, others = (_by_length(rows, self.lengths, _WINDOW * self.num_replicas) for rows in (focus, others))
         mixed = torch.cat([focus, others], dim=1)
@@ -146,9 +147,10 @@ class ReplaySampler(DistributedSampler[int]):
 
 
 class UnrepeatedSampler(DistributedSampler[int]):
-    """Yields every sample once and in order on one of the devices, for exact counts with any number of samples and devices.
+    """Yields every sample once and in order on one of the devices.
 
-    Lightning's `UnrepeatedDistributedSampler` needs at least one sample per device.
+    Counts are then exact with any number of samples and devices. Lightning's `UnrepeatedDistributedSampler` needs at
+    least one sample per device.
 
     Args:
         size: Number of samples.

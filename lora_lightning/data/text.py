@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+from lora_lightning.backbone_facts import backbone_facts
 from lora_lightning.data.categories import categories_of
 from lora_lightning.data.focus import as_list, check_classes, check_share, replay_sampler
 from lora_lightning.data.in_memory import full_batches, stratified_split
@@ -22,15 +23,19 @@ from lora_lightning.data.text_files import read_texts
 from lora_lightning.resume.loader import ResumableLoader
 from lora_lightning.wording import some_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Labelled = tuple[list[str], list[int]]
 
 
 class TextDataModule(ResumableDataModule):
     """Loads labelled texts from CSV, TSV or JSONL files and tokenizes them for the backbone of the model.
 
-    Batches are `(inputs, targets)`. `inputs` maps `input_ids`, `attention_mask` and other outputs of the tokenizer to tensors of shape
-    (B, T), padded to the longest text of the batch. `targets` contains class indices of shape (B,). Training batches contain texts of
-    similar length. Every sample is used once per epoch, in an order that resumed runs continue.
+    Batches are `(inputs, targets)`. `inputs` maps `input_ids`, `attention_mask` and other outputs of the tokenizer to
+    tensors of shape (B, T), padded to the longest text of the batch. `targets` contains class indices of shape (B,).
+    Training batches contain texts of similar length. Every sample is used once per epoch, in an order that resumed runs
+    continue.
 
     Args:
         train: The training file: `.csv`, `.tsv` or `.jsonl`.
@@ -40,9 +45,10 @@ class TextDataModule(ResumableDataModule):
         text_column: Column of the texts.
         label_column: Column of the labels.
         classes: The names of all classes in the order of their indices. By default the sorted training labels.
-        tokenizer: Hub name or folder of a tokenizer of the transformers library. By default that of the backbone if `text_backbone`
-            created it.
-        max_length: Maximum number of tokens, to which longer texts are truncated. By default the limit of the tokenizer.
+        tokenizer: Hub name or folder of a tokenizer of the transformers library. By default that of the backbone if
+            `text_backbone` created it.
+        max_length: Maximum number of tokens, to which longer texts are truncated. By default the limit of the
+            tokenizer.
         focus: Classes to over-represent, for example one with low recall.
         focus_fraction: Share of these classes in each training batch.
         token_dropout: Probability of replacing a token of a training text with the mask token, as augmentation.
@@ -55,13 +61,15 @@ class TextDataModule(ResumableDataModule):
         class_names: The names of all classes, after `setup`.
 
     Raises:
-        ValueError: If a value is out of range. In `setup`, if a column does not exist or a label is not among the classes.
+        ValueError: If a value is out of range. In `setup`, if a column does not exist or a label is not among the
+            classes.
         FileNotFoundError: In `setup`, if a file does not exist.
 
     Example::
 
         data = TextDataModule("train.csv", test="test.csv", label_column="category")
-        trainer.fit(Classifier(text_backbone("sentence-transformers/all-MiniLM-L6-v2", num_classes=77)), datamodule=data)
+        backbone = text_backbone("sentence-transformers/all-MiniLM-L6-v2", num_classes=77)
+        trainer.fit(Classifier(backbone), datamodule=data)
     """
 
     def __init__(
@@ -106,8 +114,8 @@ class TextDataModule(ResumableDataModule):
         """Return a description of the preprocessing: the tokenizer."""
         tokenizer = self._tokenizer()
         limit = token_limit(tokenizer, self.max_length)
-        most = "" if limit is None else f" at most {limit:,} tokens per text, and"
-        return f"The tokenizer {tokenizer.name_or_path}, with{most} padding to the longest text of a batch."
+        truncation = "" if limit is None else f" at most {limit:,} tokens per text, and"
+        return f"The tokenizer {tokenizer.name_or_path}, with{truncation} padding to the longest text of a batch."
 
     @override
     def setup(self, stage: str) -> None:
@@ -117,8 +125,8 @@ class TextDataModule(ResumableDataModule):
         expected = None if self.trainer is None else getattr(self.trainer.lightning_module, "num_classes", None)
         if expected not in (None, len(self.class_names)):
             raise ValueError(
-                f"{self.files['train']} has {len(self.class_names)} classes ({', '.join(self.class_names[:3])}, ...), but the "
-                f"model has num_classes={expected}. Set it and that of the backbone to {len(self.class_names)}."
+                f"{self.files['train']} has {len(self.class_names)} classes ({', '.join(self.class_names[:3])}, ...), "
+                f"but the model has num_classes={expected}. Set it and that of the backbone to {len(self.class_names)}."
             )
         if stage == "predict" and self.predict is not None:
             texts, _ = read_texts(Path(self.predict), self.text_column, None)
@@ -169,8 +177,8 @@ class TextDataModule(ResumableDataModule):
         if "val" not in labelled:
             texts, targets = labelled["train"]
             held_out = round(self.val_fraction * len(texts))
-            kept, held = stratified_split(torch.tensor(targets), held_out, self.split_seed)
-            for split, numbers in {"train": kept.tolist(), "val": held.tolist()}.items():
+            kept_rows, held_out_rows = stratified_split(torch.tensor(targets), held_out, self.split_seed)
+            for split, numbers in {"train": kept_rows.tolist(), "val": held_out_rows.tolist()}.items():
                 labelled[split] = [texts[row] for row in numbers], [targets[row] for row in numbers]
         tokenizer = self._tokenizer()
         for split, (texts, targets) in labelled.items():
@@ -186,8 +194,8 @@ class TextDataModule(ResumableDataModule):
         if unknown := Counter(label for label in labels if label not in index):
             label, count = unknown.most_common(1)[0]
             raise ValueError(
-                f"{self.files[split]} has {len(unknown)} labels that are not classes, for example {label!r} in {count} rows. Expected one of "
-                f"{some_of(self.class_names)}."
+                f"{self.files[split]} has {len(unknown)} labels that are not classes, for example {label!r} in {count} "
+                f"rows. Expected one of {some_of(self.class_names)}."
             )
         return texts, [index[label] for label in labels]
 
@@ -196,15 +204,16 @@ class TextDataModule(ResumableDataModule):
             raise RuntimeError("TextDataModule is not set up: call setup('fit') first, as Trainer does.")
         return self._datasets.get(split, ())
 
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is not None:
             import transformers
 
             return transformers.AutoTokenizer.from_pretrained(self.tokenizer)
         modules = [] if self.trainer is None else self.trainer.lightning_module.modules()
-        found = next((vars(each)["tokenizer"] for each in modules if "tokenizer" in vars(each)), None)
-        if found is None:
-            raise ValueError(
-                "The backbone of the model has no tokenizer: set tokenizer of TextDataModule to a hub name or a folder."
-            )
-        return found
+        for module in modules:
+            facts = backbone_facts(module)
+            if facts is not None and facts.tokenizer is not None:
+                return facts.tokenizer
+        raise ValueError(
+            "The backbone of the model has no tokenizer: set tokenizer of TextDataModule to a hub name or a folder."
+        )

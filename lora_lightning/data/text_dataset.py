@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,18 +11,26 @@ from torch.utils.data import Dataset
 
 from lora_lightning.data.augmentation import drop_tokens, seed_of_sample
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-class TextDataset(Dataset[Any]):
+TextBatch = dict[str, Tensor] | tuple[dict[str, Tensor], Tensor]
+"""Inputs, with class indices if there are any."""
+
+
+class TextDataset(Dataset[TextBatch]):
     """Returns full batches of token ids, padded to the longest text of the batch.
 
-    A batch is `(inputs, targets)`. `inputs` contains the outputs of the tokenizer, such as `input_ids` and `attention_mask` of shape (B, T).
-    `targets` contains class indices of shape (B,). Without targets, a batch is `inputs`.
+    A batch is `(inputs, targets)`. `inputs` contains the outputs of the tokenizer, such as `input_ids` and
+    `attention_mask` of shape (B, T). `targets` contains class indices of shape (B,). Without targets, a batch is
+    `inputs`.
 
     Args:
         texts: The texts.
         targets: Class index of each text, or `None` for texts to predict.
         tokenizer: A tokenizer of the transformers library.
-        max_length: Maximum number of tokens, to which longer texts are truncated. `None` uses the limit of the tokenizer.
+        max_length: Maximum number of tokens, to which longer texts are truncated. `None` uses the limit of the
+            tokenizer.
         token_dropout: Share of the tokens that are replaced with the mask token, chosen again in every epoch.
 
     Raises:
@@ -33,7 +41,7 @@ class TextDataset(Dataset[Any]):
         self,
         texts: Sequence[str],
         targets: Sequence[int] | None,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         max_length: int | None,
         token_dropout: float = 0.0,
     ) -> None:
@@ -45,16 +53,16 @@ class TextDataset(Dataset[Any]):
         self._samples = [{key: encoded[key][row] for key in encoded} for row in range(len(self.texts))]
         self.token_dropout = token_dropout
         self.epoch = 0
-        self.dropped = _stand_in(tokenizer, token_dropout) if token_dropout else 0
+        self.dropped = _replacement_token(tokenizer, token_dropout) if token_dropout else 0
         self.lengths = [len(sample["input_ids"]) for sample in self._samples]
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> TextBatch:
         return self.__getitems__([index])
 
-    def __getitems__(self, indices: Sequence[int]) -> Any:
+    def __getitems__(self, indices: Sequence[int]) -> TextBatch:
         """Return a full batch. `DataLoader` calls this once instead of `__getitem__` for each sample."""
         samples = [self._sample(index) for index in indices or [0]]
         padded = self.tokenizer.pad(samples, return_tensors="pt")
@@ -79,7 +87,7 @@ class TextDataset(Dataset[Any]):
         return sample | {"input_ids": kept.tolist()}
 
 
-def token_limit(tokenizer: Any, max_length: int | None) -> int | None:
+def token_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int | None:
     """Return the maximum number of tokens of a text, or `None` if there is no limit."""
     if max_length is not None:
         return max_length
@@ -87,12 +95,12 @@ def token_limit(tokenizer: Any, max_length: int | None) -> int | None:
     return limit if limit < 1_000_000 else None  # a huge number means that there is no limit
 
 
-def _stand_in(tokenizer: Any, token_dropout: float) -> int:
+def _replacement_token(tokenizer: PreTrainedTokenizerBase, token_dropout: float) -> int:
     """Return the token that replaces dropped ones: the mask token, or else the unknown token."""
     found = tokenizer.unk_token_id if tokenizer.mask_token is None else tokenizer.mask_token_id
     if found is None:
         raise ValueError(
-            f"token_dropout={token_dropout}: {type(tokenizer).__name__} has neither a mask token nor an unknown token to "
-            "insert. Set it to 0."
+            f"token_dropout={token_dropout}: {type(tokenizer).__name__} has neither a mask token nor an unknown token "
+            "to insert. Set it to 0."
         )
     return int(found)

@@ -21,7 +21,8 @@ def read_texts(path: Path, text_column: str, label_column: str | None) -> tuple[
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file has another format, lacks the column, has no rows, or if a text is empty. The message names the row.
+        ValueError: If the file has another format, lacks the column, has no rows, or if a text is empty. The message
+            names the row.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; expected texts as .csv, .tsv or .jsonl.")

@@ -102,7 +102,9 @@ def kind_of(layer: nn.Module) -> type[LoRALayer]:
     cls, kind = next((cls, LAYERS[key]) for cls, key in keys if key in LAYERS)
     names = ("forward", "_conv_forward", "_save_to_state_dict")
     same = all(getattr(type(layer), name, None) is getattr(cls, name, None) for name in names)
-    return kind if kind.lora_is_inside or (same and "forward" not in layer.__dict__) else LAYERS["own forward"]
+    if kind.lora_is_inside or (same and "forward" not in layer.__dict__):
+        return kind
+    return cast(type[LoRALayer], EXTENSIONS["own forward"](layer))
 
 
 def select(module: nn.Module, config: LoRAConfig) -> list[AdaptedWeight]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.config import LoRAConfig, Names
 from lora_lightning.lora.embedding import LoRAEmbedding
-from lora_lightning.lora.layers import LAYERS, LoRALinear
+from lora_lightning.lora.layers import LAYERS, LoRALayer, LoRALinear
 from lora_lightning.lora.model import EXTENSIONS, AdaptedWeight
 from lora_lightning.wording import some_of
 
@@ -49,14 +49,38 @@ class LoRAScaledEmbedding(LoRAEmbedding):
         return scale.to(weight.dtype) if isinstance(scale, Tensor) else scale
 
 
-_SCALED = (
-    "Bart BigBirdPegasus BioGpt Blenderbot DiffusionGemmaText EmbeddingGemma2Text Gemma2Text Gemma3Text Gemma3nText GemmaText "
-    "Gemma4Text Gemma4UnifiedText M2M100 MBart MiniCPM3 NllbMoe PLBart PPFormulaNet PegasusX SeamlessM4T SeamlessM4Tv2 "
-    "T5Gemma2Text TrOCR VaultGemmaText XGLM"
-)
 LAYERS["transformers", "Conv1D"] = LoRATransposedLinear
 LAYERS["transformers", "FalconLinear"] = LoRAFalconLinear
-LAYERS.update({("transformers", f"{name}ScaledWordEmbedding"): LoRAScaledEmbedding for name in _SCALED.split()})
+
+
+def kind_with_own_forward(layer: nn.Module) -> type[LoRALayer]:
+    """Return the adapter class for a layer with its own `forward`, which is tried out if it may be a scaled embedding."""
+    return LoRAScaledEmbedding if _multiplies_by_scale(layer) else LAYERS["own forward"]
+
+
+def _multiplies_by_scale(layer: nn.Module) -> bool:
+    """Return whether a layer returns rows of its weight times `embed_scale`, for a small weight and a scale of 3."""
+    cls, plain = type(layer), nn.Embedding
+    if not isinstance(layer, plain) or not hasattr(layer, "embed_scale") or "forward" in layer.__dict__:
+        return False
+    if cls._save_to_state_dict is not plain._save_to_state_dict or layer._modules:
+        return False
+    if layer._parameters.keys() != {"weight"} or not layer._buffers.keys() <= {"embed_scale"}:
+        return False  # it may replace some of the rows
+    weight = torch.linspace(-1, 1, 6, dtype=torch.float32, device="cpu").view(3, 2)
+    ids = torch.tensor([[0, 2], [1, 2]], device="cpu")
+    tried = cls.__new__(cls)
+    tried.__dict__.update(layer.__dict__, _parameters={"weight": weight}, _buffers=dict(layer._buffers))
+    if "embed_scale" in tried._buffers:
+        tried._buffers["embed_scale"] = torch.tensor(3.0, device="cpu")
+    else:
+        tried.__dict__["embed_scale"] = 3.0
+    try:
+        with torch.no_grad():
+            output = cls.forward(tried, ids)
+            return isinstance(output, Tensor) and torch.equal(output, weight[ids] * 3)
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False  # it needs other inputs, or more than a weight and a scale
 
 
 def left_out_of_all(hosts: Iterable[nn.Module], known: Mapping[str, AdaptedWeight], config: LoRAConfig) -> set[str]:
@@ -93,3 +117,4 @@ def left_out_of_all(hosts: Iterable[nn.Module], known: Mapping[str, AdaptedWeigh
 
 
 EXTENSIONS["all"] = left_out_of_all
+EXTENSIONS["own forward"] = kind_with_own_forward

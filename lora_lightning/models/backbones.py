@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import get_model_weights, list_models
 from torchvision.transforms._presets import ImageClassification
 
+from lora_lightning.backbone_facts import BackboneFacts, set_backbone_facts
 from lora_lightning.models.weights import (
     check_name,
     copy_of_download,
@@ -30,18 +34,18 @@ _AUXILIARY = ("AuxLogits", "aux1", "aux2")
 def image_backbone(name: str, weights: str | None = None, num_classes: int | None = None) -> nn.Module:
     """Build an image classifier for `Classifier(backbone=...)`.
 
-    The network is that of the library, with the same parameter names. It has two additional attributes: `preprocessing`, which
-    `ImageFolderDataModule` applies to images, and `new_head`, the name of a layer that was replaced with a new one (or `None`),
-    which `LoRAFinetuning` trains in full.
+    The network is that of the library, with the same parameter names and an additional attribute, `backbone_facts`: its
+    `preprocessing`, which `ImageFolderDataModule` applies to images, and its `new_head`, the name of a layer that was
+    replaced with a new one, if any, which `LoRAFinetuning` trains in full.
 
     Args:
         name: A classification network of torchvision (`vgg19`), `timm/<name>`, or `transformers/<folder or hub name>`.
-        weights: `None` for random weights, with norm layers calibrated on a batch of noise; the name of weights in torchvision
-            (`IMAGENET1K_V1`, `DEFAULT`), which are downloaded once and compared with the hash in the name of the file; `pretrained`
-            for timm and transformers; or a file with a state dict of this network (`.pth` or `.safetensors`), which is compared
-            with the hash in its name, if any.
-        num_classes: Number of outputs. If it differs from that of the weights, the last layer is replaced with a new one.
-            `None` keeps the layer.
+        weights: `None` for random weights, with norm layers calibrated on a batch of noise; the name of weights in
+            torchvision (`IMAGENET1K_V1`, `DEFAULT`), which are downloaded once and compared with the hash in the name
+            of the file; `pretrained` for timm and transformers; or a file with a state dict of this network (`.pth` or
+            `.safetensors`), which is compared with the hash in its name, if any.
+        num_classes: Number of outputs. If it differs from that of the weights, the last layer is replaced with a new
+            one. `None` keeps the layer.
 
     Raises:
         ValueError: If the network or weights do not exist, or if a file is damaged or does not fit.
@@ -54,10 +58,10 @@ def image_backbone(name: str, weights: str | None = None, num_classes: int | Non
     if num_classes is not None and num_classes < 2:
         raise ValueError(f"num_classes={num_classes}: expected at least 2.")
     weights = none_of_words(weights)
-    library, _, rest = name.partition("/")
-    if library == "timm":
+    package, _, rest = name.partition("/")
+    if package == "timm":
         network = _from_timm(rest, weights, num_classes)
-    elif library == "transformers":
+    elif package == "transformers":
         network = _from_transformers(rest, weights, num_classes)
     else:
         network = _from_torchvision(name, weights, num_classes)
@@ -99,8 +103,8 @@ def _from_torchvision(name: str, weights: str | None, num_classes: int | None) -
     preset = entry or entries.get("IMAGENET1K_V1")
     preprocessing = preset.transforms() if preset else ImageClassification(crop_size=224)
     if weights is None:
-        _settle_norms(network, (3, *preprocessing.crop_size * 2))
-    return _finished(network, preprocessing, num_classes)
+        _calibrate_norms(network, (3, *preprocessing.crop_size * 2))
+    return _with_head_and_facts(network, preprocessing, num_classes)
 
 
 def _from_timm(name: str, weights: str | None, num_classes: int | None) -> nn.Module:
@@ -115,12 +119,12 @@ def _from_timm(name: str, weights: str | None, num_classes: int | None) -> nn.Mo
         load_strictly(network, read_weights(file), file)
     config = timm.data.resolve_model_data_config(network)
     if weights is None:
-        _settle_norms(network, config["input_size"])
+        _calibrate_norms(network, config["input_size"])
     preprocessing = timm.data.create_transform(**config, is_training=False)
     head = network.pretrained_cfg.get("classifier")
     if not isinstance(head, str):
         raise ValueError(f"timm/{name} has {head or 'no layer'} as its classifier; expected a single last layer.")
-    return _finished(network, preprocessing, num_classes, head)
+    return _with_head_and_facts(network, preprocessing, num_classes, head)
 
 
 def _from_transformers(name: str, weights: str | None, num_classes: int | None) -> nn.Module:
@@ -133,7 +137,7 @@ def _from_transformers(name: str, weights: str | None, num_classes: int | None) 
         )
     else:
         network = transformers.AutoModelForImageClassification.from_pretrained(name)
-    return _finished(network, _Processor(transformers.AutoImageProcessor.from_pretrained(name)), num_classes)
+    return _with_head_and_facts(network, _Processor(transformers.AutoImageProcessor.from_pretrained(name)), num_classes)
 
 
 class _Processor:
@@ -142,17 +146,17 @@ class _Processor:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
-    def __call__(self, image: Any) -> Tensor:
+    def __call__(self, image: Image.Image) -> Tensor:
         pixels: Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
         return pixels
 
 
-def library(name: str, wanted: str) -> Any:
+def library(name: str, wanted_by: str) -> ModuleType:
     """Import a package, or raise an error that says what needs it."""
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ValueError(f"{wanted} needs the package {name}: pip install {name}.") from None
+        raise ValueError(f"{wanted_by} needs the package {name}: pip install {name}.") from None
 
 
 def head_of(network: nn.Module) -> str:
@@ -163,16 +167,18 @@ def head_of(network: nn.Module) -> str:
     return layers[-1]
 
 
-def _finished(network: nn.Module, preprocessing: Any, num_classes: int | None, name: str = "") -> nn.Module:
-    new_head = None
+def _with_head_and_facts(
+    network: nn.Module, preprocessing: Callable[[Any], Any], num_classes: int | None, name: str = ""
+) -> nn.Module:
+    """Replace the head if it has another number of classes, and return the network with its facts, in training mode."""
+    new_head: tuple[str, ...] = ()
     name = name or head_of(network)
     head = network.get_submodule(name)
     if num_classes is not None and num_classes != len(head.get_parameter("weight")):
-        new_head = name
+        new_head = (name,)
         parent, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(parent), leaf, _like(head, num_classes))
-    # Not as a submodule, even if the preprocessing is a module: it does not belong to the network.
-    vars(network).update(preprocessing=preprocessing, new_head=new_head)
+    set_backbone_facts(network, BackboneFacts(new_head, preprocessing))
     return network.train()  # the transformers library returns it in evaluation mode
 
 
@@ -188,12 +194,12 @@ def _like(head: nn.Module, num_classes: int) -> nn.Module:
 
 
 @torch.no_grad()
-def _settle_norms(network: nn.Module, size: tuple[int, ...]) -> None:
+def _calibrate_norms(network: nn.Module, size: tuple[int, ...]) -> None:
     """Calibrate the norm layers of a random network on a batch of noise.
 
-    The initial statistics are 0 and 1. If they are frozen, almost no signal passes through a deep network: in EfficientNet-B0, features of
-    1e-14 reach the last layer, and nothing can be trained. The same holds for a branch whose norm has a weight of zero, which is the
-    initialization of timm's residual networks. It is set to one.
+    The initial statistics are 0 and 1. If they are frozen, almost no signal passes through a deep network: in
+    EfficientNet-B0, features of 1e-14 reach the last layer, and nothing can be trained. The same holds for a branch
+    whose norm has a weight of zero, which is the initialization of timm's residual networks. It is set to one.
     """
     norms = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
     if not norms:

@@ -17,8 +17,8 @@ class OneCycle(LRScheduler):
     """Increases the learning rate for 30 % of the run and then decreases it to almost zero, both along a cosine.
 
     This is the one-cycle policy (Smith and Topin, https://arxiv.org/abs/1708.07120) with the constants of
-    `torch.optim.lr_scheduler.OneCycleLR`, except that the momentum is not changed. The peak is the learning rate of the optimizer.
-    `Classifier` passes the number of steps of the run and steps the scheduler after every training step.
+    `torch.optim.lr_scheduler.OneCycleLR`, except that the momentum is not changed. The peak is the learning rate of the
+    optimizer. `Classifier` passes the number of steps of the run and steps the scheduler after every training step.
 
     Args:
         optimizer: The optimizer. The learning rates of its groups are the peaks.

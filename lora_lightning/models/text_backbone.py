@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_lightning.backbone_facts import BackboneFacts, set_backbone_facts
 from lora_lightning.models.backbones import library
 from lora_lightning.models.weights import none_of_words
 
@@ -15,16 +16,17 @@ def text_backbone(
 ) -> nn.Module:
     """Build a text classifier for `Classifier(backbone=...)`.
 
-    The network is that of the library. It has two additional attributes: `tokenizer`, which `TextDataModule` uses, and `new_head`, the
-    names of the last layers that are not in the weights, which `LoRAFinetuning` trains in full.
+    The network is that of the library with an additional attribute, `backbone_facts`: its `tokenizer`, which
+    `TextDataModule` uses, and its `new_head`, the names of the last layers that are not in the weights, which
+    `LoRAFinetuning` trains in full.
 
     Args:
         name: Hub name or folder of a model of the transformers library, for example
             `sentence-transformers/all-MiniLM-L6-v2`.
         num_classes: Number of classes. `None` keeps the classes of the weights.
         weights: `"pretrained"`, or `None` for random weights with the same configuration.
-        pooling: `"mean"` classifies the mean of the last hidden states of all tokens with a new linear layer, which suits models
-            of the sentence-transformers library. `None` uses the classifier of the library.
+        pooling: `"mean"` classifies the mean of the last hidden states of all tokens with a new linear layer, which
+            suits models of the sentence-transformers library. `None` uses the classifier of the library.
 
     Raises:
         ValueError: If a value is out of range, or if the package transformers is not installed.
@@ -40,13 +42,14 @@ def text_backbone(
     transformers = library("transformers", f"text_backbone({name!r})")
     options: dict[str, Any] = {} if num_classes is None else {"num_labels": num_classes}
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    kind = transformers.AutoModel if pooling else transformers.AutoModelForSequenceClassification
+    model_class = transformers.AutoModel if pooling else transformers.AutoModelForSequenceClassification
     new_head: list[str] = []
     if weights is None:
-        network = kind.from_config(transformers.AutoConfig.from_pretrained(name, **options))
+        network = model_class.from_config(transformers.AutoConfig.from_pretrained(name, **options))
     else:
-        network, found = kind.from_pretrained(name, **options, ignore_mismatched_sizes=True, output_loading_info=True)
-        missing = set(found["missing_keys"]) | {each[0] for each in found["mismatched_keys"]}
+        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        network, found = model_class.from_pretrained(name, **options)
+        missing = set(found["missing_keys"]) | {key for key, *_ in found["mismatched_keys"]}
         new_head = sorted({key.partition(".")[0] for key in missing} - {network.base_model_prefix})
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -54,7 +57,7 @@ def text_backbone(
     if pooling:
         assert num_classes is not None
         network, new_head = MeanPooling(network, num_classes), ["classifier"]
-    vars(network).update(tokenizer=tokenizer, new_head=new_head)
+    set_backbone_facts(network, BackboneFacts(tuple(new_head), tokenizer=tokenizer))
     network.train()  # the library returns it in evaluation mode
     return network  # type: ignore[no-any-return]
 

@@ -8,7 +8,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 from urllib.error import URLError
 from urllib.parse import urlparse
 
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.models._api import WeightsEnum
 
 from lora_lightning.resume.checkpoints import check_file, explain_damage, misfits
 
@@ -27,8 +27,8 @@ def check_name(path: Path, *, of_torchvision: bool = False) -> None:
 
     Args:
         path: The file. A name without a hash is not compared.
-        of_torchvision: Whether torchvision chose the name. The hash of some of its files has no letters (`vgg13-19584684.pth`);
-            in other names, such a number may be a date and is not compared.
+        of_torchvision: Whether torchvision chose the name. The hash of some of its files has no letters
+            (`vgg13-19584684.pth`); in other names, such a number may be a date and is not compared.
 
     Raises:
         ValueError: If they differ.
@@ -40,8 +40,8 @@ def check_name(path: Path, *, of_torchvision: bool = False) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(found[1]) and (of_torchvision or not found[1].isdecimal()):
         raise ValueError(
-            f"{path} is damaged, or another file: its SHA-256 starts with {digest[: len(found[1])]} instead of {found[1]}, as in its name. "
-            "Remove it, and download it again."
+            f"{path} is damaged, or another file: its SHA-256 starts with {digest[: len(found[1])]} instead of "
+            f"{found[1]}, as in its name. Remove it, and download it again."
         )
 
 
@@ -86,12 +86,12 @@ def load_strictly(network: nn.Module, state: dict[str, Tensor], path: Path) -> N
     network.load_state_dict(state)
 
 
-def copy_of_download(path: Path, entries: Iterable[Any]) -> Any:
+def copy_of_download(path: Path, entries: Iterable[WeightsEnum]) -> WeightsEnum | None:
     """Return torchvision's weights for the name of this file, or `None` if there are none."""
     return next((entry for entry in entries if _file_name(entry) == path.name), None)
 
 
-def through_torchvision(builder: Callable[..., nn.Module], entry: Any, copy: Path | None) -> nn.Module:
+def through_torchvision(builder: Callable[..., nn.Module], entry: WeightsEnum, copy: Path | None) -> nn.Module:
     """Build a network with torchvision's weights from its download folder or a copy of the file.
 
     torchvision verifies the hash of a download. This function also verifies existing files.
@@ -106,17 +106,17 @@ def through_torchvision(builder: Callable[..., nn.Module], entry: Any, copy: Pat
         check_name(file, of_torchvision=True)
     if copy is None:
         return _build(builder, entry, file)
-    with tempfile.TemporaryDirectory() as stand_in:
-        (Path(stand_in) / "checkpoints").mkdir()
-        (Path(stand_in) / "checkpoints" / _file_name(entry)).symlink_to(copy.resolve())
-        torch.hub.set_dir(stand_in)
+    with tempfile.TemporaryDirectory() as hub_folder:
+        (Path(hub_folder) / "checkpoints").mkdir()
+        (Path(hub_folder) / "checkpoints" / _file_name(entry)).symlink_to(copy.resolve())
+        torch.hub.set_dir(hub_folder)
         try:
             return _build(builder, entry, file)
         finally:
             torch.hub.set_dir(folder)
 
 
-def _build(builder: Callable[..., nn.Module], entry: Any, file: Path) -> nn.Module:
+def _build(builder: Callable[..., nn.Module], entry: WeightsEnum, file: Path) -> nn.Module:
     try:
         return builder(weights=entry)
     except URLError as error:
@@ -132,7 +132,7 @@ def _build(builder: Callable[..., nn.Module], entry: Any, file: Path) -> nn.Modu
         ) from None
 
 
-def _file_name(entry: Any) -> str:
+def _file_name(entry: WeightsEnum) -> str:
     return Path(urlparse(entry.url).path).name
 
 

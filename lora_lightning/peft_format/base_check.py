@@ -29,33 +29,35 @@ def check_base(
     folder: Path,
     metadata: Mapping[str, str],
     saved: Mapping[str, Tensor],
-    but: Container[str],
+    adapter_keys: Container[str],
     strict: bool,
 ) -> str | None:
-    """Return a warning if the adapters in `folder` were trained on another base, or on the same base in another precision.
+    """Return a warning if the adapters in `folder` were trained on another base.
+
+    The same base in another precision has a warning of its own.
 
     Args:
         module: The base, plain or adapted.
         folder: The folder, for the message.
         metadata: Metadata of the file with the adapters.
         saved: Weights of the base in the folder by state-dict key. PEFT saves those of adapted embeddings.
-        but: State-dict keys of the adapters, which are not part of the base.
+        adapter_keys: State-dict keys of the adapters, which are not part of the base.
         strict: Whether to refuse another base. The same base in another precision, or quantized, is never refused.
 
     Raises:
         ValueError: If `strict` is set and the base is a different one.
     """
-    what = _difference(module, metadata, saved, but)
-    if what is None:
+    difference = _difference(module, metadata, saved, adapter_keys)
+    if difference is None:
         return None
-    if what == "precision":
+    if difference == "precision":
         return (
-            f"The adapter in {folder} was trained on this base in another precision: its outputs differ by the rounding of "
-            "the weights of the base."
+            f"The adapter in {folder} was trained on this base in another precision: its outputs differ by the "
+            "rounding of the weights of the base."
         )
     message = (
-        f"The adapter in {folder} was trained on another base: {what}. Its outputs will differ from those in training. Use the "
-        "configuration, seed and base checkpoint of the training."
+        f"The adapter in {folder} was trained on another base: {difference}. Its outputs will differ from those in "
+        "training. Use the configuration, seed and base checkpoint of the training."
     )
     if strict:
         raise ValueError(message)
@@ -63,7 +65,7 @@ def check_base(
 
 
 def _difference(
-    module: nn.Module, metadata: Mapping[str, str], saved: Mapping[str, Tensor], but: Container[str]
+    module: nn.Module, metadata: Mapping[str, str], saved: Mapping[str, Tensor], adapter_keys: Container[str]
 ) -> str | None:
     state = module.state_dict() if saved else {}
     for key, value in saved.items():
@@ -77,10 +79,10 @@ def _difference(
     expected = metadata.get(_BASE)
     if expected is None:
         return None
-    found = base_fingerprint(module, but)
+    found = base_fingerprint(module, adapter_keys)
     if found == expected:
         return None
     sample = metadata.get(_SAMPLE)
-    if sample is not None and is_in_another_precision(module, sample, but):
+    if sample is not None and is_in_another_precision(module, sample, adapter_keys):
         return "precision"
     return f"its fingerprint is {expected[:12]}, that of this base {found[:12]}"

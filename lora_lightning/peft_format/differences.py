@@ -14,54 +14,61 @@ from lora_lightning.peft_format.experts import is_experts
 def unknown_to_peft(module: nn.Module) -> list[str]:
     """Return the names of the adapters that PEFT computes differently or ignores.
 
-    PEFT drops the dilation and padding mode of a convolution (https://github.com/huggingface/peft/issues/3697), mixes the channels of its
-    groups, and ignores adapters on weights that are read instead of called, or adds them twice
-    (https://github.com/huggingface/peft/issues/3774). In some mixtures of experts from the transformers library, it treats linear layers
-    as experts because experts had the same names in an older version, and drops their adapters.
+    PEFT drops the dilation and padding mode of a convolution (https://github.com/huggingface/peft/issues/3697), mixes
+    the channels of its groups, and ignores adapters on weights that are read instead of called, or adds them twice
+    (https://github.com/huggingface/peft/issues/3774). In some mixtures of experts from the transformers library, it
+    treats linear layers as experts because experts had the same names in an older version, and drops their adapters.
     """
     experts, read = _taken_for_experts(module), _read_by_others(module)
     return [
-        each.name
-        for each in adapted_weights(module)
-        if not _known_to_peft(each)
-        or each.name in read
-        or (each.name.rpartition(".")[2] in experts and not is_experts(each))
+        adapted.name
+        for adapted in adapted_weights(module)
+        if not _known_to_peft(adapted)
+        or adapted.name in read
+        or (adapted.name.rpartition(".")[2] in experts and not is_experts(adapted))
     ]
 
 
-_ROWS = """
-torch         MultiheadAttention             out_proj
-torch         TransformerEncoderLayer        linear1 linear2
-torchvision   ShiftedWindowAttention         qkv proj
-torchvision   ShiftedWindowAttention3d       qkv proj
-torchvision   ShiftedWindowAttentionV2       qkv proj
-timm          Attention                      qkv
-timm          EvaAttention                   qkv
-timm          WindowAttention                qkv
-clip          AttentionPool2d                q_proj k_proj v_proj c_proj
-open_clip     AttentionPool2d                q_proj k_proj v_proj c_proj
-fairseq       MultiheadAttention             q_proj k_proj v_proj out_proj
-diffusers     HunyuanDiTAttentionPool        q_proj k_proj v_proj c_proj
-diffusers     FirDownsample2D                Conv2d_0
-diffusers     FirUpsample2D                  Conv2d_0
-transformers  ConditionalDetrMHAttentionMap  k_proj
-transformers  DabDetrMHAttentionMap          k_linear
-transformers  DetrMHAttentionMap             k_proj
-transformers  FalconH1Mixer                  out_proj
-transformers  FalconMambaMixer               x_proj dt_proj out_proj
-transformers  JambaMambaMixer                dt_proj
-transformers  LongcatFlashTopkRouter         classifier
-transformers  Mamba2Mixer                    out_proj
-transformers  MambaMixer                     x_proj dt_proj out_proj
-transformers  MaskFormerDetrMHAttentionMap   k_proj
-transformers  MobileBertLMPredictionHead     dense decoder
-transformers  NemotronHMamba2Mixer           out_proj
-transformers  NeoMMEForMaskedLM              unembedding_projection
-transformers  TDNNLayer                      kernel
-transformers  WavLMAttention                 q_proj k_proj v_proj out_proj
+_READERS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("torchvision", "ShiftedWindowAttention"): ("qkv", "proj"),
+    ("torchvision", "ShiftedWindowAttention3d"): ("qkv", "proj"),
+    ("torchvision", "ShiftedWindowAttentionV2"): ("qkv", "proj"),
+    ("timm", "Attention"): ("qkv",),
+    ("timm", "EvaAttention"): ("qkv",),
+    ("timm", "WindowAttention"): ("qkv",),
+    ("clip", "AttentionPool2d"): ("q_proj", "k_proj", "v_proj", "c_proj"),
+    ("open_clip", "AttentionPool2d"): ("q_proj", "k_proj", "v_proj", "c_proj"),
+    ("fairseq", "MultiheadAttention"): ("q_proj", "k_proj", "v_proj", "out_proj"),
+    ("diffusers", "HunyuanDiTAttentionPool"): ("q_proj", "k_proj", "v_proj", "c_proj"),
+    ("diffusers", "FirDownsample2D"): ("Conv2d_0",),
+    ("diffusers", "FirUpsample2D"): ("Conv2d_0",),
+    ("transformers", "ConditionalDetrMHAttentionMap"): ("k_proj",),
+    ("transformers", "DabDetrMHAttentionMap"): ("k_linear",),
+    ("transformers", "DetrMHAttentionMap"): ("k_proj",),
+    ("transformers", "FalconH1Mixer"): ("out_proj",),
+    ("transformers", "FalconMambaMixer"): ("x_proj", "dt_proj", "out_proj"),
+    ("transformers", "JambaMambaMixer"): ("dt_proj",),
+    ("transformers", "LongcatFlashTopkRouter"): ("classifier",),
+    ("transformers", "Mamba2Mixer"): ("out_proj",),
+    ("transformers", "MambaMixer"): ("x_proj", "dt_proj", "out_proj"),
+    ("transformers", "MaskFormerDetrMHAttentionMap"): ("k_proj",),
+    ("transformers", "MobileBertLMPredictionHead"): ("dense", "decoder"),
+    ("transformers", "NemotronHMamba2Mixer"): ("out_proj",),
+    ("transformers", "NeoMMEForMaskedLM"): ("unembedding_projection",),
+    ("transformers", "TDNNLayer"): ("kernel",),
+    ("transformers", "WavLMAttention"): ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
+"""Children whose weights a class of these libraries reads, at least in some cases, instead of calling the children.
+
+Names stand for classes of packages that may not be installed. A folder is written without inputs for the network, so
+that this cannot be tried, and the code of a class alone does not tell such a reader from one that only looks at the
+dtype of a weight, or computes a penalty from it. PEFT refuses some of these classes.
 """
-_READERS = {(library, name): children for library, name, *children in map(str.split, _ROWS.strip().splitlines())}
-"""Children whose weights a module of these libraries reads, at least in some cases, instead of calling them, or that PEFT refuses for it."""
+_TORCH_READERS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.MultiheadAttention: ("out_proj",),
+    nn.TransformerEncoderLayer: ("linear1", "linear2"),
+}
+"""The same for PyTorch's own classes."""
 
 
 def _read_by_others(module: nn.Module) -> set[str]:
@@ -70,15 +77,15 @@ def _read_by_others(module: nn.Module) -> set[str]:
         f"{name}.{child}".lstrip(".")
         for name, layer in module.named_modules()
         for cls in type(layer).__mro__
-        for child in _READERS.get((cls.__module__.split(".")[0], cls.__name__), ())
+        for child in _TORCH_READERS.get(cls) or _READERS.get((cls.__module__.split(".")[0], cls.__name__), ())
     }
 
 
-def _known_to_peft(each: AdaptedWeight) -> bool:
-    layer = each.layer
-    if is_experts(each):
-        return bool(each.layer_name)  # PEFT wraps the module with the parameters, which must not be the root
-    if each.kind.lora_is_inside or not each.parameter or isinstance(layer, LoRAGeometricLinear):
+def _known_to_peft(adapted: AdaptedWeight) -> bool:
+    layer = adapted.layer
+    if is_experts(adapted):
+        return bool(adapted.layer_name)  # PEFT wraps the module with the parameters, which must not be the root
+    if adapted.kind.lora_is_inside or not adapted.parameter or isinstance(layer, LoRAGeometricLinear):
         return False
     return not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or _conv_is_plain(layer)
 
@@ -90,7 +97,10 @@ _OLD_NAMES_OF_EXPERTS = {
 
 
 def _taken_for_experts(module: nn.Module) -> tuple[str, ...]:
-    """Return the last components of the target names that PEFT renames, according to the table of the transformers library that it uses."""
+    """Return the last components of the target names that PEFT renames.
+
+    They are those of the table in the transformers library that PEFT uses.
+    """
     library = sys.modules.get("transformers.conversion_mapping")
     patterns = {**getattr(library, "_MODEL_TO_CONVERSION_PATTERN", {}), "mixtral": "mixtral"}
     kind = getattr(getattr(module, "config", None), "model_type", None)

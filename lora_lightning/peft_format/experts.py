@@ -1,14 +1,13 @@
 """Converts adapters of experts to PEFT's format and back.
 
-PEFT wraps the module that holds the parameters, once per adapted parameter in the order of the module. The last one is the outermost, and
-each inner one has one more `.base_layer` in its name. PEFT's A has the shape (experts * r, in), expert by expert. Its B has the shape
-(out, r * experts), where the experts of each rank are adjacent.
+PEFT wraps the module that holds the parameters, once per adapted parameter in the order of the module. The last one is
+the outermost, and each inner one has one more `.base_layer` in its name. PEFT's A has the shape (experts * r, in),
+expert by expert. Its B has the shape (out, r * experts), where the experts of each rank are adjacent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,32 +17,33 @@ from lora_lightning.lora.experts import ExpertsParameter
 _INSIDE = ".base_layer"
 
 
-def is_experts(each: AdaptedWeight) -> bool:
+def is_experts(adapted: AdaptedWeight) -> bool:
     """Return whether this parameter has one adapter per expert."""
-    return issubclass(each.kind, ExpertsParameter)
+    return issubclass(adapted.kind, ExpertsParameter)
 
 
-def experts_to_peft(each: AdaptedWeight, prefix: str) -> dict[str, Tensor]:
+def experts_to_peft(adapted: AdaptedWeight, prefix: str) -> dict[str, Tensor]:
     """Return the tensors of the adapters by PEFT's keys."""
-    adapted = [key for key in each.layer._parameters if f"lora_{key}" in each.layer._modules]
-    name = prefix + each.layer_name + _INSIDE * (len(adapted) - 1 - adapted.index(each.parameter))
-    a, b = each.adapter.lora_factors()
+    adapted_keys = [key for key in adapted.layer._parameters if f"lora_{key}" in adapted.layer._modules]
+    name = prefix + adapted.layer_name + _INSIDE * (len(adapted_keys) - 1 - adapted_keys.index(adapted.parameter))
+    a, b = adapted.adapter.lora_factors()
     return {f"{name}.lora_A.weight": a.transpose(0, 1).flatten(0, 1), f"{name}.lora_B.weight": b.flatten(1)}
 
 
-def experts_from_peft(tensors: dict[str, Tensor], wanted: Iterable[str], module: nn.Module) -> list[str]:
+def experts_from_peft(tensors: dict[str, Tensor], target_parameters: Iterable[str], module: nn.Module) -> list[str]:
     """Convert the tensors of parameters that PEFT adapted by name to our keys and shapes, in place.
 
     Args:
         tensors: The tensors of a folder, by our keys for layers.
-        wanted: PEFT's `target_parameters`, each the full name of a parameter or a suffix of it after a dot.
+        target_parameters: The names in PEFT's configuration, each the full name of a parameter or a suffix of it after
+            a dot.
         module: The plain base.
 
     Returns:
         The full names of the parameters.
     """
-    modules: dict[str, Any] = dict(module.named_modules())
-    ends = tuple(f".{name}" for name in wanted)
+    modules = dict(module.named_modules())
+    ends = tuple(f".{name}" for name in target_parameters)
     found: list[str] = []
     for layer in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
         depth, name = layer.count(_INSIDE), layer.replace(_INSIDE, "")
@@ -57,8 +57,7 @@ def experts_from_peft(tensors: dict[str, Tensor], wanted: Iterable[str], module:
             experts = len(parameters[key])
             if a.dim() == b.dim() == 2 and len(a) % experts == b.shape[1] % experts == 0:
                 a, b = a.view(experts, -1, a.shape[1]).transpose(0, 1), b.view(len(b), -1, experts)
-        tensors |= {
-            f"{name}.lora_{key}.{part}": each for part, each in (("lora_A", a), ("lora_B", b)) if each is not None
-        }
+        factors = {"lora_A": a, "lora_B": b}
+        tensors |= {f"{name}.lora_{key}.{part}": factor for part, factor in factors.items() if factor is not None}
         found.append(f"{name}.{key}")
     return found

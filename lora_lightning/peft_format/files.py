@@ -80,7 +80,8 @@ def read_content(path: Path, description: dict[str, Any], module: nn.Module) -> 
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}). Write the adapter again.") from None
-    # A file with a flipped bit in the name of its checksum must not be mistaken for a file of PEFT, which has no checksum.
+    # A file with a flipped bit in the name of its checksum must not be mistaken for a file of PEFT, which has no
+    # checksum.
     written_here = any(key.startswith("lora_lightning") for key in metadata)
     if written_here and metadata.get(_DIGEST) != _digest(tensors, metadata):
         raise ValueError(f"{path} is damaged: its checksum does not match its content. Write the adapter again.")
@@ -100,9 +101,12 @@ def read_content(path: Path, description: dict[str, Any], module: nn.Module) -> 
 
 
 def _is_saved(key: str, description: dict[str, Any]) -> bool:
-    """Return whether a key belongs to a module in `modules_to_save`. PEFT matches any suffix of the name, with or without a dot."""
-    wanted = tuple(description.get("modules_to_save") or [])
-    return key.startswith(PREFIX) and any(parent.endswith(wanted) for parent in parents_of(key.removeprefix(PREFIX)))
+    """Return whether a key belongs to a module in `modules_to_save`.
+
+    PEFT matches any suffix of the name, with or without a dot.
+    """
+    endings = tuple(description.get("modules_to_save") or [])
+    return key.startswith(PREFIX) and any(parent.endswith(endings) for parent in parents_of(key.removeprefix(PREFIX)))
 
 
 def parents_of(key: str) -> list[str]:

@@ -50,10 +50,12 @@ from lora_lightning.peft_format.model_card import CARD_NAME, model_card
 
 
 def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write the adapters of `module` and the modules that are trained in full to `folder`, in PEFT's format with a model card.
+    """Write the adapters of `module` to `folder`, in PEFT's format with a model card.
 
-    Adapters of PiSSA are written as the difference to the original base, with twice their rank. If PEFT does not support an adapted
-    layer or computes it incorrectly, `peft_type` is `LORA_LIGHTNING`, which PEFT refuses.
+    Modules that are trained in full are written, too.
+
+    Adapters of PiSSA are written as the difference to the original base, with twice their rank. If PEFT does not
+    support an adapted layer or computes it incorrectly, `peft_type` is `LORA_LIGHTNING`, which PEFT refuses.
 
     Args:
         module: The module that `attach` was called with. The layer names in the files are relative to it.
@@ -67,9 +69,10 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 class AdapterFolder:
-    """Holds the content of an adapter folder of `module`. It is a copy, so the module may change before the folder is written.
+    """Holds the content of an adapter folder of `module`.
 
-    Tensors that are distributed over processes are gathered. All processes have to create this object, and one of them writes it.
+    It is a copy, so the module may change before the folder is written. Tensors that are distributed over processes are
+    gathered. All processes have to create this object, and one of them writes it.
 
     Args:
         module: The module that `attach` was called with.
@@ -82,7 +85,7 @@ class AdapterFolder:
         attachment_of(module)
         description, tensors = describe(module), exported(module)
         self._files = description, tensors, base_metadata(module)
-        self._card = model_card(description, sum(each.numel() for each in tensors.values()), data, metrics)
+        self._card = model_card(description, sum(tensor.numel() for tensor in tensors.values()), data, metrics)
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write the folder as `save_adapter` does."""
@@ -90,7 +93,8 @@ class AdapterFolder:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if (folder / name).exists():
                 raise FileExistsError(
-                    f"{folder / name} exists: it is not overwritten. Choose another folder, or remove the adapter there."
+                    f"{folder / name} exists: it is not overwritten. Choose another folder, or remove the adapter "
+                    "there."
                 )
         write_files(folder, *self._files)
         if not (folder / CARD_NAME).exists():
@@ -107,8 +111,8 @@ def load_adapter(
     Args:
         module: The base, plain or adapted.
         folder: The folder with `adapter_config.json` and `adapter_model.safetensors`.
-        name: Name of the adapters. If adapters with this name exist, they get the values in the folder, and must have the same
-            layers, ranks and scales. Adapters with other names become inactive until `set_adapter`.
+        name: Name of the adapters. If adapters with this name exist, they get the values in the folder, and must have
+            the same layers, ranks and scales. Adapters with other names become inactive until `set_adapter`.
         strict: Whether to refuse adapters of another base. The same base in another precision is accepted.
 
     Returns:
@@ -116,18 +120,18 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
-        ValueError: If a file is damaged, contains another kind of adapter, or does not fit `module`, or because of `strict`. `module`
-            is then unchanged.
+        ValueError: If a file is damaged, contains another kind of adapter, or does not fit `module`, or because of
+            `strict`. `module` is then unchanged.
     """
     module, folder = unwrapped(module), Path(folder)
     description = read_description(folder / CONFIG_NAME)
     check_method(description, folder / CONFIG_NAME)
     content = read_content(folder / WEIGHTS_NAME, description, module)
-    config, selected = _what_is_adapted(module, folder, description, content)
+    config, selected = _config_and_weights(module, folder, description, content)
     _check_shapes(module, folder, config, selected, content)
     other_base = check_base(module, folder, read_metadata(folder), content.base, content.saved, strict)
     if is_adapted(module) and name in adapter_names(module):
-        _use_if_alike(module, config, selected, folder, name)
+        _activate_if_equal(module, config, selected, folder, name)
     else:
         add_selected(module, config, selected, name)
     state = module.state_dict(keep_vars=True)
@@ -139,7 +143,7 @@ def load_adapter(
     _warn_if_edited(folder)
     if description["peft_type"] != OWN_TYPE:
         _warn_where_peft_is_wrong(module, folder)
-    return [each.name for each in adapted_weights(module)]
+    return [adapted.name for adapted in adapted_weights(module)]
 
 
 def trained_on(folder: str | os.PathLike[str]) -> str | None:
@@ -147,7 +151,7 @@ def trained_on(folder: str | os.PathLike[str]) -> str | None:
     return base_of(read_metadata(Path(folder)))
 
 
-def _what_is_adapted(
+def _config_and_weights(
     module: nn.Module,
     folder: Path,
     description: dict[str, Any],
@@ -156,8 +160,8 @@ def _what_is_adapted(
     """Return our configuration and the weights that it adapts, and rename the tensors to our keys."""
     tensors = content.adapters
     with bare(module):
-        if description["peft_type"] != OWN_TYPE and (wanted := description.get("target_parameters")):
-            description = description | {"target_parameters": experts_from_peft(tensors, wanted, module)}
+        if description["peft_type"] != OWN_TYPE and (of_peft := description.get("target_parameters")):
+            description = description | {"target_parameters": experts_from_peft(tensors, of_peft, module)}
         modules = dict(module.named_modules())
         names: dict[str, None] = {}
         for key in list(tensors):
@@ -175,18 +179,19 @@ def _what_is_adapted(
         trained = [name for name in modules if name in saved and name.endswith(tuple(saved_names))]
         if saved_names and not trained:
             raise ValueError(
-                f"The adapter in {folder} comes with modules_to_save={saved_names}, none of which exists in this {type(module).__name__}."
+                f"The adapter in {folder} comes with modules_to_save={saved_names}, none of which exists in this "
+                f"{type(module).__name__}."
             )
         config = configuration(description, folder / CONFIG_NAME, module, list(names), trained)
         known = candidates(module, config)
     missing = [name for name in names if name not in known and not (config.bypass and not name)]
     if missing:
         raise ValueError(
-            f"The adapter in {folder} adapts {missing[0]!r}, which this {type(module).__name__} does not have. Layers that can be "
-            f"adapted: {', '.join(known) or 'none'}."
+            f"The adapter in {folder} adapts {missing[0]!r}, which this {type(module).__name__} does not have. Layers "
+            f"that can be adapted: {', '.join(known) or 'none'}."
         )
     bypass = EXTENSIONS["bypass"](module, config) if config.bypass else []
-    return config, [*(each for name, each in known.items() if name in names), *bypass]
+    return config, [*(adapted for name, adapted in known.items() if name in names), *bypass]
 
 
 def _check_shapes(
@@ -198,7 +203,7 @@ def _check_shapes(
 ) -> None:
     shapes = {key: tuple(value.shape) for key, value in (content.adapters | content.saved).items()}
     saved = Names(config.modules_to_save)
-    expected = {key: shape for each in selected for key, shape in expected_shapes(each, config).items()}
+    expected = {key: shape for adapted in selected for key, shape in expected_shapes(adapted, config).items()}
     expected |= {
         f"{name}.{key}": tuple(value.shape)
         for name, child in module.named_modules()
@@ -212,7 +217,7 @@ def _check_shapes(
             f"{key} is {shapes.get(key, 'missing')}, expected {expected.get(key, 'none')}" for key in wrong[:5]
         )
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        grouped = any(getattr(each.layer, "groups", 1) > 1 for each in selected)
+        grouped = any(getattr(adapted.layer, "groups", 1) > 1 for adapted in selected)
         why = (
             " PEFT's adapter of a grouped convolution mixes the groups, so it does not fit this layer."
             if grouped
@@ -221,14 +226,14 @@ def _check_shapes(
         raise ValueError(f"The adapter in {folder} does not fit this {type(module).__name__}: {listed}{more}.{why}")
 
 
-def _use_if_alike(
+def _activate_if_equal(
     module: nn.Module, config: LoRAConfig, selected: list[AdaptedWeight], folder: Path, name: str
 ) -> None:
     """Activate the adapters with this name if the folder describes the same ones. Otherwise raise an error."""
     in_use = attachment_of(module).name
     set_adapter(module, name)
-    attached = {each.name: each.adapter.lora_scaling for each in adapted_weights(module)}
-    described = {each.name: config.scaling_of(*each.names, rank=each.rank) for each in selected}
+    attached = {adapted.name: adapted.adapter.lora_scaling for adapted in adapted_weights(module)}
+    described = {adapted.name: config.scaling_of(*adapted.names, rank=adapted.rank) for adapted in selected}
     if attached != described or attachment_of(module).config.use_dora != config.use_dora:
         set_adapter(module, in_use)
         raise ValueError(
@@ -240,8 +245,8 @@ def _use_if_alike(
 def _warn_if_edited(folder: Path) -> None:
     if is_edited(folder):
         warnings.warn(
-            f"{folder / CONFIG_NAME} has changed since the adapter was written: it is damaged or was edited. Its current content "
-            "is used.",
+            f"{folder / CONFIG_NAME} has changed since the adapter was written: it is damaged or was edited. Its "
+            "current content is used.",
             stacklevel=3,
         )
 
@@ -250,8 +255,9 @@ def _warn_where_peft_is_wrong(module: nn.Module, folder: Path) -> None:
     wrong = unknown_to_peft(module)
     if wrong:
         warnings.warn(
-            f"{folder} was written by PEFT, whose outputs differ for the adapters of {', '.join(wrong)}: PEFT ignores the dilation and "
-            "padding mode of a convolution (PEFT issue 3697), applies the output projection of an attention twice (3774), or ignores "
-            "weights that a module reads itself and layers of a mixture of experts. Here they compute W + s B A.",
+            f"{folder} was written by PEFT, whose outputs differ for the adapters of {', '.join(wrong)}: PEFT ignores "
+            "the dilation and padding mode of a convolution (PEFT issue 3697), applies the output projection of an "
+            "attention twice (3774), or ignores weights that a module reads itself and layers of a mixture of "
+            "experts. Here they compute W + s B A.",
             stacklevel=3,
         )

@@ -9,6 +9,7 @@ after a dot, and a string is a regular expression for the full name.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from lora_lightning.peft_format.model_card import base_name
 
 PEFT_TYPE = "LORA"
 OWN_TYPE = "LORA_LIGHTNING"
-"""Type in `adapter_config.json` for adapters in layers that PEFT does not know or computes incorrectly. PEFT refuses it."""
+"""Type in `adapter_config.json` for adapters that PEFT does not know or computes incorrectly. PEFT refuses it."""
 PREFIX = "base_model.model."
 
 # Settings of other kinds of adapters, and of those with more parameters than A and B.
@@ -65,11 +66,11 @@ def describe(module: nn.Module) -> dict[str, Any]:
         config.alpha_of(rank=config.rank) * doubled ** (0.5 if config.use_rslora else 1),
     )
     ranks, alphas = dict[str, float](), dict[str, float]()
-    for each in found:
-        own = len(each.factors[0])
-        times = doubled if each.parameter else 1  # a bypass is never PiSSA
-        ranks[each.name] = own * times
-        alphas[each.name] = config.alpha_of(*each.names, rank=own) * times ** (0.5 if config.use_rslora else 1)
+    for adapted in found:
+        own = len(adapted.factors[0])
+        factor = doubled if adapted.parameter else 1  # a bypass is never PiSSA
+        ranks[adapted.name] = own * factor
+        alphas[adapted.name] = config.alpha_of(*adapted.names, rank=own) * factor ** (0.5 if config.use_rslora else 1)
     description: dict[str, Any] = {
         "peft_type": PEFT_TYPE,
         "auto_mapping": None,
@@ -79,10 +80,10 @@ def describe(module: nn.Module) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": config.dropout,
-        "target_modules": _target_modules(module, [each.name for each in found if not is_experts(each)]),
-        "target_parameters": [each.name for each in found if is_experts(each)] or None,
+        "target_modules": _target_modules(module, [adapted.name for adapted in found if not is_experts(adapted)]),
+        "target_parameters": [adapted.name for adapted in found if is_experts(adapted)] or None,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(each.layer, LoRATransposedLinear) for each in found),
+        "fan_in_fan_out": any(isinstance(adapted.layer, LoRATransposedLinear) for adapted in found),
         "init_lora_weights": True,
         "modules_to_save": (attachment.saved.names if attachment.saved else None) or None,
         "rank_pattern": _pattern(ranks, rank),
@@ -94,7 +95,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
         description["qkv"] = config.qkv  # PEFT reports that it ignores this, and would train all rows of B
     if unknown_to_peft(module):
         description["peft_type"] = OWN_TYPE
-        description["target_parameters"] = [each.name for each in found if each.kind.lora_is_inside]
+        description["target_parameters"] = [adapted.name for adapted in found if adapted.kind.lora_is_inside]
         description["bypass"] = config.bypass
     return description
 
@@ -102,7 +103,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
 def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
     """Return the values that differ from `default`, by regular expressions for the names.
 
-    An expression also matches longer names with this suffix. Such a layer gets its own expression, and the longest ones come first.
+    An expression also matches longer names with this suffix. Such a layer gets its own expression, and the longest ones
+    come first.
     """
     names = {name for name, value in values.items() if value != default}
     names |= {name for name in values if any(ending in names for ending in endings(name))}
@@ -110,20 +112,23 @@ def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
 
 
 def exported(module: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of the adapters by PEFT's keys. Those of PiSSA are the difference to the initial values, with twice the rank."""
+    """Return the tensors of the adapters by PEFT's keys.
+
+    Those of PiSSA are the difference to the initial values, with twice the rank.
+    """
     tensors: dict[str, Tensor] = {}
     to_peft = not unknown_to_peft(module)
-    for each in adapted_weights(module):
-        if to_peft and is_experts(each):
-            tensors |= experts_to_peft(each, PREFIX)
+    for adapted in adapted_weights(module):
+        if to_peft and is_experts(adapted):
+            tensors |= experts_to_peft(adapted, PREFIX)
             continue
-        adapter = each.adapter
+        adapter = adapted.adapter
         parts = dict(zip(adapter.lora_names, adapter.lora_factors(), strict=True))
         if "lora_magnitude_vector" in adapter._parameters:
             parts["lora_magnitude_vector"] = adapter.lora_magnitude_vector
         for key, value in parts.items():
             suffix = ".weight" if key in ("lora_A", "lora_B") else ""
-            tensors[f"{PREFIX}{_holder_name(each)}.{key}{suffix}".replace("..", ".")] = value
+            tensors[f"{PREFIX}{_holder_name(adapted)}.{key}{suffix}".replace("..", ".")] = value
     if saved := attachment_of(module).saved:
         state = module.state_dict()
         tensors |= {f"{PREFIX}{key}": state[key] for key in saved.keys}
@@ -149,7 +154,7 @@ def base_key(key: str) -> str | None:
     return None if name == key or is_adapter_key(key) else name.replace(".base_layer.", ".")
 
 
-def check_method(description: dict[str, Any], where: object) -> None:
+def check_method(description: dict[str, Any], file: Path) -> None:
     """Refuse methods other than LoRA, and LoRA with unsupported options.
 
     Raises:
@@ -157,18 +162,18 @@ def check_method(description: dict[str, Any], where: object) -> None:
     """
     kind = description.get("peft_type")
     if kind not in (PEFT_TYPE, OWN_TYPE):
-        raise ValueError(f"{where} is of peft_type {kind!r}; expected 'LORA', the only kind that can be loaded here.")
+        raise ValueError(f"{file} is of peft_type {kind!r}; expected 'LORA', the only kind that can be loaded here.")
     unsupported = [f"{key} ({what})" for key, what in _UNSUPPORTED.items() if description.get(key)]
     if description.get("bias", "none") != "none":
         unsupported.append(f"bias={description['bias']!r}")
     if isinstance(init := description.get("init_lora_weights"), str) and init not in _ONLY_DRAWS_A:
         unsupported.append(f"init_lora_weights={init!r} (may have changed the base)")
     if unsupported:
-        raise ValueError(f"{where} has settings that cannot be loaded: {', '.join(unsupported)}.")
+        raise ValueError(f"{file} has settings that cannot be loaded: {', '.join(unsupported)}.")
 
 
 def configuration(
-    description: dict[str, Any], where: object, module: nn.Module, targets: list[str], trained: list[str]
+    description: dict[str, Any], file: Path, module: nn.Module, targets: list[str], trained: list[str]
 ) -> LoRAConfig:
     """Return our configuration for PEFT's, with exactly the layers in the file as targets.
 
@@ -196,23 +201,23 @@ def configuration(
             bypass=(bypass[0], bypass[1]) if bypass else None,
         )
     except KeyError as error:
-        raise ValueError(f"{where} does not have the entry {error}; expected r and lora_alpha.") from None
+        raise ValueError(f"{file} does not have the entry {error}; expected r and lora_alpha.") from None
     except (TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{file}: {error}") from None
 
 
-def expected_shapes(each: AdaptedWeight, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(adapted: AdaptedWeight, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors of an adapter by our state-dict keys."""
-    out_features, in_features = each.shape
-    a, b = each.kind.lora_reshape(
-        torch.empty(each.rank, in_features, device="meta"),
-        torch.empty(out_features, each.rank, device="meta"),
-        each.weight,
+    out_features, in_features = adapted.shape
+    a, b = adapted.kind.lora_reshape(
+        torch.empty(adapted.rank, in_features, device="meta"),
+        torch.empty(out_features, adapted.rank, device="meta"),
+        adapted.weight,
     )
-    shapes = dict(zip(each.kind.lora_names, (tuple(a.shape), tuple(b.shape)), strict=True))
-    if config.use_dora and each.parameter:
+    shapes = dict(zip(adapted.kind.lora_names, (tuple(a.shape), tuple(b.shape)), strict=True))
+    if config.use_dora and adapted.parameter:
         shapes["lora_magnitude_vector"] = magnitude_shape(b)
-    return {f"{_holder_name(each)}.{key}".lstrip("."): shape for key, shape in shapes.items()}
+    return {f"{_holder_name(adapted)}.{key}".lstrip("."): shape for key, shape in shapes.items()}
 
 
 def _target_modules(module: nn.Module, names: list[str]) -> list[str] | str:
@@ -221,6 +226,10 @@ def _target_modules(module: nn.Module, names: list[str]) -> list[str] | str:
     return exactly(names, (name for name, layer in module.named_modules() if isinstance(layer, kinds)))
 
 
-def _holder_name(each: AdaptedWeight) -> str:
+def _holder_name(adapted: AdaptedWeight) -> str:
     """Return the dotted name of the module that holds A and B."""
-    return f"{each.layer_name}.lora_{each.parameter}".lstrip(".") if each.kind.lora_is_inside else each.layer_name
+    return (
+        f"{adapted.layer_name}.lora_{adapted.parameter}".lstrip(".")
+        if adapted.kind.lora_is_inside
+        else adapted.layer_name
+    )

@@ -16,7 +16,7 @@ CARD_NAME = "README.md"
 
 def base_name(module: nn.Module) -> str | None:
     """Return the hub name or folder of the base, which models of the transformers library store."""
-    names = (getattr(each, "name_or_path", None) for each in module.modules())
+    names = (getattr(child, "name_or_path", None) for child in module.modules())
     return next((name for name in names if isinstance(name, str) and name), None)
 
 
@@ -44,7 +44,7 @@ def model_card(
         }
         header["model-index"] = [{"name": "adapter", "results": [results]}]
     layers = description["target_modules"]
-    which = f"`{layers}`" if isinstance(layers, str) else some_of(f"`{name}`" for name in layers)
+    listed = f"`{layers}`" if isinstance(layers, str) else some_of(f"`{name}`" for name in layers)
     if own:
         load = "from lora_lightning.peft_format import load_adapter\n\nload_adapter(base, folder)"
     else:
@@ -53,7 +53,7 @@ def model_card(
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n",
         f"# LoRA adapter{f' of {base}' if base else ''}\n",
         f"- Rank {description['r']}, alpha {description['lora_alpha']:g}, {parameters:,} parameters.",
-        f"- Layers: {which or 'see `adapter_config.json`'}.",
+        f"- Layers: {listed or 'see `adapter_config.json`'}.",
         *(f"- {name}: {value:.4g}" for name, value in (metrics or {}).items()),
         f"- Written by lora-lightning {lora_lightning.__version__}.\n",
         f"```python\n{load}\n```\n",

@@ -16,6 +16,7 @@ from torchvision.models import ResNet18_Weights
 from torchvision.transforms import v2
 
 from lora_lightning import Classifier, ConfusionReport, ImageFolderDataModule, image_backbone
+from lora_lightning.backbone_facts import BackboneFacts, set_backbone_facts
 from lora_lightning.resume import RandomState
 from tests.helpers import same
 
@@ -88,7 +89,7 @@ def test_the_preprocessing_is_that_of_the_weights(draw: Draw) -> None:
 
 def test_the_preprocessing_is_that_of_the_backbone(draw: Draw, make_trainer: MakeTrainer) -> None:
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
-    vars(backbone)["preprocessing"] = TO_TENSOR
+    set_backbone_facts(backbone, BackboneFacts(preprocessing=TO_TENSOR))
     data = ImageFolderDataModule(draw(cat=2, dog=2), num_workers=0)
     make_trainer(max_epochs=1, limit_val_batches=0).fit(Classifier(backbone, num_classes=2), datamodule=data)
 
@@ -97,7 +98,8 @@ def test_one_data_module_serves_two_models_in_turn(draw: Draw, make_trainer: Mak
     data = ImageFolderDataModule(draw(cat=2, dog=2), num_workers=0, in_memory=True)
     for size in (8, 6, 8):
         backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, 2))
-        vars(backbone)["preprocessing"] = v2.Compose([TO_TENSOR, v2.CenterCrop(size)])
+        preprocessing = v2.Compose([TO_TENSOR, v2.CenterCrop(size)])
+        set_backbone_facts(backbone, BackboneFacts(preprocessing=preprocessing))
         make_trainer(max_epochs=1, limit_val_batches=0).fit(Classifier(backbone, num_classes=2), datamodule=data)
 
 
@@ -400,7 +402,7 @@ def test_the_images_that_come_with_the_package_are_five_goldfish(
     images, targets = next(iter(data.train_dataloader()))
     assert images.shape == (5, 3, 224, 224)
     assert targets.tolist() == [1] * 5
-    assert image_backbone("resnet18").preprocessing.crop_size == [224]
+    assert image_backbone("resnet18").backbone_facts.preprocessing.crop_size == [224]
 
 
 def test_a_folder_called_sample_comes_before_those(draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

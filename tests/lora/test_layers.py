@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora import LoRAConfig, LoRALinear, attach, disabled
+from lora_lightning.lora import LoRAConfig, LoRALinear, attach, disabled, merge
 from lora_lightning.lora.fused import _dropout, _dropout_again
+from lora_lightning.lora.model import kind_of
+from lora_lightning.lora.transformers_layers import LoRAScaledEmbedding
+from tests.helpers import stir
 
 SHAPES = st.lists(st.integers(0, 3), max_size=3)
 
@@ -232,3 +235,62 @@ def test_a_seed_gives_the_same_adapter_whatever_the_dtype_of_the_base() -> None:
         attach(layer, LoRAConfig(rank=2))
         adapters.append(copy.deepcopy(layer.lora_A))
     assert torch.equal(*adapters)
+
+
+class ScaledRows(nn.Embedding):
+    """Multiplies its rows, as embeddings of the transformers library do."""
+
+    embed_scale = 4.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+class BufferedScale(nn.Embedding):
+    """Has its scale in a buffer, as Gemma's embedding does."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__(rows, width)
+        self.register_buffer("embed_scale", torch.tensor(4.0), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale.to(self.weight.dtype)
+
+
+class ScaledAndShifted(ScaledRows):
+    """Has a scale, and does something else as well."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+class WithAnotherRow(ScaledRows):
+    """Has a row of its own for one of the tokens, as the embedding of T5Gemma 2 does."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__(rows, width)
+        self.row = nn.Parameter(torch.ones(width))
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
+        return torch.where((input == 7)[..., None], self.row, output)
+
+
+@pytest.mark.parametrize(
+    ("cls", "is_scaled"),
+    [(ScaledRows, True), (BufferedScale, True), (ScaledAndShifted, False), (WithAnotherRow, False)],
+)
+def test_a_scaled_embedding_is_known_by_what_it_computes(cls: type[nn.Embedding], is_scaled: bool) -> None:
+    net = nn.Sequential(cls(10, 4))
+    state = torch.get_rng_state()
+    assert (kind_of(net[0]) is LoRAScaledEmbedding) == is_scaled
+    assert torch.equal(torch.get_rng_state(), state)
+    ids = torch.arange(10)
+    base = net(ids)
+    attach(net, LoRAConfig(rank=2, target_modules=["0"]))
+    assert torch.equal(net(ids), base)
+    stir(net)
+    adapted = net(ids)
+    assert not torch.allclose(adapted, base)
+    merge(net)
+    torch.testing.assert_close(net(ids), adapted)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, VGG13_Weights
 
 from lora_lightning import Classifier, ImageFolderDataModule, LoRAFinetuning, image_backbone
+from lora_lightning.backbone_facts import BackboneFacts, HasBackboneFacts, backbone_facts, set_backbone_facts
 from lora_lightning.lora import is_adapted
 from lora_lightning.models import weights
 from lora_lightning.models.backbones import head_of
@@ -137,7 +140,7 @@ class TestAFile:
         for num_classes in (None, 3):
             backbone = image_backbone("resnet18", path, num_classes)
             assert same(dict(backbone.state_dict()), dict(random_resnet(3)))
-            assert backbone.new_head is None
+            assert backbone.backbone_facts.new_head == ()
         assert image_backbone("resnet18", path, 5).fc.out_features == 5
 
     def test_of_a_network_that_needs_numbers_to_be_built(self, tmp_path: Path) -> None:
@@ -193,9 +196,9 @@ class TestHead:
     )
     def test_of_another_number_of_classes_is_a_new_layer(self, name: str, head: str) -> None:
         backbone = image_backbone(name, num_classes=3)
-        assert backbone.new_head == head
+        assert backbone.backbone_facts.new_head == (head,)
         assert backbone.eval()(torch.randn(2, 3, *_size(backbone))).shape == (2, 3)
-        assert image_backbone(name).new_head is None
+        assert image_backbone(name).backbone_facts.new_head == ()
 
     def test_is_the_last_layer_of_every_network_of_torchvision(self) -> None:
         for name in torchvision.models.list_models(module=torchvision.models):
@@ -236,14 +239,14 @@ def images(folder: Path) -> Path:
 
 
 def _size(backbone: nn.Module) -> tuple[int, int]:
-    tensor = vars(backbone)["preprocessing"](Image.new("RGB", (300, 300)))
+    tensor = backbone.backbone_facts.preprocessing(Image.new("RGB", (300, 300)))
     return tensor.shape[1], tensor.shape[2]
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_auxiliary_heads_are_left_out(name: str) -> None:
     backbone = image_backbone(name, num_classes=3)
-    assert backbone.new_head == "fc"
+    assert backbone.backbone_facts.new_head == ("fc",)
     assert backbone.train()(torch.randn(2, 3, *_size(backbone))).shape == (2, 3)
 
 
@@ -331,3 +334,25 @@ def test_a_wrong_hash_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(weights.torch, "load", lambda *args, **kwargs: pytest.fail("it is read"))
     with pytest.raises(ValueError, match="is damaged"):
         image_backbone("resnet18", str(path))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+def test_facts_travel_with_a_network_and_are_no_part_of_it(copied: Callable[[nn.Module], nn.Module]) -> None:
+    backbone = image_backbone("resnet18", num_classes=3)
+    assert isinstance(backbone, HasBackboneFacts)
+    preprocessing = backbone.backbone_facts.preprocessing
+    assert isinstance(preprocessing, nn.Module)
+    assert preprocessing not in set(backbone.modules())
+    assert backbone.state_dict().keys() == random_resnet(3).keys()
+    facts = backbone_facts(copied(backbone))
+    assert facts is not None
+    assert facts.new_head == ("fc",)
+    assert repr(facts.preprocessing) == repr(preprocessing)
+
+
+def test_a_plain_network_has_no_facts_until_they_are_set() -> None:
+    network = nn.Linear(2, 2)
+    assert backbone_facts(network) is None
+    assert backbone_facts(None) is None
+    set_backbone_facts(network, BackboneFacts(("",)))
+    assert backbone_facts(network) == BackboneFacts(("",))
