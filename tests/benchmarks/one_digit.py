@@ -17,7 +17,7 @@ from rich.table import Table
 from lora_lightning import LoRAFinetuning
 from lora_lightning.cli.main import LoRALightningCLI
 from lora_lightning.lora.scaling import scaled
-from lora_lightning.repair.answers import Answers, Tally
+from lora_lightning.repair.predictions import Predictions, Tally
 from lora_lightning.repair.training import Runs
 
 SEEDS = range(5, 10)
@@ -64,13 +64,13 @@ def _curve(cli: LoRALightningCLI, runs: Runs) -> Curve:
     tallies = []
     for scale in SCALES:
         with scaled(finetuning.adapted, scale):
-            tallies.append((scale, runs.answers(cli.model, cli.datamodule, "test").tally(NINE)))
+            tallies.append((scale, runs.predict(cli.model, cli.datamodule, "test").tally(NINE)))
     return tallies
 
 
-def _biased(answers: Answers) -> Curve:
+def _biased(predictions: Predictions) -> Curve:
     nine = torch.nn.functional.one_hot(torch.tensor(9), 10)
-    return [(value, answers.biased(value * nine).tally(NINE)) for value in BIASES]
+    return [(value, predictions.biased(value * nine).tally(NINE)) for value in BIASES]
 
 
 def _one_seed(seed: int) -> dict[str, Curve]:
@@ -79,7 +79,7 @@ def _one_seed(seed: int) -> dict[str, Curve]:
         runs = Runs(folder, "cpu", 50)
         base = _fit("pretrain", seed, folder)
         path = base.trainer.checkpoint_callback.best_model_path
-        curves = {_BIAS: _biased(runs.answers(base.model, base.datamodule, "test"))}
+        curves = {_BIAS: _biased(runs.predict(base.model, base.datamodule, "test"))}
         for way, words in WAYS.items():
             trained = _fit("digit9", seed, folder, "--lora.base_checkpoint", path, *words.split())
             curves[way] = _curve(trained, runs)
