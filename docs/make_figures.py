@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lora_lightning.repair.answers import Tally
 from lora_lightning.repair.baselines import Row, tradeoff_figure
+from lora_lightning.repair.predictions import Tally
 from lora_lightning.report import Confusion, Report, confusion_figures
 
 
@@ -25,8 +25,7 @@ def main(folder: Path) -> None:
     figure.savefig(Path(__file__).parent / "difference.png", dpi=80)
     content = json.loads((folder / "baselines.json").read_text())
     rows = [
-        Row(each["name"], Tally(**each["tally"]), each["parameters"], each["seconds"], each["p"])
-        for each in content["rows"]
+        Row(row["name"], Tally(**row["tally"]), row["parameters"], row["seconds"], row["p"]) for row in content["rows"]
     ]
     curves = {name: [Tally(**tally) for tally in tallies] for name, tallies in content["curves"].items()}
     tradeoff_figure(rows, curves, content["focus"]).savefig(Path(__file__).parent / "tradeoff.png", dpi=80)

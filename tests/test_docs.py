@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lora_lightning
-from lora_lightning.cli.main import LoRALightningCLI
+from lora_lightning.cli.lightning_cli import LoRALightningCLI
 from lora_lightning.cli.repair import divide, repair_parser
 from tests.conftest import ROOT
 
@@ -140,3 +141,14 @@ def test_imports_point_one_way() -> None:
                 if isinstance(node, ast.ImportFrom | ast.Import) and package == "lora":
                     names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
                     assert not [name for name in names if str(name).startswith("lightning")], path
+
+
+def test_no_module_of_repair_or_the_command_line_imports_itself_through_others() -> None:
+    """Imports inside functions count, too."""
+    graph = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if name.startswith(("lora_lightning.repair", "lora_lightning.cli")):
+            nodes = ast.walk(ast.parse(path.read_text()))
+            graph[name] = {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(graph)  # which raises CycleError

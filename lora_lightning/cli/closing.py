@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from rich.markup import escape
 
-from lora_lightning.callbacks import LoRAFinetuning
+from lora_lightning.callbacks.merging import finetuning_of
 from lora_lightning.callbacks.summary import stage_metrics
 from lora_lightning.report.terminal import show
 
@@ -40,11 +40,10 @@ def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
             lines["curves"] = f"tensorboard --logdir {shlex.quote(folder)}"
     if command == "fit":
         lines["checkpoint"] = str(getattr(trainer.checkpoint_callback, "best_model_path", ""))
-        for callback in trainer.callbacks:  # type: ignore[attr-defined] # likewise
-            if isinstance(callback, LoRAFinetuning) and callback.adapter_folder:
-                lines["adapter"] = str(callback.adapter_folder)
-                # Repeated, since a progress bar may overwrite the line of the callback.
-                lines["base"] = callback.base_in_words
+        callback = finetuning_of(trainer)
+        if callback is not None and callback.adapter_folder:
+            lines["adapter"] = str(callback.adapter_folder)
+            lines["base"] = callback.base_in_words  # repeated, since a progress bar may overwrite it
         if lines["checkpoint"]:
             lines["next"] = shlex.join(_test_of(words, lines["checkpoint"]))
     show_lines(lines)

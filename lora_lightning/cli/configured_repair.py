@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from lightning.pytorch import LightningDataModule
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lora_lightning.backbone_facts import backbone_facts, set_backbone_facts
 from lora_lightning.callbacks import LoRAFinetuning
-from lora_lightning.cli.main import LoRALightningCLI
-from lora_lightning.cli.merge import merge_checkpoint
+from lora_lightning.callbacks.merging import finetuning_of, load_merged, save_merged
+from lora_lightning.cli.lightning_cli import LoRALightningCLI
 from lora_lightning.data import MNISTDataModule
 from lora_lightning.models import Classifier
-from lora_lightning.repair.task import Way
-from lora_lightning.repair.training import Runs
+from lora_lightning.repair.task import Method, Recipe
 from lora_lightning.resume.checkpoints import ADAPTER_KEY, read_checkpoint
 
 _OF_FULL_NETWORK = 0.1
-"""Ratio of the learning rates for full fine-tuning and for adapters (https://thinkingmachines.ai/blog/lora, 'LoRA hyperparameters')."""
+"""Ratio of the learning rates for full fine-tuning and for adapters.
+
+See https://thinkingmachines.ai/blog/lora, 'LoRA hyperparameters'.
+"""
 _SHARE = 0.2
 
 
+class _FocusDataModule(LightningDataModule):
+    """Names what `Configured` needs of a data module, for the type checker. The data modules of the package have it."""
+
+    class_names: tuple[str, ...]
+    focus: list[str] | list[int] | None
+    focus_fraction: float
+
+
 class Configured:
-    """Provides the `Classifier`, the data module and the training recipe of a configuration. This is a `Task`.
+    """Describes the `Classifier`, the data module and the training of a configuration. This is a `Task`.
 
     Args:
         words: Command-line arguments: `--config`, and options of `fit` that override it.
         seed: Seed of the weights and of the order of the data.
 
     Raises:
-        ValueError: If the model is not a `Classifier`, if the data module has no `focus`, or if its validation and test samples are not
-            different.
+        ValueError: If the model is not a `Classifier`, if the data module has no `focus`, or if its validation and test
+            samples are not different.
     """
 
     noun = "class"
@@ -46,7 +58,7 @@ class Configured:
         model, data = cli.model, cli.datamodule
         if not isinstance(model, Classifier):
             raise ValueError(f"The model is a {type(model).__name__}; repair needs a lora_lightning.Classifier.")
-        if data is None or not {"focus", "focus_fraction"} <= vars(data).keys():
+        if not _mixes_focus(data):
             named = "no data module" if data is None else type(data).__name__
             raise ValueError(
                 f"The configuration has {named}; repair needs one that mixes classes in focus into batches: "
@@ -56,22 +68,24 @@ class Configured:
         _check_splits(data)
         self.names: tuple[str, ...] = tuple(data.class_names)
         self.description = shlex.join(words)
-        self.recipe = "trained by fit with this configuration, with merged adapters"
         batches, most, limit = len(data.train_dataloader()), cli.trainer.max_epochs, cli.trainer.max_steps
         lengths = [length for length in ((most or -1) * batches, limit) if length > 0]
         self.steps = min(lengths, default=batches)
         self.log_every_n_steps = 10 if batches >= 100 else 1
-        self._callback = _finetuning(cli)
+        self._callback = finetuning_of(cli.trainer)
 
-    def model(self, way: Way = "adapters") -> Classifier:
-        """Return the configured model. Full fine-tuning uses a tenth of the configured learning rate, which is meant for adapters."""
+    def model(self, method: Method = "adapters") -> Classifier:
+        """Return the configured model.
+
+        Full fine-tuning uses a tenth of the configured learning rate, which is meant for adapters.
+        """
         model: Classifier = self._read().model
         if (facts := backbone_facts(model.backbone)) is not None:
             set_backbone_facts(model.backbone, replace(facts, new_head=()))  # it is trained as part of the base
-        if way == "full network":
+        if method == "full network":
             configured = model.optimizer
 
-            def slower(parameters: Any) -> Optimizer:
+            def slower(parameters: Iterable[Parameter]) -> Optimizer:
                 optimizer = configured(parameters)
                 for group in optimizer.param_groups:
                     group["lr"] *= _OF_FULL_NETWORK
@@ -88,32 +102,31 @@ class Configured:
     def mixed(self, focus: tuple[int, ...] | None, share: float) -> LightningDataModule:
         """Return the configured data with these classes in focus."""
         cli = self._read()
-        data: Any = cli.datamodule
-        names = None if focus is None else [self.names[index] for index in focus]
-        digits = isinstance(data, MNISTDataModule) and names is not None
-        data.focus, data.focus_fraction = [int(name) for name in names or []] if digits else names, share
+        data: _FocusDataModule = cli.datamodule
+        data.focus_fraction = share
+        if focus is None:
+            data.focus = None
+        elif isinstance(data, MNISTDataModule):
+            data.focus = list(focus)
+        else:
+            data.focus = [self.names[index] for index in focus]
         _set_up(cli)
-        return data  # type: ignore[no-any-return]
+        return data
 
     def adapters(self, rank: int, base: Path) -> LoRAFinetuning:
-        """Return the configured callback, or a new one, with this rank and this base. The scale of the adapters is kept."""
+        """Return the configured callback, or a new one, with this rank and this base, and the same scale."""
         if self._callback is None:
             return LoRAFinetuning(rank=rank, base_checkpoint=base)
         config = self._callback.config
         alpha = None if config.alpha is None else config.alpha / config.rank * rank
-        settings = vars(replace(config, rank=rank, alpha=alpha, modules_to_save=[]))
-        return LoRAFinetuning(base_checkpoint=base, **settings)
+        return LoRAFinetuning(
+            base_checkpoint=base, **asdict(replace(config, rank=rank, alpha=alpha, modules_to_save=[]))
+        )
 
-    def train_base(self, runs: Runs) -> Path:
-        """Run the configured `fit`, and merge adapters into the best checkpoint."""
-        cli = self._read()
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-        best = getattr(cli.trainer.checkpoint_callback, "best_model_path", "")
-        if not best:
-            raise ValueError(
-                "The configured fit has not written a checkpoint. Do not disable trainer.enable_checkpointing."
-            )
-        return self.plain_base(Path(best), runs.folder / "base")
+    def recipe(self) -> Recipe:
+        """Return the configured `fit`."""
+        cli, description = self._read(), "trained by fit with this configuration, with merged adapters"
+        return Recipe(description, cli.model, cli.datamodule, trainer=cli.trainer)
 
     def plain_base(self, checkpoint: Path, folder: Path) -> Path:
         """Return the checkpoint. If it contains adapters, return one in `folder` with merged adapters."""
@@ -121,10 +134,16 @@ class Configured:
             return checkpoint
         folder.mkdir(parents=True, exist_ok=True)
         cli = self._read()
-        return merge_checkpoint(cli.trainer, cli.model, cli.datamodule, str(checkpoint), folder / "base.ckpt")
+        load_merged(cli.trainer, cli.model, checkpoint)
+        save_merged(cli.trainer, folder / "base.ckpt")
+        return folder / "base.ckpt"
 
     def _read(self) -> LoRALightningCLI:
         return LoRALightningCLI([*self.options, "--seed_everything", str(self._seed)], run=False)
+
+
+def _mixes_focus(data: LightningDataModule | None) -> TypeGuard[_FocusDataModule]:
+    return hasattr(data, "focus") and hasattr(data, "focus_fraction")
 
 
 def _set_up(cli: LoRALightningCLI) -> None:
@@ -135,7 +154,7 @@ def _set_up(cli: LoRALightningCLI) -> None:
     cli.datamodule.setup("fit")
 
 
-def _check_splits(data: Any) -> None:
+def _check_splits(data: LightningDataModule) -> None:
     validation = data.val_dataloader()
     if not validation:
         raise ValueError(
@@ -144,11 +163,6 @@ def _check_splits(data: Any) -> None:
     first, second = validation.dataset, data.test_dataloader().dataset
     if first is second or getattr(first, "files", None) == getattr(second, "files", ()):
         raise ValueError(
-            "The test samples are the validation samples, and a repair that was selected on them cannot be judged on them: set "
-            "data.test to a file, or for images add a folder test or set --data.test_fraction 0.2."
+            "The test samples are the validation samples, and a repair that was selected on them cannot be judged on "
+            "them: set data.test to a file, or for images add a folder test or set --data.test_fraction 0.2."
         )
-
-
-def _finetuning(cli: LoRALightningCLI) -> LoRAFinetuning | None:
-    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined] # Trainer sets it from elsewhere
-    return next((each for each in callbacks if isinstance(each, LoRAFinetuning)), None)

@@ -23,8 +23,8 @@ _UNION = "Does not validate against any of the Union subtypes"
 def explain(error: BaseException, words: Sequence[str] = ()) -> str:
     """Return the message of the relevant error on one line.
 
-    jsonargparse wraps an error once per level of the configuration, and each level repeats the others and the whole configuration. The
-    first inner error that says more than "none of these types" is the relevant one.
+    jsonargparse wraps an error once per level of the configuration, and each level repeats the others and the whole
+    configuration. The first inner error that says more than "none of these types" is the relevant one.
 
     Args:
         error: The error of a command.
@@ -52,13 +52,15 @@ def _with_settings(text: str) -> str:
     if match := re.search(r"`(\w+)Accelerator` can not run on your system.*: (\[.*\])", text):
         kind = match[1].lower()
         return (
-            f"trainer.accelerator={kind}: PyTorch finds no such device here. Omit the option to use the available devices, or set "
-            f"--trainer.accelerator cpu (available: {match[2]})."
+            f"trainer.accelerator={kind}: PyTorch finds no such device here. Omit the option to use the available "
+            f"devices, or set --trainer.accelerator cpu (available: {match[2]})."
         )
     if match := re.match(r"(logs/(\w+)) (does not exist|contains no checkpoint)", text):
         config = Path("configs") / f"{match[2]}.yaml"
         if config.is_file():
-            text += f" `lora-lightning fit --config {config}` creates it; base_checkpoint and --ckpt_path select another one."
+            text += (
+                f" `lora-lightning fit --config {config}` creates it; base_checkpoint and --ckpt_path select another."
+            )
     if (match := re.search(r"File does not exist: '([^']+)'", text)) and (hint := how_to_get(match[1])):
         text += f". {hint}"
     return text

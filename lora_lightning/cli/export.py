@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lora_lightning.cli.merge import finetuning_of, load_merged
+from lora_lightning.callbacks.merging import finetuning_of, load_merged
 from lora_lightning.cli.onnx_file import example_input, require_onnx, write_onnx
 from lora_lightning.report import free_path, refuse_to_overwrite
 from lora_lightning.resume.checkpoints import load_base
@@ -42,7 +42,7 @@ def export(
     refuse_to_overwrite(output)
     require_onnx()
     if callback is not None:
-        load_merged(trainer, model, callback, ckpt_path)
+        load_merged(trainer, model, ckpt_path)
     else:
         load_base(model, Path(str(ckpt_path)))
     write_onnx(model, example_input(trainer, model, datamodule), output, datamodule)

@@ -21,10 +21,14 @@ _OWN = {
 
 
 def add_lora_options(parser: LightningArgumentParser) -> None:
-    """Add an option for each argument of `LoRAFinetuning`. Options that are not given do not change the configuration."""
+    """Add options for the arguments of `LoRAFinetuning`.
+
+    Options that are not given do not change the configuration.
+    """
     group = parser.add_argument_group("LoRA: settings of the callback LoRAFinetuning, which is added if necessary")
     described = {
-        each.arg_name: each.description for each in [*parse(LoRAConfig.__doc__ or "").params, *_own_parameters()]
+        parameter.arg_name: parameter.description
+        for parameter in [*parse(LoRAConfig.__doc__ or "").params, *parse(LoRAFinetuning.__doc__ or "").params]
     }
     types = get_type_hints(LoRAConfig)
     for name in LoRAConfig.__dataclass_fields__:
@@ -32,10 +36,6 @@ def add_lora_options(parser: LightningArgumentParser) -> None:
     for name, kind in _OWN.items():
         group.add_argument(f"--lora.{name}", type=kind, default=None, help=_help(described[name]))
     group.add_argument("--lora.lr_ratio", type=float | None, default=None, help="See --model.lr_ratio.")
-
-
-def _own_parameters() -> list[Any]:
-    return parse(LoRAFinetuning.__doc__ or "").params
 
 
 def _help(description: str | None) -> str:
@@ -47,24 +47,29 @@ def apply_lora_options(settings: Namespace) -> None:
 
     The configuration in the folder of the run then refers to the same files later.
     """
-    options: Any = settings.pop("lora", Namespace())  # type: ignore[no-untyped-call]
-    given = {name: value for name, value in vars(options).items() if value is not None}
+    options: Namespace = settings.pop("lora", Namespace())  # type: ignore[no-untyped-call]
+    given = {name: value for name, value in options.as_dict().items() if value is not None}
     if "lr_ratio" in given:
         raise ValueError(LR_RATIO_IS_OF_THE_OPTIMIZER)
-    listed = settings.trainer.callbacks or []
-    callbacks = list(listed) if isinstance(listed, list) else [listed]
-    ours = [each for each in callbacks if is_lora_finetuning(each)]
+    callbacks = configured_callbacks(settings.trainer)
+    ours = [callback for callback in callbacks if is_lora_finetuning(callback)]
     if given and not ours:
         ours = [Namespace(class_path="lora_lightning.LoRAFinetuning", init_args=Namespace())]  # type: ignore[no-untyped-call]
         settings.trainer.callbacks = [*callbacks, *ours]
-    for each in ours:
-        arguments = each.get("init_args") or Namespace()  # type: ignore[no-untyped-call]
-        each.init_args = arguments
+    for callback in ours:
+        arguments = callback.get("init_args") or Namespace()  # type: ignore[no-untyped-call]
+        callback.init_args = arguments
         for name, value in given.items():
             arguments[name] = value
         for name, newest in (("base_checkpoint", newest_checkpoint), ("adapter", newest_adapter)):
             if (path := arguments.get(name)) is not None and Path(path).is_dir():
                 arguments[name] = str(newest(path))
+
+
+def configured_callbacks(trainer: Namespace) -> list[Any]:
+    """Return the callbacks of a configured trainer, which may be one, several or none."""
+    listed = trainer.callbacks or []
+    return list(listed) if isinstance(listed, list) else [listed]
 
 
 def is_lora_finetuning(callback: Any) -> bool:

@@ -41,10 +41,10 @@ def require_onnx() -> None:
 def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: LightningDataModule | None) -> None:
     """Write the forward pass of the model to an ONNX file for batches of any size, and run the file once to compare.
 
-    A tensor becomes the input `input`, and a mapping, as from `TextDataModule`, one input for each key, with texts of any length. If
-    `forward` has parameters with the names of the keys, they are passed as keyword arguments. The output `logits` is the first tensor that
-    `forward` returns, or the one with this name. The metadata of the file contain `class_names` as a JSON list and a description of the
-    `preprocessing`, if `datamodule` provides them.
+    A tensor becomes the input `input`, and a mapping, as from `TextDataModule`, one input per key, with texts of any
+    length. If `forward` has parameters with the names of the keys, they are passed as keyword arguments. The output
+    `logits` is the first tensor that `forward` returns, or the one with this name. The metadata of the file contain
+    `class_names` as a JSON list and a description of the `preprocessing`, if `datamodule` provides them.
 
     Args:
         model: The model. It is in evaluation mode afterwards.
@@ -56,7 +56,7 @@ def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: 
         ValueError: If `forward` fails or returns no tensor, or if the outputs differ. No file is then written.
         FileExistsError: If a file already exists.
     """
-    import onnxruntime
+    import onnxruntime  # it is optional
 
     named = {"input": example} if isinstance(example, Tensor) else dict(example)
     keywords = isinstance(example, Mapping) and not signature(model.forward).parameters.keys().isdisjoint(example)
@@ -67,12 +67,13 @@ def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: 
             expected = wrapped(example)
         except Exception as error:
             raise ValueError(
-                f"forward of {type(model).__name__} fails for the input {described(example)}: {type(error).__name__}: {error}. Set "
-                "example_input_array of the model to an input of forward."
+                f"forward of {type(model).__name__} fails for the input {described(example)}: {type(error).__name__}: "
+                f"{error}. Set example_input_array of the model to an input of forward."
             ) from error
         if expected is None:
             raise ValueError(
-                f"forward of {type(model).__name__} returned no tensor; expected logits: a tensor, or a mapping or sequence with one."
+                f"forward of {type(model).__name__} returned no tensor; expected logits: a tensor, or a mapping or "
+                "sequence with one."
             )
         program = torch.onnx.export(
             wrapped,
@@ -90,7 +91,7 @@ def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: 
         written = Path(folder) / path.name
         program.save(written)
         session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
-        [found] = session.run(None, {each.name: named[each.name].numpy() for each in session.get_inputs()})
+        [found] = session.run(None, {entry.name: named[entry.name].numpy() for entry in session.get_inputs()})
         difference = float((torch.from_numpy(found) - expected).abs().max())
         if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
             raise ValueError(f"{path} is not written: its output differs from the model's by {difference:g}.")
@@ -102,7 +103,7 @@ def write_onnx(model: LightningModule, example: Inputs, path: Path, datamodule: 
 
 
 class _Logits(nn.Module):
-    """Returns the logits of a model for a tensor, or for a mapping of tensors, which are passed as keyword arguments if `by_keyword`."""
+    """Returns the logits of a model for a tensor, or for a mapping of tensors, which may be keyword arguments."""
 
     def __init__(self, model: nn.Module, by_keyword: bool) -> None:
         super().__init__()
@@ -138,7 +139,7 @@ def example_input(trainer: Trainer, model: LightningModule, datamodule: Lightnin
 
 
 def _dynamic(example: Inputs) -> Any:
-    """Return the dimensions of any size: the batch, and where the model allows it, the second one of the tensors in a mapping."""
+    """Return the dimensions of any size: the batch, and for a mapping the second one where the model allows it."""
     if isinstance(example, Tensor):
         return {0: "batch"}
     return {key: {0: "batch"} | ({1: Dim.AUTO} if value.dim() > 1 else {}) for key, value in example.items()}

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 
 from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.cli.closing import show_lines
+from lora_lightning.cli.configured_repair import Configured
 from lora_lightning.cli.init import shipped
 from lora_lightning.data.focus import check_share
 from lora_lightning.data.mnist_files import Source
@@ -24,22 +25,22 @@ from lora_lightning.repair.digits import EXAMPLE, Digits
 from lora_lightning.repair.process import Repair, Settings, say
 from lora_lightning.repair.task import Task
 from lora_lightning.repair.training import Runs
-from lora_lightning.repair.verdict import Verdict
-from lora_lightning.resume.checkpoints import newest_adapter, newest_checkpoint
+from lora_lightning.repair.verdict import KEPT, REPAIRED, TRADED, Verdict
+from lora_lightning.resume.checkpoints import newest_checkpoint
 
 _BROKEN = 1
 _FOUND = ("worst", "worst-pair")
 _OF_CONFIG = {"config", "data", "model", "trainer", "lora"}
 _CONFIG_HELP = (
-    "YAML of a lora_lightning.Classifier and its data module, as fit takes it; with --data.x, --model.x, --trainer.x and --lora.x, "
-    "which change it. Without it, an MLP on MNIST."
+    "YAML of a lora_lightning.Classifier and its data module, as fit takes it; with --data.x, --model.x, --trainer.x "
+    "and --lora.x, which change it. Without it, an MLP on MNIST."
 )
 
 
 def repair_command(words: list[str]) -> int:
     """Run `repair` with its arguments and return the exit code."""
     of_config, own = divide(words)
-    given = vars(repair_parser().parse_args(own))
+    given = repair_parser().parse_args(own).as_dict()
     given.pop("config")  # which is only for the help
     return repair(**given, of_config=of_config)
 
@@ -68,7 +69,6 @@ def divide(words: list[str]) -> tuple[list[str], list[str]]:
 
 def repair(
     base_checkpoint: str | os.PathLike[str] | None = None,
-    adapter: str | os.PathLike[str] | None = None,
     focus: int | str = "worst",
     source: Source = "auto",
     data_dir: str | os.PathLike[str] = "data",
@@ -84,29 +84,27 @@ def repair(
 ) -> int:
     """Find the class with the lowest recall, repair it with LoRA, and report whether this succeeded.
 
-    Without a configuration, this pretrains an MLP on MNIST. The class, the rank, the share and the scale of the adapters (W + λ ΔW with λ
-    from 0 to 1) are selected on validation data: the fewest errors on the class with no more errors on the others, and where the false
-    positives do not rise by more than the errors on the class fall. The test data are only used for the verdict: "repaired", "traded"
-    if other errors increased, or "no repair found".
+    Without a configuration, this pretrains an MLP on MNIST. The class, rank, share and scale of the adapters
+    (W + λ ΔW with λ from 0 to 1) are selected on validation data: the fewest errors on the class with no more errors on
+    the others, and where the false positives do not rise by more than the errors on the class fall. The test data are
+    only used for the verdict: "repaired", "traded" if other errors increased, or "no repair found".
 
     Args:
-        base_checkpoint: A trained model of configs/pretrain.yaml or configs/notebook/pretrain.yaml, or of the configuration: a
-            file, or a log folder, whose newest checkpoint is used. Its adapters are merged first. Without it, a model is trained as in
-            configs/pretrain.yaml, or as configured.
-        adapter: Folder of adapters for that base, or a log folder, whose newest adapter is used. Nothing is trained, and only their
-            scale is selected.
-        focus: The class to repair, or several as "4,9". "worst" selects the class with the lowest recall on validation data, and
-            "worst-pair" the two classes that are confused most often.
-        source: "full" for the full MNIST, "sample" for the embedded sample, or "auto" for the full one if it is on disk or can be
-            downloaded.
+        base_checkpoint: A trained model of configs/pretrain.yaml or configs/notebook/pretrain.yaml, or of the
+            configuration: a file, or a log folder, whose newest checkpoint is used. Its adapters are merged first.
+            Without it, a model is trained as in configs/pretrain.yaml, or as configured.
+        focus: The class to repair, or several as "4,9". "worst" selects the class with the lowest recall on validation
+            data, and "worst-pair" the two classes that are confused most often.
+        source: "full" for the full MNIST, "sample" for the embedded sample, or "auto" for the full one if it is on disk
+            or can be downloaded.
         data_dir: Folder of the full MNIST.
         rank: Rank of the adapters, or several ranks to select from.
-        share: Share of the focus in a batch, or several shares to select from. By default 15 %, or 20 % on the sample and with a
-            configuration. All other classes fill the rest.
-        steps: Training steps of the adapters. By default 1,500 steps of 100 digits, 500 steps on the sample, or those of the
-            configured fit.
-        baselines: Also train the full network, the last layer, adapters without focus, and adapters for a random class, select logit
-            biases, and show all of them in a table and a figure.
+        share: Share of the focus in a batch, or several shares to select from. By default 15 %, or 20 % on the sample
+            and with a configuration. All other classes fill the rest.
+        steps: Training steps of the adapters. By default 1,500 steps of 100 digits, 500 on the sample, or those of
+            the configured fit.
+        baselines: Also train the full network, the last layer and adapters without focus, select logit biases, and show
+            all of them in a table and a figure.
         seeds: Number of seeds, each with its own base unless there is a base_checkpoint.
         seed: The first seed, for the weights and the order of the data.
         log_dir: Folder of the logs, which are written to <log_dir>/repair/version_N.
@@ -114,8 +112,9 @@ def repair(
         of_config: Arguments for a configuration: `--config` and options of `fit`.
 
     Returns:
-        The exit code: 0 if the errors on the class fell and others did not rise, 3 if others rose, 4 if no repair was found, and 1 if
-        the base changed or disabling the adapters does not restore it. For several seeds, the highest exit code.
+        The exit code: 0 if the errors on the class fell and others did not rise, 3 if others rose, 4 if no repair was
+        found, and 1 if the base changed or disabling the adapters does not restore it. For several seeds, the highest
+        exit code.
     """
     ranks = rank if isinstance(rank, list) else [rank]
     shares = share if isinstance(share, list) else [] if share is None else [share]
@@ -125,34 +124,33 @@ def repair(
         raise ValueError(f"steps={steps}: expected at least 1.")
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: expected at least 1.")
-    for each_rank in ranks:  # invalid values are refused before the training
-        LoRAFinetuning(rank=each_rank)
-    for each_share in shares:
-        check_share(each_share)
+    for asked_rank in ranks:  # invalid values are refused before the training
+        LoRAFinetuning(rank=asked_rank)
+    for asked_share in shares:
+        check_share(asked_share)
     if of_config and not any(word.startswith("--config") for word in of_config):
         raise ValueError(f"{of_config[0]} changes a configuration, but there is none: add --config.")
     if of_config and (source != "auto" or str(data_dir) != "data"):
         raise ValueError(
-            f"source={source!r}, data_dir={str(data_dir)!r}: the configuration defines the data; change it with --data.x."
+            f"source={source!r}, data_dir={str(data_dir)!r}: the configuration defines the data; change it with "
+            "--data.x."
         )
     if not of_config and focus not in _FOUND:
         named_classes(focus, Digits.names)
-    if adapter is not None and (baselines or base_checkpoint is None):
-        raise ValueError(
-            f"adapter={str(adapter)!r} needs base_checkpoint, the plain model that it was trained on, and cannot be combined "
-            "with baselines, since nothing is trained."
-        )
-    adapter_path = None if adapter is None else newest_adapter(adapter)
     base_path = None if base_checkpoint is None else newest_checkpoint(base_checkpoint)
     verdicts, codes = [], []
     with _quiet_lightning():
         for number in range(seed, seed + seeds):
             if seeds > 1:
                 say(f"[bold]Seed {number}[/]")
-            task = _configured(of_config, number, accelerator) if of_config else Digits(Path(data_dir), source)
+            task: Task = (
+                Configured([*of_config, "--trainer.accelerator", accelerator], number)
+                if of_config
+                else Digits(Path(data_dir), source)
+            )
             if focus not in _FOUND:
                 named_classes(focus, task.names)
-            settings = Settings(base_path, adapter_path, focus, ranks, shares, steps, number)
+            settings = Settings(base_path, focus, ranks, shares, steps, number)
             one = Repair(settings, task, Runs(Path(log_dir), accelerator, task.log_every_n_steps))
             outcome = one.run()
             if baselines:
@@ -165,12 +163,6 @@ def repair(
     return max(codes)
 
 
-def _configured(words: Sequence[str], seed: int, accelerator: str) -> Task:
-    from lora_lightning.cli.configured_repair import Configured
-
-    return Configured([*words, "--trainer.accelerator", accelerator], seed)
-
-
 def _closing(one: Repair) -> dict[str, str]:
     """Return the location of the results, and the command that repeats the test."""
     folder = one.runs.folder
@@ -179,7 +171,6 @@ def _closing(one: Repair) -> dict[str, str]:
         ("report", "adapted/report.html"),
         ("adapter", "adapter"),
         ("figure", "tradeoff.png"),
-        ("scales", "scales.png"),
     ):
         if (folder / path).exists():
             lines[name] = str(folder / path)
@@ -204,20 +195,21 @@ def _closing(one: Repair) -> dict[str, str]:
 
 def _summarize(verdicts: list[Verdict], noun: str) -> None:
     """Print the median and range over several seeds."""
-    pairs = [(each.base, each.repaired or each.base) for each in verdicts]
+    pairs = [(verdict.base, verdict.repaired or verdict.base) for verdict in verdicts]
     cut = [1 - after.focus_errors / max(before.focus_errors, 1) for before, after in pairs]
     others = [1 - after.other_errors / max(before.other_errors, 1) for before, after in pairs]
-    codes = [each.exit_code for each in verdicts]
+    codes = [verdict.exit_code for verdict in verdicts]
     say(
-        f"[bold]{len(verdicts)} seeds[/]: errors on the {noun} cut by {median(cut):.0%} in the median ({min(cut):.0%} to {max(cut):.0%}), other "
-        f"errors by {median(others):.0%} ({min(others):.0%} to {max(others):.0%}); {codes.count(0)} repaired, {codes.count(3)} traded, "
-        f"{codes.count(4)} without a repair."
+        f"[bold]{len(verdicts)} seeds[/]: errors on the {noun} cut by {median(cut):.0%} in the median "
+        f"({min(cut):.0%} to {max(cut):.0%}), other errors by {median(others):.0%} "
+        f"({min(others):.0%} to {max(others):.0%}); {codes.count(REPAIRED)} repaired, {codes.count(TRADED)} traded, "
+        f"{codes.count(KEPT)} without a repair."
     )
 
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Suppress log messages of Lightning about hardware and files, and of transformers about new heads, which a base replaces."""
+    """Suppress messages of Lightning about hardware and files, and of transformers about new heads."""
     names = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "transformers")
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]

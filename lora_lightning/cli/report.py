@@ -44,7 +44,7 @@ def report(words: list[str]) -> int:
 
 
 def newest_run(folder: Path) -> Path:
-    """Return the folder if it contains a report, else the folder of the newest report below, or else of the newest metrics.
+    """Return the folder if it contains a report, else that of the newest report below, or else of the newest metrics.
 
     Raises:
         FileNotFoundError: If there is no run.
@@ -58,5 +58,6 @@ def newest_run(folder: Path) -> Path:
         if found:
             return found[-1].parent
     raise FileNotFoundError(
-        f"{folder} contains no run: expected confusion.json, which ConfusionReport writes in test, or metrics.csv of a fit."
+        f"{folder} contains no run: expected confusion.json, which ConfusionReport writes in test, or metrics.csv of a "
+        "fit."
     )

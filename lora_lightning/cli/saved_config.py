@@ -18,7 +18,8 @@ _OF_ONE_COMMAND = ("return_predictions",)
 class SaveSharedConfig(SaveConfigCallback):
     """Saves the configuration of the run without settings of single commands.
 
-    If the file exists, for example in the working directory for a second run without a logger, it is named `config-v1.yaml`.
+    If the file exists, for example in the working directory for a second run without a logger, it is named
+    `config-v1.yaml`.
 
     Args:
         parser: See `SaveConfigCallback`.

@@ -29,7 +29,8 @@ def main(args: list[str] | None = None) -> int:
         args: The arguments after `lora-lightning`. By default those of this process.
 
     Returns:
-        The exit code: 1 if interrupted before the command starts, 2 for an unknown command, else that of `lora_lightning.cli.main.main`.
+        The exit code: 1 if interrupted before the command starts, 2 for an unknown command, else that of
+        `lora_lightning.cli.main.main`.
     """
     words = sys.argv[1:] if args is None else args
     if args is None and not sys.flags.safe_path:
@@ -49,11 +50,11 @@ def main(args: list[str] | None = None) -> int:
         print(f"lora-lightning: error: there is no command {first!r}. {hint}", file=sys.stderr)
         return 2
     if first == "init":
-        from lora_lightning.cli.init import init
+        from lora_lightning.cli.init import init  # only this command needs it
 
         return init(words[1:])
     try:
-        from lora_lightning.cli.main import main as run
+        from lora_lightning.cli.main import main as run  # it imports PyTorch, which takes seconds
     except KeyboardInterrupt:
         print("lora-lightning: interrupted before it started.", file=sys.stderr)
         return 1

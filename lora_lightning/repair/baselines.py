@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE
 from rich.table import Table
 
-from lora_lightning.repair.answers import Answers, Tally, mcnemar
+from lora_lightning.repair.predictions import Predictions, Tally, mcnemar
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import
     from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ class Row:
 
     @classmethod
     def of(
-        cls, name: str, base: Answers, after: Answers, focus: tuple[int, ...], parameters: int, seconds: float
+        cls, name: str, base: Predictions, after: Predictions, focus: tuple[int, ...], parameters: int, seconds: float
     ) -> Row:
         """Compare the predictions on test data with those of the base."""
         return cls(name, after.tally(focus), parameters, seconds, mcnemar(base, after))
@@ -73,7 +73,7 @@ def write_comparison(rows: list[Row], curves: Mapping[str, list[Tally]], focus: 
     content = {
         "focus": focus,
         "rows": plain,
-        "curves": {name: [asdict(tally) for tally in each] for name, each in curves.items()},
+        "curves": {name: [asdict(tally) for tally in tallies] for name, tallies in curves.items()},
     }
     (folder / "baselines.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     with (folder / "baselines.csv").open("w", newline="", encoding="utf-8") as file:
@@ -90,14 +90,13 @@ def write_comparison(rows: list[Row], curves: Mapping[str, list[Tally]], focus: 
 
 def tradeoff_figure(rows: list[Row], curves: Mapping[str, list[Tally]], focus: str) -> Figure:
     """Return a plot of the errors on the focus and all other errors, where left and below the base is better."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # it takes half a second, and only --baselines needs it
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     for name, tallies in curves.items():
-        axis.plot(
-            [each.other_errors for each in tallies], [each.focus_errors for each in tallies], "-", alpha=0.6, label=name
-        )
+        others = [tally.other_errors for tally in tallies]
+        axis.plot(others, [tally.focus_errors for tally in tallies], "-", alpha=0.6, label=name)
     for place, row in enumerate(rows):
         marker = "o" if place else "*"
         axis.plot(row.tally.other_errors, row.tally.focus_errors, marker, markersize=8 if place else 14, label=row.name)

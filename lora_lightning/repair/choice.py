@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lora_lightning.repair.answers import Answers, Tally
+from lora_lightning.repair.predictions import Predictions, Tally
 from lora_lightning.report import Confusion
 
 LAMBDAS = tuple(step / 10 for step in range(1, 11))
@@ -19,12 +19,31 @@ _BIASES = tuple(step / 10 for step in range(1, 61))
 Key = TypeVar("Key")
 
 
+@dataclass(frozen=True)
+class Setting:
+    """Describes a candidate: adapters with a rank, a share of the focus in training, and a scale.
+
+    Args:
+        rank: Rank of the adapters.
+        share: Share of the focus.
+        scale: Scale λ.
+    """
+
+    rank: int
+    share: float
+    scale: float
+
+    def in_words(self) -> str:
+        """Return the rank, the share and the scale: `rank 8, share 15%, scale 1`."""
+        return f"rank {self.rank}, share {self.share:.0%}, scale {self.scale:g}"
+
+
 def choose(base: Tally, candidates: Mapping[Key, Tally]) -> Key | None:
     """Return the candidate to keep, or `None` for the base.
 
-    A candidate qualifies if it has fewer errors on the classes in focus than the base, no more errors on all others, and if its false
-    positives do not rise by more than the errors on the focus fall. Among these, the one with the fewest errors on the focus is
-    selected. Ties are resolved by the fewest errors in total, then by the order.
+    A candidate qualifies if it has fewer errors on the classes in focus than the base, no more errors on all others,
+    and if its false positives do not rise by more than the errors on the focus fall. Among these, the one with the
+    fewest errors on the focus is selected. Ties are resolved by the fewest errors in total, then by the order.
 
     Args:
         base: Errors of the base on validation data.
@@ -44,8 +63,8 @@ def classes_in_focus(focus: int | str, validated: Confusion) -> tuple[tuple[int,
     """Return the classes for `focus`, and the reason.
 
     Args:
-        focus: A class, several classes (`"4,9"`), `"worst"` for the class with the lowest recall, or `"worst-pair"` for the two classes
-            that are confused most often.
+        focus: A class, several classes (`"4,9"`), `"worst"` for the class with the lowest recall, or `"worst-pair"` for
+            the two classes that are confused most often.
         validated: Confusion matrix of the base on validation data.
 
     Raises:
@@ -77,40 +96,29 @@ def named_classes(focus: int | str, names: tuple[str, ...]) -> tuple[int, ...]:
     return chosen
 
 
-def one_bias(validated: Answers, focus: tuple[int, ...]) -> Tensor:
-    """Return a bias for the logits of the classes in focus, selected by `choose`, or zero if none is better than the base."""
-    biases = {value: _one(value, focus, validated.logits.shape[1]) for value in _BIASES}
+def one_bias(validated: Predictions, focus: tuple[int, ...]) -> Tensor:
+    """Return a bias for the logits of the focus, selected by `choose`, or zero if none is better than the base."""
+    classes = validated.logits.shape[1]
+    biases = {value: _bias(value, focus, classes) for value in _BIASES}
     tallies = {value: validated.biased(bias).tally(focus) for value, bias in biases.items()}
     best = choose(validated.tally(focus), tallies)
-    return _one(0.0 if best is None else best, focus, validated.logits.shape[1])
+    return _bias(0.0 if best is None else best, focus, classes)
 
 
-def matched_bias(validated: Answers, focus: tuple[int, ...], focus_errors: int) -> Tensor:
-    """Return the smallest bias for the logits of the focus with at most this many errors on the focus, regardless of other errors."""
+def matched_bias(validated: Predictions, focus: tuple[int, ...], focus_errors: int) -> Tensor:
+    """Return the smallest bias for the logits of the focus with at most this many errors on the focus.
+
+    Other errors are ignored.
+    """
     classes = validated.logits.shape[1]
     for value in (0.0, *_BIASES):
-        bias = _one(value, focus, classes)
+        bias = _bias(value, focus, classes)
         if validated.biased(bias).tally(focus).focus_errors <= focus_errors:
             return bias
     return bias
 
 
-def bias_vector(validated: Answers) -> Tensor:
-    """Return a bias for every logit that minimizes the cross-entropy on validation data."""
-    bias = torch.zeros(validated.logits.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([bias], max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(validated.logits + bias, validated.targets)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return bias.detach()
-
-
-def _one(value: float, focus: tuple[int, ...], classes: int) -> Tensor:
+def _bias(value: float, focus: tuple[int, ...], classes: int) -> Tensor:
     bias = torch.zeros(classes)
     bias[list(focus)] = value
     return bias

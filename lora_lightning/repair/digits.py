@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.data import MNISTDataModule
 from lora_lightning.data.mnist_files import Source
 from lora_lightning.models import Classifier, OneCycle, RichBoyNet
-from lora_lightning.repair.task import Way
-from lora_lightning.repair.training import Runs
+from lora_lightning.repair.task import Method, Recipe
 
 EXAMPLE = "configs/adapt.yaml"
 """The configuration with the same model and data."""
-_PEAK_RATES: dict[Way, float] = {"adapters": 3e-3, "full network": 1e-3, "last layer": 3e-3}
+_PEAK_RATES: dict[Method, float] = {"adapters": 3e-3, "full network": 1e-3, "last layer": 3e-3}
 _PRETRAINING_RATE = 3e-3
 _PRETRAIN_BATCH_SIZE = 128
 _ADAPT_BATCH_SIZE = 100
@@ -30,7 +27,9 @@ _VAL_FRACTIONS: dict[Source, float] = {"full": 0.1, "sample": 0.2}
 
 
 class Digits:
-    """Provides the over-sized MLP, MNIST or the embedded sample, and the recipe of `configs/pretrain.yaml`. This is a `Task`.
+    """Describes the over-sized MLP, MNIST or the embedded sample, and the recipe of `configs/pretrain.yaml`.
+
+    This is a `Task`.
 
     Args:
         data_dir: Folder of the full MNIST.
@@ -46,25 +45,30 @@ class Digits:
         found.prepare_data()
         found.setup("fit")
         self.data_dir, self.source, self.description = data_dir, found.source, found.description()
-        self.epochs = _EPOCHS[self.source]
-        how_long = "one epoch" if self.epochs == 1 else f"{self.epochs} epochs"
-        self.recipe = f"training the over-sized MLP on all ten digits for {how_long}"
         self.steps, self.share = _STEPS[self.source], _SHARES[self.source]
         places = {"--data.source": self.source, "--data.data_dir": str(data_dir)}
         self.options = ["--config", EXAMPLE, *(word for pair in places.items() for word in pair)]
 
-    def model(self, way: Way = "adapters") -> Classifier:
-        """Return an untrained MLP with Adam and the learning rate for this kind of training."""
-        return Classifier(RichBoyNet(), partial(torch.optim.Adam, lr=_PEAK_RATES[way], fused=True), OneCycle)
+    def model(self, method: Method = "adapters") -> Classifier:
+        """Return an untrained MLP with Adam and the learning rate for this method."""
+        return self._model(_PEAK_RATES[method])
 
     def evaluated(self) -> MNISTDataModule:
         """Return all digits in batches of 128."""
-        return self._digits(batch_size=_PRETRAIN_BATCH_SIZE)
+        fraction = _VAL_FRACTIONS[self.source]
+        return MNISTDataModule(self.data_dir, self.source, val_fraction=fraction, batch_size=_PRETRAIN_BATCH_SIZE)
 
     def mixed(self, focus: tuple[int, ...] | None, share: float) -> MNISTDataModule:
         """Return the data with augmented batches of 100 in which these digits have this share."""
-        digits = None if focus is None else list(focus)
-        data = self._digits(focus=digits, focus_fraction=share, augment=True, batch_size=_ADAPT_BATCH_SIZE)
+        data = MNISTDataModule(
+            self.data_dir,
+            self.source,
+            focus=None if focus is None else list(focus),
+            focus_fraction=share,
+            augment=True,
+            val_fraction=_VAL_FRACTIONS[self.source],
+            batch_size=_ADAPT_BATCH_SIZE,
+        )
         data.prepare_data()
         data.setup("fit")
         return data
@@ -73,16 +77,16 @@ class Digits:
         """Return adapters for all layers."""
         return LoRAFinetuning(rank=rank, base_checkpoint=base)
 
-    def train_base(self, runs: Runs) -> Path:
-        """Train the MLP on all digits."""
-        model = Classifier(RichBoyNet(), partial(torch.optim.Adam, lr=_PRETRAINING_RATE, fused=True), OneCycle)
-        checkpoint = ModelCheckpoint(runs.folder / "base" / "checkpoints", filename="base")
-        runs.trainer("base", checkpoint, max_epochs=self.epochs).fit(model, datamodule=self.evaluated())
-        return Path(checkpoint.best_model_path)
+    def recipe(self) -> Recipe:
+        """Return the training of the MLP on all digits."""
+        epochs = _EPOCHS[self.source]
+        how_long = "one epoch" if epochs == 1 else f"{epochs} epochs"
+        description = f"training the over-sized MLP on all ten digits for {how_long}"
+        return Recipe(description, self._model(_PRETRAINING_RATE), self.evaluated(), max_epochs=epochs)
 
     def plain_base(self, checkpoint: Path, folder: Path) -> Path:
         """Return the checkpoint unchanged."""
         return checkpoint
 
-    def _digits(self, **arguments: Any) -> MNISTDataModule:
-        return MNISTDataModule(self.data_dir, self.source, val_fraction=_VAL_FRACTIONS[self.source], **arguments)
+    def _model(self, rate: float) -> Classifier:
+        return Classifier(RichBoyNet(), partial(torch.optim.Adam, lr=rate, fused=True), OneCycle)

@@ -7,17 +7,14 @@ from pathlib import Path
 
 from lightning.pytorch import seed_everything
 from rich.markup import escape
-from torch import nn
 
 from lora_lightning.callbacks import ConfusionReport
 from lora_lightning.lora import base_fingerprint
-from lora_lightning.lora.model import attachment_of
 from lora_lightning.lora.scaling import scale_adapter, scaled
 from lora_lightning.peft_format import save_adapter
-from lora_lightning.repair.answers import Answers, Tally, mcnemar
-from lora_lightning.repair.choice import LAMBDAS, choose, classes_in_focus
-from lora_lightning.repair.scales import Setting, scales_table, write_scales
-from lora_lightning.repair.task import Task, Way
+from lora_lightning.repair.choice import LAMBDAS, Setting, choose, classes_in_focus
+from lora_lightning.repair.predictions import Predictions, Tally, mcnemar
+from lora_lightning.repair.task import Method, Task
 from lora_lightning.repair.training import Runs, Trained
 from lora_lightning.repair.verdict import Verdict
 from lora_lightning.report import show
@@ -25,13 +22,9 @@ from lora_lightning.report import show
 
 @dataclass(frozen=True)
 class Settings:
-    """Holds the classes to repair and the adapters to select from. The task provides defaults for shares and steps.
-
-    If `adapter` is a folder, only the scale of these adapters is selected, and nothing is trained.
-    """
+    """Holds the classes to repair and the adapters to select from. The task provides defaults for shares and steps."""
 
     base: Path | None
-    adapter: Path | None
     focus: int | str
     ranks: list[int]
     shares: list[float]
@@ -54,8 +47,8 @@ class Outcome:
     verdict: Verdict
     broken: list[str]
     setting: Setting | None
-    tested: Answers
-    repaired: Answers
+    tested: Predictions
+    repaired: Predictions
 
 
 class Repair:
@@ -63,8 +56,8 @@ class Repair:
 
     Args:
         settings: The settings of the repair.
-        task: Creates the model and the data.
-        runs: Creates the trainers.
+        task: Describes the model and the data.
+        runs: Trains and evaluates.
     """
 
     def __init__(self, settings: Settings, task: Task, runs: Runs) -> None:
@@ -79,36 +72,28 @@ class Repair:
         """Run all steps and print their results."""
         say(f"[bold]Data[/]: {escape(self.task.description)}.")
         self.base = self._base()
-        self.validated = self.runs.base_answers(self.task, self.base, self.data, "validate")
+        self.validated = self.runs.predict_base(self.task, self.base, self.data, "validate")
         self.focus, why = classes_in_focus(self.settings.focus, self.validated.confusion(self.task.names))
         self.called = " and ".join(self.task.names[index] for index in self.focus)
         say(f"[bold]2. Weak {self.task.noun}[/]: {escape(self.called)} ({why}).")
         self.trained = self._candidates()
-        before, found = self.validated.tally(self.focus), self._on_validation()
-        write_scales(before, found, self.called, self.runs.folder)
-        if self.settings.adapter is not None:
-            show(scales_table(before, found, self.called))
-        setting = choose(before, found)
-        tested = self.runs.base_answers(self.task, self.base, self.data, "test")
+        setting = choose(self.validated.tally(self.focus), self._on_validation())
+        tested = self.runs.predict_base(self.task, self.base, self.data, "test")
         if setting is None:
             verdict = Verdict(self.called, tested.tally(self.focus), None)
             say(f"[bold]4. Verdict[/]: {escape(verdict.in_words())}")
             return Outcome(verdict, [], None, tested, tested)
-        say(f"Chosen on validation data: {setting.adapters_in_words()}, scale {setting.scale:g}.")
+        say(f"Chosen on validation data: {setting.in_words()}.")
         return self._test(setting, tested)
 
-    def _candidates(self) -> dict[tuple[int, float | None], Trained]:
-        if self.settings.adapter is not None:
-            say(f"[bold]3. LoRA[/]: adapters from {escape(str(self.settings.adapter))}, without training.")
-            loaded = self.runs.load(self.task, self.base, self.settings.adapter, self.data)
-            return {(attachment_of(adapted(loaded)).config.rank, None): loaded}
+    def _candidates(self) -> dict[tuple[int, float], Trained]:
         return {
             (rank, share): self.train("candidates", "adapters", self.focus, share, rank)
             for rank in self.settings.ranks
             for share in self.settings.shares or [self.task.share]
         }
 
-    def train(self, part: str, way: Way, focus: tuple[int, ...] | None, share: float, rank: int) -> Trained:
+    def train(self, part: str, method: Method, focus: tuple[int, ...] | None, share: float, rank: int) -> Trained:
         """Train from the base on augmented batches in which these classes have this share."""
         if part == "candidates":
             mixed = f"{share:.0%} of each batch {escape(self._many())}"
@@ -116,7 +101,7 @@ class Repair:
             part = f"candidates/rank-{rank}-share-{share:g}"
         seed_everything(self.settings.seed, workers=True, verbose=False)
         data = self.task.mixed(focus, share)
-        return self.runs.train(part, self.task, self.base, data, way, self.steps, rank)
+        return self.runs.train(part, self.task, self.base, data, method, self.steps, rank)
 
     def _many(self) -> str:
         return f"{self.called}s" if self.task.noun == "digit" else f"from {self.called}"
@@ -124,33 +109,31 @@ class Repair:
     def _base(self) -> Path:
         if self.settings.base is not None:
             say(f"[bold]1. Base[/]: {escape(str(self.settings.base))}")
-            plain = self.task.plain_base(self.settings.base, self.runs.folder / "base")
-            if self.settings.adapter is not None and plain != self.settings.base:
-                raise ValueError(
-                    f"{self.settings.base} contains adapters; with --adapter, expected the plain checkpoint that they were trained on."
-                )
-            return plain
-        say(f"[bold]1. Base[/]: {escape(self.task.recipe)}.")
-        return self.task.train_base(self.runs)
+            checkpoint = self.settings.base
+        else:
+            recipe = self.task.recipe()
+            say(f"[bold]1. Base[/]: {escape(recipe.description)}.")
+            checkpoint = self.runs.train_base(recipe)
+        return self.task.plain_base(checkpoint, self.runs.folder / "base")
 
     def _on_validation(self) -> dict[Setting, Tally]:
         found = {}
-        for (rank, share), each in self.trained.items():
+        for (rank, share), trained in self.trained.items():
             for scale in LAMBDAS:
-                with scaled(adapted(each), scale):
-                    answers = self.runs.answers(each.model, self.data, "validate")
-                found[Setting(rank, share, scale)] = answers.tally(self.focus)
+                with scaled(trained.adapted, scale):
+                    predictions = self.runs.predict(trained.model, self.data, "validate")
+                found[Setting(rank, share, scale)] = predictions.tally(self.focus)
         return found
 
-    def _test(self, setting: Setting, tested: Answers) -> Outcome:
+    def _test(self, setting: Setting, tested: Predictions) -> Outcome:
         trained = self.trained[setting.rank, setting.share]
-        net, callback, report = adapted(trained), trained.adapters, ConfusionReport()
+        net, callback, report = trained.adapted, trained.adapters, ConfusionReport()
         assert callback is not None
         scale_adapter(net, setting.scale)
         self.runs.trainer("adapted", report).test(trained.model, datamodule=self.data, verbose=False)
         assert report.report is not None
         assert report.report.base is not None
-        repaired = self.runs.answers(trained.model, self.data, "test")
+        repaired = self.runs.predict(trained.model, self.data, "test")
         unchanged = base_fingerprint(net) == callback.base_fingerprint
         broken = broken_guarantees(unchanged, report.report.base.errors, tested.confusion(self.task.names).errors)
         folder = self.runs.folder / "adapter"
@@ -158,20 +141,12 @@ class Repair:
         verdict = Verdict(self.called, tested.tally(self.focus), repaired.tally(self.focus))
         say(f"[bold]4. Verdict[/]: {escape(verdict.in_words())}")
         say(f"McNemar's exact test against the base: p = {mcnemar(tested, repaired):.2g}.")
-        took = "before" if self.settings.adapter else f"in {trained.seconds:.1f} s"
-        say(f"Trained: {callback.trained_parameters()}, {took}.")
+        say(f"Trained: {callback.trained_parameters()}, in {trained.seconds:.1f} s.")
         say(f"Base bitwise unchanged: {'yes' if unchanged else 'NO'} (SHA-256 {callback.base_fingerprint[:12]}).")
         say(f"Adapter: {escape(str(folder))}")
         for guarantee in broken:
             say(f"[bold red]Broken guarantee[/]: {guarantee}")
         return Outcome(verdict, broken, setting, tested, repaired)
-
-
-def adapted(trained: Trained) -> nn.Module:
-    """Return the adapted part of a trained model."""
-    assert trained.adapters is not None
-    assert trained.adapters.adapted is not None
-    return trained.adapters.adapted
 
 
 def broken_guarantees(base_unchanged: bool, disabled: list[int], base: list[int]) -> list[str]:

@@ -15,8 +15,8 @@ from torch import nn
 from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.lora.freeze import freeze
 from lora_lightning.models import Classifier
-from lora_lightning.repair.answers import Answers, AnswersOf
-from lora_lightning.repair.task import Task, Way
+from lora_lightning.repair.predictions import PredictionCollector, Predictions
+from lora_lightning.repair.task import Method, Recipe, Task
 from lora_lightning.resume.checkpoints import load_base
 
 Split = Literal["validate", "test"]
@@ -37,6 +37,13 @@ class Trained:
     parameters: int
     seconds: float
     adapters: LoRAFinetuning | None
+
+    @property
+    def adapted(self) -> nn.Module:
+        """Return the adapted part of the model."""
+        assert self.adapters is not None
+        assert self.adapters.adapted is not None
+        return self.adapters.adapted
 
 
 class Runs:
@@ -62,24 +69,38 @@ class Runs:
             num_sanity_val_steps=0,
             limit_val_batches=1.0 if max_epochs is None else 0,
             enable_model_summary=False,
-            enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks),
+            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         )
 
+    def train_base(self, recipe: Recipe) -> Path:
+        """Train a base and return its best checkpoint."""
+        trainer = recipe.trainer
+        if trainer is None:
+            checkpoint = ModelCheckpoint(self.folder / "base" / "checkpoints", filename="base")
+            trainer = self.trainer("base", checkpoint, max_epochs=recipe.max_epochs)
+        trainer.fit(recipe.model, datamodule=recipe.data)
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if not best:
+            raise ValueError(
+                "The configured fit has not written a checkpoint. Do not disable trainer.enable_checkpointing."
+            )
+        return Path(best)
+
     def train(
-        self, part: str, task: Task, base: Path, data: LightningDataModule, way: Way, steps: int, rank: int
+        self, part: str, task: Task, base: Path, data: LightningDataModule, method: Method, steps: int, rank: int
     ) -> Trained:
         """Train from the base, with the same order of samples and the same augmentation for all methods.
 
         Norm layers keep their statistics in all methods, as they do with adapters.
         """
-        model = task.model(way)
+        model = task.model(method)
         callback = None
-        if way == "adapters":
+        if method == "adapters":
             callback = task.adapters(rank, base)
         else:
             load_base(model, base)
             trained = [value for value in model.parameters() if value.requires_grad]
-            if way == "last layer":
+            if method == "last layer":
                 trained = list([layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1].parameters())
             freeze(model)
             for value in trained:
@@ -92,36 +113,28 @@ class Runs:
         count = sum(value.numel() for value in model.parameters() if value.requires_grad)
         return Trained(model, count, seconds, callback)
 
-    def load(self, task: Task, base: Path, adapter: Path, data: LightningDataModule) -> Trained:
-        """Attach the adapters of a folder to the base."""
-        model, callback = task.model(), LoRAFinetuning(base_checkpoint=base, adapter=adapter)
-        self._quiet_trainer(callback).validate(model, datamodule=data, verbose=False)  # to set up the callback
-        trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
-        return Trained(model, trained, 0.0, callback)
-
-    def base_answers(self, task: Task, base: Path, data: LightningDataModule, split: Split) -> Answers:
+    def predict_base(self, task: Task, base: Path, data: LightningDataModule, split: Split) -> Predictions:
         """Return the predictions of the base on disk, without attaching adapters.
 
-        It is frozen as below adapters, since PyTorch selects the kernels of some products by whether a weight requires gradients.
+        It is frozen as below adapters, since PyTorch selects the kernels of some products by whether a weight requires
+        gradients.
         """
         model = task.model()
         load_base(model, base)
         model.requires_grad_(False)
-        return self.answers(model, data, split)
+        return self.predict(model, data, split)
 
-    def answers(self, model: Classifier, data: LightningDataModule, split: Split) -> Answers:
+    def predict(self, model: Classifier, data: LightningDataModule, split: Split) -> Predictions:
         """Return the predictions of a model on one split."""
-        kept = AnswersOf()
-        getattr(self._quiet_trainer(kept), split)(model, datamodule=data, verbose=False)
-        return kept.answers()
-
-    def _quiet_trainer(self, callback: Callback) -> Trainer:
-        """Return a trainer for evaluation that writes no files."""
-        return Trainer(
+        collector = PredictionCollector()
+        trainer = Trainer(
             accelerator=self.accelerator,
             devices=1,
             logger=False,
             enable_progress_bar=False,
             enable_checkpointing=False,
-            callbacks=[callback],
+            callbacks=[collector],
         )
+        evaluate = trainer.validate if split == "validate" else trainer.test
+        evaluate(model, datamodule=data, verbose=False)
+        return collector.predictions()

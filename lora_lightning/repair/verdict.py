@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_lightning.repair.answers import Tally
+from lora_lightning.repair.predictions import Tally
 
 REPAIRED, TRADED, KEPT = 0, 3, 4
 """Exit codes of the three outcomes. Errors have the codes 1 and 2."""
@@ -26,7 +26,7 @@ class Verdict:
 
     @property
     def exit_code(self) -> int:
-        """Return `REPAIRED` if errors on the focus fell and others did not rise, `TRADED` if others rose, else `KEPT`."""
+        """Return `REPAIRED` for fewer errors on the focus and no more on others, `TRADED` for more, else `KEPT`."""
         if self.repaired is None or self.repaired.focus_errors >= self.base.focus_errors:
             return KEPT
         return REPAIRED if self.repaired.other_errors <= self.base.other_errors else TRADED
@@ -35,15 +35,21 @@ class Verdict:
         """Return the outcome as one sentence, with the numbers."""
         base, repaired = self.base, self.repaired
         if repaired is None:
-            return f"no repair found on validation data, base kept: {base.focus_errors} errors on {self.focus}, {base.other_errors} on others."
+            return (
+                f"no repair found on validation data, base kept: {base.focus_errors} errors on {self.focus}, "
+                f"{base.other_errors} on others."
+            )
         numbers = (
-            f"errors on {self.focus} {base.focus_errors} → {repaired.focus_errors}, on all others {base.other_errors} → "
-            f"{repaired.other_errors}; accuracy {base.accuracy:.2%} → {repaired.accuracy:.2%}; others taken for {self.focus} "
-            f"{base.false_positives} → {repaired.false_positives}."
+            f"errors on {self.focus} {base.focus_errors} → {repaired.focus_errors}, on all others "
+            f"{base.other_errors} → {repaired.other_errors}; accuracy {base.accuracy:.2%} → {repaired.accuracy:.2%}; "
+            f"others taken for {self.focus} {base.false_positives} → {repaired.false_positives}."
         )
         if self.exit_code == REPAIRED:
             return f"repaired: {numbers}"
         if self.exit_code == TRADED:
             less, more = base.focus_errors - repaired.focus_errors, repaired.other_errors - base.other_errors
             return f"traded: −{less} on {self.focus}, +{more} elsewhere. Not a repair: {numbers}"
-        return f"not repaired, use the base: the improvement on validation data does not hold on test data. {numbers[0].upper()}{numbers[1:]}"
+        return (
+            "not repaired, use the base: the improvement on validation data does not hold on test data. "
+            f"{numbers[0].upper()}{numbers[1:]}"
+        )

@@ -64,7 +64,7 @@ def test_a_classifier_of_texts_is_trained_repaired_and_compared_with_its_baselin
     base = torch.load(logs / "base" / "base.ckpt", weights_only=True)["state_dict"]
     assert not [key for key in base if "lora" in key]
     rows = {row["name"]: row for row in json.loads((logs / "baselines.json").read_text())["rows"]}
-    assert len(rows) == 9
+    assert len(rows) == 8
     assert rows["last layer, focus"]["parameters"] < rows["full network, focus"]["parameters"]
     if "Adapter:" in text:
         assert "Base bitwise unchanged: yes" in text
@@ -86,29 +86,18 @@ def test_a_run_of_adapters_is_a_base_with_these_folded_in(run: Run, texts: Path)
     assert "on 48 validation samples" in text
 
 
-def test_adapters_need_the_plain_base_that_they_were_trained_on(run: Run, texts: Path) -> None:
-    assert run("fit", "--config", str(texts), "--trainer.accelerator", "cpu")[0] == 0
-    words = ("--base_checkpoint", "lightning_logs", "--adapter", "lightning_logs", "--accelerator", "cpu")
-    code, text = run("repair", "--config", str(texts), *words)
-    assert code == 1
-    assert re.search(r"\.ckpt contains adapters; with --adapter, expected the plain checkpoint", text), text
-
-
 def test_adapters_of_a_repair_train_as_configured_and_the_full_network_at_a_tenth_of_their_rate(
     texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["lora-lightning"])
     callback = "{class_path: lora_lightning.LoRAFinetuning, init_args: {rank: 2, alpha: 4"
-    more = ", dropout: 0.1, lr_ratio: 16, distillation: 0.5, temperature: 3}}"
-    texts.write_text(texts.read_text().replace(f"{callback}}}}}", callback + more))
+    texts.write_text(texts.read_text().replace(f"{callback}}}}}", f"{callback}, dropout: 0.1}}}}"))
     task = Configured(["--config", str(texts)], seed=0)
     ours = task.adapters(8, Path("base.ckpt"))
-    assert (ours.config.rank, ours.config.alpha, ours.config.dropout, ours.lr_ratio) == (8, 16, 0.1, 16)
-    assert ours.distillation is not None
-    assert (ours.distillation.weight, ours.distillation.temperature) == (0.5, 3)
+    assert (ours.config.rank, ours.config.alpha, ours.config.dropout) == (8, 16, 0.1)
     rates = {
-        way: task.model(way).optimizer([torch.nn.Parameter(torch.ones(1))]).param_groups[0]["lr"]
-        for way in ("adapters", "last layer", "full network")
+        method: task.model(method).optimizer([torch.nn.Parameter(torch.ones(1))]).param_groups[0]["lr"]
+        for method in ("adapters", "last layer", "full network")
     }
     assert rates == {"adapters": 0.02, "last layer": 0.02, "full network": pytest.approx(0.002)}
 

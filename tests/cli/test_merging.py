@@ -55,8 +55,8 @@ def test_the_onnx_file_agrees_for_batches_of_any_size(trained: Run) -> None:
     state = torch.load("merged.ckpt", weights_only=True)["state_dict"]
     net.load_state_dict({key.removeprefix("backbone."): value for key, value in state.items()})
     session = onnxruntime.InferenceSession("merged.onnx", providers=["CPUExecutionProvider"])
-    assert [each.name for each in session.get_inputs()] == ["input"]
-    assert [each.name for each in session.get_outputs()] == ["logits"]
+    assert [entry.name for entry in session.get_inputs()] == ["input"]
+    assert [entry.name for entry in session.get_outputs()] == ["logits"]
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["class_names"]) == [str(digit) for digit in range(10)]
     assert "0.1307" in metadata["preprocessing"]

@@ -15,7 +15,8 @@ import yaml
 from PIL import Image
 
 from lora_lightning import Classifier, LoRAConfig, LoRAFinetuning, RichBoyNet
-from lora_lightning.cli.main import LoRALightningCLI, main
+from lora_lightning.cli.lightning_cli import LoRALightningCLI
+from lora_lightning.cli.main import main
 from tests.conftest import ROOT
 
 Run = Callable[..., tuple[int, str]]

@@ -60,13 +60,14 @@ def test_an_unknown_command_is_answered_at_once(word: str, hint: str) -> None:
 
 
 def test_every_command_is_known_to_what_runs_it() -> None:
-    from lora_lightning.cli.main import LoRALightningCLI
+    from lora_lightning.cli.lightning_cli import LoRALightningCLI
 
     assert set(COMMANDS) == {*LoRALightningCLI.subcommands(), "init", "merge", "export", "repair", "report"}
 
 
 def test_the_lora_functions_need_pytorch_alone() -> None:
-    code = "import sys, lora_lightning.lora; print([name for name in ('lightning', 'torchvision', 'rich', 'peft') if name in sys.modules])"
+    others = "[name for name in ('lightning', 'torchvision', 'rich', 'peft') if name in sys.modules]"
+    code = f"import sys, lora_lightning.lora; print({others})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -6,20 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_lightning.repair.answers import Answers, Tally, mcnemar
-from lora_lightning.repair.choice import bias_vector, choose, classes_in_focus, matched_bias, one_bias
+from lora_lightning.repair.choice import choose, classes_in_focus, matched_bias, one_bias
+from lora_lightning.repair.predictions import Predictions, Tally, mcnemar
 from lora_lightning.repair.verdict import KEPT, REPAIRED, TRADED, Verdict
 from lora_lightning.report import Confusion
 
 BASE = Tally(focus_errors=20, other_errors=100, false_positives=10, total=1000)
 
 
-def answers(targets: list[int], predictions: list[int], classes: int = 3) -> Answers:
-    return Answers(torch.nn.functional.one_hot(torch.tensor(predictions), classes).float(), torch.tensor(targets))
+def predicted(targets: list[int], classes: list[int]) -> Predictions:
+    return Predictions(torch.nn.functional.one_hot(torch.tensor(classes), 3).float(), torch.tensor(targets))
 
 
 def test_errors_are_counted_for_the_classes_in_focus() -> None:
-    found = answers([0, 0, 0, 1, 1, 2, 2], [0, 1, 2, 1, 0, 0, 1])
+    found = predicted([0, 0, 0, 1, 1, 2, 2], [0, 1, 2, 1, 0, 0, 1])
     assert found.tally((0,)) == Tally(focus_errors=2, other_errors=3, false_positives=2, total=7)
     assert found.tally((0, 1)) == Tally(focus_errors=3, other_errors=2, false_positives=2, total=7)
     assert found.tally((0,)).accuracy == pytest.approx(2 / 7)
@@ -82,20 +82,20 @@ def test_the_focus_may_be_found_or_named() -> None:
 
 def test_mcnemar_is_the_exact_binomial_test() -> None:
     truth = [0] * 20
-    before = answers(truth, [0] * 12 + [1] * 8)
-    after = answers(truth, [1] * 2 + [0] * 18)  # breaks 2, mends 8
+    before = predicted(truth, [0] * 12 + [1] * 8)
+    after = predicted(truth, [1] * 2 + [0] * 18)  # breaks 2, mends 8
     # scipy.stats.binomtest(2, 10).pvalue
     assert mcnemar(before, after) == pytest.approx(0.109375)
     assert mcnemar(before, before) == 1
     assert mcnemar(after, before) == mcnemar(before, after)
 
 
-def near_the_border(seed: int) -> Answers:
+def near_the_border(seed: int) -> Predictions:
     """Class 0 is missed by a little, the others are seen."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.arange(600) % 3
     logits = torch.nn.functional.one_hot(targets, 3) * 4.0 + torch.randn(600, 3, generator=generator)
-    return Answers(logits - torch.tensor([3.0, 0.0, 0.0]), targets)
+    return Predictions(logits - torch.tensor([3.0, 0.0, 0.0]), targets)
 
 
 def test_biases_are_chosen_by_the_same_rule(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,4 +111,3 @@ def test_biases_are_chosen_by_the_same_rule(capsys: pytest.CaptureFixture[str]) 
     chosen = one_bias(validated, (0,))
     assert chosen[1:].tolist() == [0, 0]
     assert errors(chosen).other_errors <= base.other_errors
-    assert errors(bias_vector(validated)).errors < base.errors

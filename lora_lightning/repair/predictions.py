@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
 
@@ -41,7 +43,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """Holds the logits and targets of all samples of one split.
 
     Args:
@@ -53,13 +55,14 @@ class Answers:
     targets: Tensor
 
     @cached_property
-    def predictions(self) -> Tensor:
+    def classes(self) -> Tensor:
+        """Return the predicted classes, of shape (N,)."""
         return self.logits.argmax(1)
 
     def tally(self, focus: tuple[int, ...]) -> Tally:
         """Count errors for these classes in focus."""
-        wrong = self.predictions != self.targets
-        inside, taken = (torch.isin(each, torch.tensor(focus)) for each in (self.targets, self.predictions))
+        wrong = self.classes != self.targets
+        inside, taken = (torch.isin(classes, torch.tensor(focus)) for classes in (self.targets, self.classes))
         counts = [int(chosen.sum()) for chosen in (wrong & inside, wrong & ~inside, taken & ~inside)]
         return Tally(counts[0], counts[1], counts[2], len(self.targets))
 
@@ -67,21 +70,21 @@ class Answers:
         """Return the confusion matrix."""
         size = len(class_names)
         return Confusion(
-            torch.bincount(self.targets * size + self.predictions, minlength=size**2).view(size, size), class_names
+            torch.bincount(self.targets * size + self.classes, minlength=size**2).view(size, size), class_names
         )
 
-    def biased(self, bias: Tensor) -> Answers:
-        """Return the answers with a bias of shape (C,) added to the logits."""
-        return Answers(self.logits + bias, self.targets)
+    def biased(self, bias: Tensor) -> Predictions:
+        """Return the predictions with a bias of shape (C,) added to the logits."""
+        return Predictions(self.logits + bias, self.targets)
 
 
-def mcnemar(before: Answers, after: Answers) -> float:
+def mcnemar(before: Predictions, after: Predictions) -> float:
     """Return the two-sided p-value of McNemar's exact test for equal error rates of two models."""
-    was, now = (each.predictions == each.targets for each in (before, after))
+    was, now = (model.classes == model.targets for model in (before, after))
     return mcnemar_p(int((~was & now).sum()), int((was & ~now).sum()))
 
 
-class AnswersOf(Callback):
+class PredictionCollector(Callback):
     """Collects the outputs of the steps of `Classifier` in validation or test."""
 
     def __init__(self) -> None:
@@ -92,27 +95,31 @@ class AnswersOf(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,
+        outputs: STEP_OUTPUT,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._parts.append((outputs["logits"].float().cpu(), outputs["targets"].cpu()))
+        self._collect(outputs)
 
     @override
     def on_test_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,
+        outputs: STEP_OUTPUT,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        self._collect(outputs)
+
+    def _collect(self, outputs: STEP_OUTPUT) -> None:
+        assert isinstance(outputs, Mapping)
         self._parts.append((outputs["logits"].float().cpu(), outputs["targets"].cpu()))
 
-    def answers(self) -> Answers:
+    def predictions(self) -> Predictions:
         """Return the collected outputs and clear them."""
         logits, targets = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
         self._parts = []
-        return Answers(logits, targets)
+        return Predictions(logits, targets)
