@@ -24,7 +24,7 @@ ORDER = (
     "report",
     "lightning_packages",
     "backbone_facts",
-    "resume",
+    "checkpoints",
     "data",
     "models",
     "callbacks",

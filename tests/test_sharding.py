@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lora_lightning import ConfusionReport, LoRAFinetuning, lora
 from lora_lightning.lora import sharding
-from lora_lightning.resume import NotFiniteError
+from lora_lightning.checkpoints import NotFiniteError
 
 how = json.loads(sys.argv[1])
 devices, kind = how["devices"], how["kind"]

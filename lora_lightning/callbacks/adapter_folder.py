@@ -15,9 +15,9 @@ from torch import nn
 
 from lora_lightning.callbacks.summary import stage_metrics
 from lora_lightning.lightning_packages import is_a
-from lora_lightning.lora import is_adapter_key, saved_keys
-from lora_lightning.peft_format import AdapterFolder
-from lora_lightning.report import free_name, write_to
+from lora_lightning.lora.state import is_adapter_key, saved_keys
+from lora_lightning.peft_format.folder import AdapterFolder
+from lora_lightning.report.files import free_name, write_to
 
 
 def write_adapter_folder(

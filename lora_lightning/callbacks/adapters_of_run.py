@@ -11,12 +11,12 @@ from torch import nn
 
 from lora_lightning.backbone_facts import backbone_facts
 from lora_lightning.callbacks.relative_names import relative_names
+from lora_lightning.checkpoints import newest_adapter
+from lora_lightning.checkpoints.random_state import own_random_numbers
 from lora_lightning.lora import LoRAConfig, attach, backbone_of
 from lora_lightning.lora.config import Names
 from lora_lightning.lora.model import attachment_of, unwrapped
 from lora_lightning.peft_format import load_adapter
-from lora_lightning.resume.checkpoints import newest_adapter
-from lora_lightning.resume.random_state import own_random_numbers
 from lora_lightning.wording import some_of
 
 

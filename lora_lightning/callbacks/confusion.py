@@ -15,11 +15,14 @@ from lora_lightning.callbacks.logged_results import log_report, log_settings, sh
 from lora_lightning.callbacks.recorded_calls import Call, RecordedCalls
 from lora_lightning.callbacks.run_files import RecordedMetrics, log_folder, write_facts
 from lora_lightning.lora import adapter_parameters, disabled, is_adapted
-from lora_lightning.report import SHOWN_CLASSES, Confusion, Report, report_figures, report_table, show, write_report
+from lora_lightning.report import Confusion, Report, report_table
 from lora_lightning.report.changes import Changes, Inputs, pairs_of_devices
-from lora_lightning.report.confusion import loggable
+from lora_lightning.report.confusion import SHOWN_CLASSES, loggable
 from lora_lightning.report.counts import Counts, sum_over_devices
+from lora_lightning.report.figure import report_figures
+from lora_lightning.report.files import write_report
 from lora_lightning.report.found import align, counted, described, find_targets
+from lora_lightning.report.terminal import show
 from lora_lightning.wording import some_of
 
 _MOST_CLASSES = 4096

@@ -10,7 +10,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lora_lightning.callbacks.lora_finetuning import LoRAFinetuning
 from lora_lightning.lightning_packages import is_a
-from lora_lightning.lora import attachment_of, backbone_of, is_adapted
+from lora_lightning.lora import backbone_of, is_adapted
+from lora_lightning.lora.model import attachment_of
 from lora_lightning.report import Report
 from lora_lightning.report.loggers import log_figure
 

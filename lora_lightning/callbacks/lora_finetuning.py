@@ -27,22 +27,15 @@ from lora_lightning.callbacks.training_checks import (
     refuse_pruning,
     refuse_strategy,
 )
+from lora_lightning.checkpoints import RandomState, load_base, newest_checkpoint
+from lora_lightning.checkpoints.adapter_checkpoint import AdapterCheckpointIO, AdapterContent
+from lora_lightning.checkpoints.atomic_checkpoint import write_atomically
+from lora_lightning.checkpoints.packed_layers import let_packed_keys_be_missing
+from lora_lightning.checkpoints.sharded_checkpoints import ShardedCheckpoints
 from lora_lightning.lightning_packages import is_a
-from lora_lightning.lora import (
-    LoRAConfig,
-    backbone_of,
-    base_fingerprint,
-    is_adapted,
-    is_untrained,
-)
+from lora_lightning.lora import LoRAConfig, backbone_of, base_fingerprint, is_adapted, is_untrained
 from lora_lightning.lora.bitsandbytes_layers import keep_packing
 from lora_lightning.lora.sharding import settle
-from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO, AdapterContent
-from lora_lightning.resume.atomic_checkpoint import write_atomically
-from lora_lightning.resume.checkpoints import load_base, newest_checkpoint
-from lora_lightning.resume.packed_layers import let_packed_keys_be_missing
-from lora_lightning.resume.random_state import RandomState
-from lora_lightning.resume.sharded_checkpoints import ShardedCheckpoints
 from lora_lightning.wording import some_of
 
 LR_RATIO_IS_OF_THE_OPTIMIZER = (

@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lora_lightning.callbacks.lora_finetuning import LoRAFinetuning
+from lora_lightning.checkpoints.adapter_checkpoint import AdapterCheckpointIO
 from lora_lightning.lora import merge
-from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO
 
 
 def finetuning_of(trainer: Trainer) -> LoRAFinetuning | None:

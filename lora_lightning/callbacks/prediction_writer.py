@@ -17,8 +17,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lora_lightning.callbacks.evaluation import names_of_classes
-from lora_lightning.report import free_name, show, write_to
+from lora_lightning.report.files import free_name, write_to
 from lora_lightning.report.found import described, tensors_of
+from lora_lightning.report.terminal import show
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,12 @@ import lora_lightning
 from lora_lightning.callbacks.summary import trained_and_total
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import is_adapted
-from lora_lightning.report import free_name, page_of, write_page, write_to
+from lora_lightning.report import write_page
 from lora_lightning.report.figure import write_png
+from lora_lightning.report.files import free_name, write_to
 from lora_lightning.report.history import History, curves_figure
 from lora_lightning.report.layers import layer_changes
+from lora_lightning.report.page import page_of
 
 
 class RecordedMetrics:

@@ -13,11 +13,12 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strate
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lora_lightning.checkpoints import NotFiniteError
+from lora_lightning.checkpoints.adapter_checkpoint import AdapterCheckpointIO
+from lora_lightning.checkpoints.sharded_checkpoints import ShardedCheckpoints
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import adapted_weights, adapter_parameters, adapter_state_dict
 from lora_lightning.lora.sharding import full, local
-from lora_lightning.resume.adapter_checkpoint import AdapterCheckpointIO, NotFiniteError
-from lora_lightning.resume.sharded_checkpoints import ShardedCheckpoints
 from lora_lightning.wording import some_of
 
 

@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 from lora_lightning.backbone_facts import backbone_facts, set_backbone_facts
 from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.callbacks.merging import finetuning_of, load_merged, save_merged
+from lora_lightning.checkpoints import read_checkpoint
+from lora_lightning.checkpoints.checkpoints import ADAPTER_KEY
 from lora_lightning.cli.lightning_cli import LoRALightningCLI
 from lora_lightning.data import MNISTDataModule
 from lora_lightning.models import Classifier
 from lora_lightning.repair.task import Method, Recipe
-from lora_lightning.resume.checkpoints import ADAPTER_KEY, read_checkpoint
 
 _OF_FULL_NETWORK = 0.1
 """Ratio of the learning rates for full fine-tuning and for adapters.

@@ -7,9 +7,9 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lora_lightning.callbacks.merging import finetuning_of, load_merged
+from lora_lightning.checkpoints import load_base
 from lora_lightning.cli.onnx_file import example_input, require_onnx, write_onnx
-from lora_lightning.report import free_path, refuse_to_overwrite
-from lora_lightning.resume.checkpoints import load_base
+from lora_lightning.report.files import free_path, refuse_to_overwrite
 
 
 def export(

@@ -16,6 +16,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lora_lightning.callbacks import PredictionWriter
+from lora_lightning.checkpoints import last_checkpoint, newest_checkpoint
+from lora_lightning.checkpoints.atomic_checkpoint import write_atomically
+from lora_lightning.checkpoints.checkpoints import check_file, explain_damage, paths_are_safe
+from lora_lightning.checkpoints.started_from import StartedFrom
+from lora_lightning.checkpoints.stop_after_batch import StopAfterBatch
 from lora_lightning.cli.errors import named_class
 from lora_lightning.cli.export import export
 from lora_lightning.cli.head import size_head
@@ -28,16 +33,6 @@ from lora_lightning.cli.lora_options import (
 from lora_lightning.cli.merge import merge
 from lora_lightning.cli.progress_lines import ProgressLines
 from lora_lightning.cli.saved_config import SaveSharedConfig
-from lora_lightning.resume.atomic_checkpoint import write_atomically
-from lora_lightning.resume.checkpoints import (
-    check_file,
-    explain_damage,
-    last_checkpoint,
-    newest_checkpoint,
-    paths_are_safe,
-)
-from lora_lightning.resume.started_from import StartedFrom
-from lora_lightning.resume.stop_after_batch import StopAfterBatch
 
 NO_ADAPTER = "none"
 FUNCTIONS: dict[str, Callable[..., Path]] = {"merge": merge, "export": export}

@@ -9,9 +9,10 @@ from docstring_parser import parse
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lora_lightning.callbacks import LR_RATIO_IS_OF_THE_OPTIMIZER, LoRAFinetuning
+from lora_lightning.callbacks import LoRAFinetuning
+from lora_lightning.callbacks.lora_finetuning import LR_RATIO_IS_OF_THE_OPTIMIZER
+from lora_lightning.checkpoints import newest_adapter, newest_checkpoint
 from lora_lightning.lora import LoRAConfig
-from lora_lightning.resume.checkpoints import newest_adapter, newest_checkpoint
 
 _OWN = {
     "base_checkpoint": str | None,

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lora_lightning.callbacks.merging import load_merged, save_merged
 from lora_lightning.cli.onnx_file import example_input, require_onnx, write_onnx
-from lora_lightning.report import free_path, refuse_to_overwrite
+from lora_lightning.report.files import free_path, refuse_to_overwrite
 
 
 def merge(

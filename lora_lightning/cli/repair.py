@@ -14,6 +14,7 @@ from docstring_parser import parse
 from jsonargparse import ArgumentParser
 
 from lora_lightning.callbacks import LoRAFinetuning
+from lora_lightning.checkpoints import newest_checkpoint
 from lora_lightning.cli.closing import show_lines
 from lora_lightning.cli.configured_repair import Configured
 from lora_lightning.cli.init import shipped
@@ -26,7 +27,6 @@ from lora_lightning.repair.process import Repair, Settings, say
 from lora_lightning.repair.task import Task
 from lora_lightning.repair.training import Runs
 from lora_lightning.repair.verdict import KEPT, REPAIRED, TRADED, Verdict
-from lora_lightning.resume.checkpoints import newest_checkpoint
 
 _BROKEN = 1
 _FOUND = ("worst", "worst-pair")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from lora_lightning.report import page_of, show, write_page
-from lora_lightning.report.page import REPORTS
+from lora_lightning.report import write_page
+from lora_lightning.report.page import REPORTS, page_of
+from lora_lightning.report.terminal import show
 
 
 def report(words: list[str]) -> int:

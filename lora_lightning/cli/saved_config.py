@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from typing_extensions import override
 
-from lora_lightning.report import free_name
+from lora_lightning.report.files import free_name
 
 _OF_ONE_COMMAND = ("return_predictions",)
 

@@ -15,6 +15,7 @@ from torchvision.transforms._presets import ImageClassification
 from typing_extensions import override
 
 from lora_lightning.backbone_facts import backbone_facts
+from lora_lightning.checkpoints import ResumableLoader
 from lora_lightning.data.categories import categories_of
 from lora_lightning.data.focus import as_list, check_classes, check_share, replay_sampler
 from lora_lightning.data.folders import (
@@ -29,7 +30,6 @@ from lora_lightning.data.image_dataset import ImageDataset, Transform
 from lora_lightning.data.in_memory import full_batches, stratified_split
 from lora_lightning.data.module import ResumableDataModule
 from lora_lightning.data.samplers import ShuffledSampler
-from lora_lightning.resume.loader import ResumableLoader
 
 SAMPLE = Path(__file__).parent / "sample" / "images"
 _IMAGENET: Transform = ImageClassification(crop_size=224)

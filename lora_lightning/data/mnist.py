@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+from lora_lightning.checkpoints import ResumableLoader
 from lora_lightning.data.augmentation import jitter
 from lora_lightning.data.focus import as_list, check_share, replay_sampler
 from lora_lightning.data.in_memory import InMemoryDataset, full_batches, stratified_split
 from lora_lightning.data.mnist_files import Source, prepare, read
 from lora_lightning.data.module import ResumableDataModule
 from lora_lightning.data.samplers import ShuffledSampler
-from lora_lightning.resume.loader import ResumableLoader
 
 MEAN, STD = 0.1307, 0.3081
 """Mean and standard deviation of the training pixels of MNIST, scaled to 0..1."""

@@ -12,8 +12,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 from typing_extensions import override
 
+from lora_lightning.checkpoints import ResumableLoader
 from lora_lightning.data.samplers import UnrepeatedSampler
-from lora_lightning.resume.loader import ResumableLoader
 
 
 class ResumableDataModule(LightningDataModule):

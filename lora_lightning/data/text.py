@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from lora_lightning.backbone_facts import backbone_facts
+from lora_lightning.checkpoints import ResumableLoader
 from lora_lightning.data.categories import categories_of
 from lora_lightning.data.focus import as_list, check_classes, check_share, replay_sampler
 from lora_lightning.data.in_memory import full_batches, stratified_split
@@ -20,7 +21,6 @@ from lora_lightning.data.module import ResumableDataModule
 from lora_lightning.data.samplers import LengthGroupedSampler
 from lora_lightning.data.text_dataset import TextDataset, token_limit
 from lora_lightning.data.text_files import read_texts
-from lora_lightning.resume.loader import ResumableLoader
 from lora_lightning.wording import some_of
 
 if TYPE_CHECKING:

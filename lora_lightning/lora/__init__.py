@@ -23,19 +23,13 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.extract import extract_adapter
 from lora_lightning.lora.fingerprint import base_fingerprint
 from lora_lightning.lora.layers import LoRALayer, LoRALinear
-from lora_lightning.lora.lora_plus import check_lr_ratio, lora_plus_param_groups
+from lora_lightning.lora.lora_plus import lora_plus_param_groups
 from lora_lightning.lora.low_rank import low_rank_factors
 from lora_lightning.lora.merging import disabled, merge, merged
-from lora_lightning.lora.model import (
-    AdaptedWeight,
-    adapted_weights,
-    attach,
-    attachment_of,
-    detach,
-    is_adapted,
-)
+from lora_lightning.lora.model import AdaptedWeight, adapted_weights, attach, detach, is_adapted
 from lora_lightning.lora.named_adapters import adapter_names, add_weighted_adapter, set_adapter
-from lora_lightning.lora.state import adapter_parameters, adapter_state_dict, is_adapter_key, is_untrained, saved_keys
+from lora_lightning.lora.scaling import scale_adapter, scaled
+from lora_lightning.lora.state import adapter_parameters, adapter_state_dict, is_untrained
 from lora_lightning.lora.verify import InertAdapterError, verify_adapters
 
 __all__ = [
@@ -50,21 +44,19 @@ __all__ = [
     "adapter_state_dict",
     "add_weighted_adapter",
     "attach",
-    "attachment_of",
     "backbone_of",
     "base_fingerprint",
-    "check_lr_ratio",
     "detach",
     "disabled",
     "extract_adapter",
     "is_adapted",
-    "is_adapter_key",
     "is_untrained",
     "lora_plus_param_groups",
     "low_rank_factors",
     "merge",
     "merged",
-    "saved_keys",
+    "scale_adapter",
+    "scaled",
     "set_adapter",
     "verify_adapters",
 ]

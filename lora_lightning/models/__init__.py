@@ -6,4 +6,10 @@ from lora_lightning.models.one_cycle import OneCycle
 from lora_lightning.models.rich_boy_net import RichBoyNet
 from lora_lightning.models.text_backbone import text_backbone
 
-__all__ = ["Classifier", "OneCycle", "RichBoyNet", "image_backbone", "text_backbone"]
+__all__ = [
+    "Classifier",
+    "OneCycle",
+    "RichBoyNet",
+    "image_backbone",
+    "text_backbone",
+]

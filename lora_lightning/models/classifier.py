@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from lora_lightning.lora import check_lr_ratio, is_adapted, lora_plus_param_groups
+from lora_lightning.checkpoints.checkpoints import ADAPTER_KEY, holds_adapters_alone
+from lora_lightning.lora import is_adapted, lora_plus_param_groups
+from lora_lightning.lora.lora_plus import check_lr_ratio
 from lora_lightning.models.one_cycle import OneCycle
-from lora_lightning.resume.checkpoints import ADAPTER_KEY, holds_adapters_alone
 
 
 class Classifier(LightningModule):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models._api import WeightsEnum
 
-from lora_lightning.resume.checkpoints import check_file, explain_damage, misfits
+from lora_lightning.checkpoints.checkpoints import check_file, explain_damage, misfits
 
 _HASH = re.compile(r"-([0-9a-f]{8,64})\.")
 

@@ -1,5 +1,8 @@
 """Adapter folders in the format of PEFT."""
 
-from lora_lightning.peft_format.folder import AdapterFolder, load_adapter, save_adapter, trained_on
+from lora_lightning.peft_format.folder import load_adapter, save_adapter
 
-__all__ = ["AdapterFolder", "load_adapter", "save_adapter", "trained_on"]
+__all__ = [
+    "load_adapter",
+    "save_adapter",
+]

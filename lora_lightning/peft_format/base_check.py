@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.fingerprint import base_fingerprint, fingerprint_and_sample, is_in_another_precision
+from lora_lightning.lora import base_fingerprint
+from lora_lightning.lora.fingerprint import fingerprint_and_sample, is_in_another_precision
 
 _BASE, _SAMPLE = "lora_lightning_base_sha256", "lora_lightning_base_sample"
 

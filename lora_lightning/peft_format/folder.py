@@ -11,19 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lightning.lora import (
-    AdaptedWeight,
-    LoRAConfig,
-    adapted_weights,
-    adapter_names,
-    attachment_of,
-    is_adapted,
-    is_adapter_key,
-    set_adapter,
-)
+from lora_lightning.lora import AdaptedWeight, LoRAConfig, adapted_weights, adapter_names, is_adapted, set_adapter
 from lora_lightning.lora.config import Names
-from lora_lightning.lora.model import EXTENSIONS, candidates, unwrapped
+from lora_lightning.lora.model import EXTENSIONS, attachment_of, candidates, unwrapped
 from lora_lightning.lora.named_adapters import add_selected, bare
+from lora_lightning.lora.state import is_adapter_key
 from lora_lightning.peft_format.base_check import base_metadata, base_of, check_base
 from lora_lightning.peft_format.differences import unknown_to_peft
 from lora_lightning.peft_format.experts import experts_from_peft

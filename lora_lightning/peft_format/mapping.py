@@ -15,16 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora import (
-    AdaptedWeight,
-    LoRAConfig,
-    adapted_weights,
-    attachment_of,
-    is_adapter_key,
-)
+from lora_lightning.lora import AdaptedWeight, LoRAConfig, adapted_weights
 from lora_lightning.lora.config import endings
+from lora_lightning.lora.model import attachment_of
 from lora_lightning.lora.named_adapters import exactly
 from lora_lightning.lora.sharding import full
+from lora_lightning.lora.state import is_adapter_key
 from lora_lightning.lora.transformers_layers import LoRATransposedLinear
 from lora_lightning.lora.variants import magnitude_shape
 from lora_lightning.peft_format.differences import unknown_to_peft

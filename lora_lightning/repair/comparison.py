@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from rich.markup import escape
 
-from lora_lightning.lora.scaling import scaled
+from lora_lightning.lora import scaled
 from lora_lightning.repair.baselines import Row, comparison_table, write_comparison
 from lora_lightning.repair.choice import LAMBDAS, matched_bias, one_bias
 from lora_lightning.repair.predictions import Tally
 from lora_lightning.repair.process import Outcome, Repair, say
 from lora_lightning.repair.task import Method
 from lora_lightning.repair.training import Trained
-from lora_lightning.report import show
+from lora_lightning.report.terminal import show
 
 
 def compare(repair: Repair, outcome: Outcome) -> list[Row]:

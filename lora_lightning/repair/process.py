@@ -9,15 +9,14 @@ from lightning.pytorch import seed_everything
 from rich.markup import escape
 
 from lora_lightning.callbacks import ConfusionReport
-from lora_lightning.lora import base_fingerprint
-from lora_lightning.lora.scaling import scale_adapter, scaled
+from lora_lightning.lora import base_fingerprint, scale_adapter, scaled
 from lora_lightning.peft_format import save_adapter
 from lora_lightning.repair.choice import LAMBDAS, Setting, choose, classes_in_focus
 from lora_lightning.repair.predictions import Predictions, Tally, mcnemar
 from lora_lightning.repair.task import Method, Task
 from lora_lightning.repair.training import Runs, Trained
 from lora_lightning.repair.verdict import Verdict
-from lora_lightning.report import show
+from lora_lightning.report.terminal import show
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from lora_lightning.callbacks import LoRAFinetuning
+from lora_lightning.checkpoints import load_base
 from lora_lightning.lora.freeze import freeze
 from lora_lightning.models import Classifier
 from lora_lightning.repair.predictions import PredictionCollector, Predictions
 from lora_lightning.repair.task import Method, Recipe, Task
-from lora_lightning.resume.checkpoints import load_base
 
 Split = Literal["validate", "test"]
 

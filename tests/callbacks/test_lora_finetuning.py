@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning import Classifier, LoRAConfig, LoRAFinetuning, MNISTDataModule, RichBoyNet, load_adapter
+from lora_lightning.checkpoints import newest_checkpoint
 from lora_lightning.lora import adapter_state_dict, attach, base_fingerprint, is_adapted
-from lora_lightning.resume.checkpoints import newest_checkpoint
 
 MakeTrainer = Callable[..., Trainer]
 

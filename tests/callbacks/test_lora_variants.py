@@ -17,9 +17,9 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning import Classifier, LoRAFinetuning, load_adapter
+from lora_lightning.checkpoints import newest_checkpoint
 from lora_lightning.lora import adapter_state_dict, base_fingerprint, disabled, is_adapted
 from lora_lightning.models import OneCycle
-from lora_lightning.resume.checkpoints import newest_checkpoint
 
 MakeTrainer = Callable[..., Trainer]
 Scheduler = Callable[[torch.optim.Optimizer], Any]

@@ -35,9 +35,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning import ConfusionReport, LoRAFinetuning
+from lora_lightning.checkpoints import NotFiniteError, newest_checkpoint
 from lora_lightning.lora import adapted_weights, adapter_parameters, adapter_state_dict, base_fingerprint, merge
-from lora_lightning.resume import NotFiniteError
-from lora_lightning.resume.checkpoints import newest_checkpoint
 from tests.helpers import same, state
 
 MakeTrainer = Callable[..., Trainer]

@@ -194,7 +194,7 @@ def test_the_module_and_the_script_are_one_command() -> None:
     assert texts[0] == texts[1]
 
 
-@pytest.mark.slow  # tests/resume/test_killed.py interrupts a `fit`
+@pytest.mark.slow  # tests/checkpoints/test_killed.py interrupts a `fit`
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_it_with_a_line_and_a_code(workspace: Path) -> None:
     process = subprocess.Popen(

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from lora_lightning import Classifier, ConfusionReport, ImageFolderDataModule, image_backbone
 from lora_lightning.backbone_facts import BackboneFacts, set_backbone_facts
-from lora_lightning.resume import RandomState
+from lora_lightning.checkpoints import RandomState
 from tests.helpers import same
 
 MakeTrainer = Callable[..., Trainer]

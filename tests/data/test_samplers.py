@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_lightning.data import InMemoryDataset, ReplaySampler, ShuffledSampler, stratified_split
+from lora_lightning.data import ReplaySampler, ShuffledSampler
+from lora_lightning.data.in_memory import InMemoryDataset, stratified_split
 
 
 def test_an_epoch_has_every_sample_once_in_an_order_of_its_own() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lora_lightning import Classifier, ConfusionReport, LoRAFinetuning, TextDataModule, text_backbone
-from lora_lightning.data.samplers import LengthGroupedSampler
+from lora_lightning.data import LengthGroupedSampler
 from lora_lightning.data.text_files import read_texts
 from tests.helpers import same
 

@@ -22,9 +22,9 @@ from lora_lightning.lora import (
     base_fingerprint,
     detach,
     disabled,
-    is_adapter_key,
     merge,
 )
+from lora_lightning.lora.state import is_adapter_key
 from lora_lightning.peft_format import load_adapter, save_adapter
 from tests.helpers import same, state, stir
 

@@ -14,15 +14,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
 from lora_lightning import ConfusionReport, LoRAConfig, LoRAFinetuning, load_adapter, save_adapter
-from lora_lightning.lora import (
-    adapter_state_dict,
-    attach,
-    base_fingerprint,
-    detach,
-    disabled,
-    merge,
-    verify_adapters,
-)
+from lora_lightning.lora import adapter_state_dict, attach, base_fingerprint, detach, disabled, merge, verify_adapters
 from tests.helpers import same, state, stir
 
 with warnings.catch_warnings():

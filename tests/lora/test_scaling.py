@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, load_adapter, save_adapter
-from lora_lightning.lora import attach, disabled, merge
-from lora_lightning.lora.scaling import scale_adapter, scaled
+from lora_lightning.lora import attach, disabled, merge, scale_adapter, scaled
 from tests.helpers import stir
 
 CONFIGS = {

@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, RichBoyNet, load_adapter, save_adapter
 from lora_lightning.lora import adapter_state_dict, attach, base_fingerprint, detach, is_adapted
-from lora_lightning.peft_format import trained_on
+from lora_lightning.peft_format.folder import trained_on
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of PEFT's dependencies, while they are imported

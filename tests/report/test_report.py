@@ -12,7 +12,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from lora_lightning.report import Confusion, Report, confusion_figures, free_path, report_table, show, write_report
+from lora_lightning.report import Confusion, Report, confusion_figures, report_table
+from lora_lightning.report.files import free_path, write_report
+from lora_lightning.report.terminal import show
 
 NAMES = ("cat", "dog", "eel")
 BEFORE = Confusion(torch.tensor([[8, 2, 0], [4, 6, 0], [0, 0, 0]]), NAMES)

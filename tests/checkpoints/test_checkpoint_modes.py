@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning import Classifier, LoRAFinetuning, RichBoyNet
+from lora_lightning.checkpoints import AtomicCheckpointIO
 from lora_lightning.lora import adapter_state_dict, base_fingerprint
-from lora_lightning.resume import AtomicCheckpointIO
 
 MakeTrainer = Callable[..., Trainer]
 pytestmark = pytest.mark.filterwarnings(

@@ -12,8 +12,8 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from typing_extensions import override
 
+from lora_lightning.checkpoints.checkpoints import check_file, explain_damage, paths_are_safe
 from lora_lightning.lightning_packages import is_a
-from lora_lightning.resume.checkpoints import check_file, explain_damage, paths_are_safe
 
 
 def write_atomically(files: CheckpointIO) -> CheckpointIO:

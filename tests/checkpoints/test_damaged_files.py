@@ -26,11 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_lightning import LoRAConfig, load_adapter, save_adapter
+from lora_lightning.checkpoints import read_checkpoint
 from lora_lightning.data import mnist_files
 from lora_lightning.data.images import read_image
 from lora_lightning.lora import adapter_state_dict, attach, base_fingerprint, is_adapted
 from lora_lightning.models.weights import check_name, load_strictly, read_weights
-from lora_lightning.resume.checkpoints import read_checkpoint
 
 MUTATIONS = 500
 Run = Callable[..., tuple[int, str]]

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
-from lora_lightning.resume.adapter_checkpoint import AdapterContent, NotFiniteError, not_finite, not_written
-from lora_lightning.resume.checkpoints import ADAPTER_KEY
+from lora_lightning.checkpoints.adapter_checkpoint import AdapterContent, NotFiniteError, not_finite, not_written
+from lora_lightning.checkpoints.checkpoints import ADAPTER_KEY
 
 
 class ShardedCheckpoints:

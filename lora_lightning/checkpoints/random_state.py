@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from typing_extensions import override
 
-from lora_lightning.resume.epoch_progress import begin_the_next_epoch, count_the_epoch
-from lora_lightning.resume.loader import ResumableLoader
+from lora_lightning.checkpoints.epoch_progress import begin_the_next_epoch, count_the_epoch
+from lora_lightning.checkpoints.loader import ResumableLoader
 
 KEY = "lora_lightning_random_state"
 _SEED_OFFSET = 1_000_003

@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lora_lightning.resume.checkpoints import STARTED_FROM
+from lora_lightning.checkpoints.checkpoints import STARTED_FROM
 
 
 class StartedFrom(Callback):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from lora_lightning import Classifier, LoRAFinetuning, MNISTDataModule
+from lora_lightning.checkpoints import AtomicCheckpointIO, RandomState, ResumableLoader
 from lora_lightning.models import OneCycle
-from lora_lightning.resume import AtomicCheckpointIO, RandomState, ResumableLoader
 from tests.helpers import same
 
 MakeTrainer = Callable[..., Trainer]

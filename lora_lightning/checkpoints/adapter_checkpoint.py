@@ -13,18 +13,13 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lora_lightning.lora import (
-    AdaptedWeight,
-    adapted_weights,
-    attachment_of,
-    is_adapted,
-    is_adapter_key,
-    saved_keys,
-)
+from lora_lightning.checkpoints.checkpoints import ADAPTER_KEY
+from lora_lightning.checkpoints.packed_layers import packed_keys
+from lora_lightning.lora import AdaptedWeight, adapted_weights, is_adapted
 from lora_lightning.lora.fingerprint import digests
+from lora_lightning.lora.model import attachment_of
 from lora_lightning.lora.sharding import local
-from lora_lightning.resume.checkpoints import ADAPTER_KEY
-from lora_lightning.resume.packed_layers import packed_keys
+from lora_lightning.lora.state import is_adapter_key, saved_keys
 from lora_lightning.wording import some_of
 
 _WITHOUT_FILE = "the model as it was created"

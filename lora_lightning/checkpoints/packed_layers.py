@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.hooks import RemovableHandle
 
-from lora_lightning.lora import is_adapter_key
+from lora_lightning.lora.state import is_adapter_key
 
 
 def packed_keys(module: nn.Module) -> set[str]:
