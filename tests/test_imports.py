@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pydoc
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -47,3 +50,146 @@ def test_no_file_imports_itself_through_others() -> None:
     }
     order = list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
     assert len(order) >= len(FILES) - 1
+
+
+PACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+SHARED = {
+    "a checkpoint holds what the core says is an adapter, and loading compares it": {
+        "lora.fingerprint.digests",
+        "lora.model.attachment_of",
+        "lora.sharding.local",
+        "lora.state.is_adapter_key",
+        "lora.state.saved_keys",
+    },
+    "the callback prepares, watches and describes adapters in every precision and strategy": {
+        "lora.bitsandbytes_layers.keep_packing",
+        "lora.fingerprint.base_tensors",
+        "lora.freeze.FrozenStatistics",
+        "lora.merging.is_quantized",
+        "lora.merging.shared_memory",
+        "lora.sharding.full",
+        "lora.sharding.is_distributed",
+        "lora.sharding.settle",
+    },
+    "names in folders and in the callback are matched as in LoRAConfig": {
+        "lora.config.Names",
+        "lora.config.endings",
+        "lora.named_adapters.exactly",
+    },
+    "PEFT's folders depend on the type of layer, and are attached whole or not at all": {
+        "lora.experts.ExpertsParameter",
+        "lora.fingerprint.fingerprint_and_sample",
+        "lora.fingerprint.is_in_another_precision",
+        "lora.geometric_layers.LoRAGeometricLinear",
+        "lora.model.EXTENSIONS",
+        "lora.model.candidates",
+        "lora.model.unwrapped",
+        "lora.named_adapters.add_selected",
+        "lora.named_adapters.bare",
+        "lora.transformers_layers.LoRATransposedLinear",
+        "lora.variants.magnitude_shape",
+    },
+    "the baselines of repair freeze the network as adapters do": {"lora.freeze.freeze"},
+    "Classifier refuses the ratio that lora_plus_param_groups refuses": {"lora.lora_plus.check_lr_ratio"},
+    "the callback writes its folder in the format of PEFT": {"peft_format.folder.AdapterFolder"},
+    "the callback and the command line write and read checkpoints of adapters": {
+        "checkpoints.adapter_checkpoint.AdapterCheckpointIO",
+        "checkpoints.adapter_checkpoint.AdapterContent",
+        "checkpoints.atomic_checkpoint.write_atomically",
+        "checkpoints.checkpoints.ADAPTER_KEY",
+        "checkpoints.checkpoints.check_file",
+        "checkpoints.checkpoints.explain_damage",
+        "checkpoints.checkpoints.holds_adapters_alone",
+        "checkpoints.checkpoints.misfits",
+        "checkpoints.checkpoints.paths_are_safe",
+        "checkpoints.packed_layers.let_packed_keys_be_missing",
+        "checkpoints.random_state.own_random_numbers",
+        "checkpoints.sharded_checkpoints.ShardedCheckpoints",
+        "checkpoints.started_from.StartedFrom",
+        "checkpoints.stop_after_batch.StopAfterBatch",
+    },
+    "the callbacks count, and write pages and figures": {
+        "report.changes.Changes",
+        "report.changes.Inputs",
+        "report.changes.pairs_of_devices",
+        "report.confusion.SHOWN_CLASSES",
+        "report.confusion.loggable",
+        "report.counts.Counts",
+        "report.counts.sum_over_devices",
+        "report.figure.report_figures",
+        "report.figure.write_png",
+        "report.files.write_report",
+        "report.found.align",
+        "report.found.counted",
+        "report.found.described",
+        "report.found.find_targets",
+        "report.found.tensors_of",
+        "report.history.History",
+        "report.history.curves_figure",
+        "report.layers.layer_changes",
+        "report.loggers.log_figure",
+        "report.page.REPORTS",
+        "report.page.page_of",
+    },
+    "every command prints alike, and overwrites nothing": {
+        "report.files.free_name",
+        "report.files.free_path",
+        "report.files.refuse_to_overwrite",
+        "report.files.write_to",
+        "report.terminal.show",
+    },
+    "repair and ConfusionReport use the same test": {"report.changes.mcnemar_p"},
+    "the command line takes and checks the settings of data modules": {
+        "data.focus.check_share",
+        "data.mnist_files.Source",
+        "data.text_files.read_texts",
+    },
+    "the command line merges, and ends with what the callback knows": {
+        "callbacks.lora_finetuning.LR_RATIO_IS_OF_THE_OPTIMIZER",
+        "callbacks.merging.finetuning_of",
+        "callbacks.merging.load_merged",
+        "callbacks.merging.save_merged",
+        "callbacks.summary.stage_metrics",
+    },
+    "repair is the program behind the command of this name": {
+        "repair.choice.named_classes",
+        "repair.comparison.compare",
+        "repair.digits.Digits",
+        "repair.digits.EXAMPLE",
+        "repair.process.Repair",
+        "repair.process.Settings",
+        "repair.process.say",
+        "repair.task.Method",
+        "repair.task.Recipe",
+        "repair.task.Task",
+        "repair.training.Runs",
+        "repair.verdict.KEPT",
+        "repair.verdict.REPAIRED",
+        "repair.verdict.TRADED",
+        "repair.verdict.Verdict",
+    },
+}
+"""Names that are not public and that another package imports, by the reason."""
+
+
+def test_packages_use_public_names_of_each_other_and_few_others_with_a_reason() -> None:
+    used: set[str] = set()
+    for path in FILES.values():
+        own = path.relative_to(PACKAGE).parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lora_lightning."):
+                package, *inside = node.module.split(".")[1:]
+                if package in PACKAGES and package != own and inside and own != "__main__.py":
+                    used.update(".".join([package, *inside, alias.name]) for alias in node.names)
+    assert used == set().union(*SHARED.values())
+
+
+def test_a_package_exports_what_the_docs_name() -> None:
+    documented: dict[str, set[str]] = {package: set() for package in PACKAGES}
+    for name in re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE):
+        package = name.split(".")[1] if name.count(".") == 2 else ""
+        found = pydoc.locate(name)
+        assert found is not None, name
+        documented[package or found.__module__.split(".")[1]].add(name.rpartition(".")[2])
+    exported = {package: importlib.import_module(f"lora_lightning.{package}") for package in PACKAGES}
+    assert {name: set(getattr(module, "__all__", [])) for name, module in exported.items()} == documented
