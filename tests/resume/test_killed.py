@@ -226,11 +226,17 @@ def test_the_shipped_config_killed_again_and_again_ends_as_if_it_was_not(
 
 
 @pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, id="SIGINT"),
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_asked_to_stop_does_so_with_a_checkpoint_and_one_line(
     run: Run, workplace: Path, number: signal.Signals
 ) -> None:
-    settings: dict[str, int] = {"epochs": 12, "save_every": 10}
+    settings: dict[str, int] = {"epochs": 6, "save_every": 10}
     code, output = run(*command(workplace, "whole", **settings))
     assert code == 0, output
     whole = outcome(workplace / "logs/whole/run")
