@@ -24,6 +24,7 @@ from torch import distributed
 from typing_extensions import override
 
 from lora_lightning.callbacks import PredictionWriter
+from lora_lightning.cli.checkpoint_settings import only_configured_code
 from lora_lightning.cli.closing import show_closing
 from lora_lightning.cli.cpu import tune_for_cpu
 from lora_lightning.cli.errors import explain, named_class
@@ -189,10 +190,9 @@ class LoRALightningCLI(LightningCLI):
         """Read the hyper-parameters of the model from the checkpoint as Lightning does, unless it is damaged."""
         path = self.settings.get("ckpt_path")
         if not _is_local_file(path):
-            super()._parse_ckpt_path()
             return
         check_file(Path(path))
-        with explain_damage(path), paths_are_safe():
+        with only_configured_code(path, lambda: self.settings), explain_damage(path), paths_are_safe():
             super()._parse_ckpt_path()
 
     @override
