@@ -21,6 +21,7 @@ from lora_lightning.checkpoints.atomic_checkpoint import write_atomically
 from lora_lightning.checkpoints.checkpoints import check_file, explain_damage, paths_are_safe
 from lora_lightning.checkpoints.started_from import StartedFrom
 from lora_lightning.checkpoints.stop_after_batch import StopAfterBatch
+from lora_lightning.cli.checkpoint_settings import only_configured_code
 from lora_lightning.cli.errors import named_class
 from lora_lightning.cli.export import export
 from lora_lightning.cli.head import size_head
@@ -174,10 +175,9 @@ class LoRALightningCLI(LightningCLI):
         """Read the hyper-parameters of the model from the checkpoint as Lightning does, unless it is damaged."""
         path = self.settings.get("ckpt_path")
         if not _is_local_file(path):
-            super()._parse_ckpt_path()
             return
         check_file(Path(path))
-        with explain_damage(path), paths_are_safe():
+        with only_configured_code(path, lambda: self.settings), explain_damage(path), paths_are_safe():
             super()._parse_ckpt_path()
 
     @override
