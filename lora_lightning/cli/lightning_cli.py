@@ -157,7 +157,7 @@ class LoRALightningCLI(LightningCLI):
         configured = self.config_init.get(str(self.config.get("subcommand")), self.config_init).trainer
         callbacks: list[Callback] = configured_callbacks(configured)
         if configured.enable_progress_bar is not False and not sys.stdout.isatty():
-            callbacks = [other for other in callbacks if type(other) not in (RichProgressBar, TQDMProgressBar)]
+            callbacks = [callback for callback in callbacks if type(callback) not in (RichProgressBar, TQDMProgressBar)]
             if not any(isinstance(callback, ProgressBar) for callback in callbacks):
                 callbacks.append(ProgressLines())
         summary = configured.enable_model_summary or any(isinstance(callback, ModelSummary) for callback in callbacks)
@@ -202,8 +202,8 @@ class LoRALightningCLI(LightningCLI):
             rank_zero_info(f"Checkpoint: {settings.ckpt_path}")
 
 
-def _is_local_file(path: str | None) -> bool:
-    return path is not None and path not in _KEYWORDS and "://" not in path
+def _is_local_file(path: str | Path | None) -> bool:
+    return path is not None and path not in _KEYWORDS and "://" not in str(path)
 
 
 def _log_folder(logger: Any) -> Path:

@@ -84,7 +84,7 @@ def test_texts_of_any_length_are_tokenized_outside(run: Run, workspace: Path, ti
     assert tiny_bert in metadata["preprocessing"]
     assert "16 tokens" in metadata["preprocessing"]
     together = tokenizer(TEXTS, padding=True, return_tensors="pt")
-    assert {each.name for each in session.get_inputs()} == set(together)
+    assert {entry.name for entry in session.get_inputs()} == set(together)
     batch = logits_of(session, together)
     for text, logits in zip(TEXTS, batch, strict=True):
         alone = logits_of(session, tokenizer([text], return_tensors="pt"))
@@ -131,7 +131,7 @@ def test_a_module_of_ones_own_with_dict_batches(kind: type[WholeBatch], tmp_path
     torch.save({"state_dict": module.state_dict()}, tmp_path / "base.ckpt")
     path = export(trainer, module, Dicts(), str(tmp_path / "base.ckpt"), tmp_path / "model.onnx")
     session = session_of(str(path))
-    assert [each.name for each in session.get_inputs()] == ["x", "scale"]
+    assert [entry.name for entry in session.get_inputs()] == ["x", "scale"]
     x, scale = torch.randn(5, 4), torch.rand(5)
     expected = module.net(x) * scale[:, None]
     torch.testing.assert_close(logits_of(session, {"x": x, "scale": scale}), expected.detach())
@@ -146,13 +146,13 @@ def test_weights_in_a_separate_file_are_moved_with_their_model_and_overwrite_not
     module, trainer, path = WholeBatch(), Trainer(accelerator="cpu", logger=False), tmp_path / "new" / "model.onnx"
     torch.save({"state_dict": module.state_dict()}, tmp_path / "base.ckpt")
     export(trainer, module, Dicts(), str(tmp_path / "base.ckpt"), path)
-    assert {each.name for each in path.parent.iterdir()} == {"model.onnx", "model.onnx.data"}
+    assert {file.name for file in path.parent.iterdir()} == {"model.onnx", "model.onnx.data"}
     assert session_of(str(path)).get_inputs()
     path.unlink()
     weights = (path.parent / "model.onnx.data").read_bytes()
     with pytest.raises(FileExistsError, match=r"model.onnx.data exists: it is not overwritten"):
         export(trainer, module, Dicts(), str(tmp_path / "base.ckpt"), path)
-    assert [(each.name, each.read_bytes()) for each in path.parent.iterdir()] == [("model.onnx.data", weights)]
+    assert [(file.name, file.read_bytes()) for file in path.parent.iterdir()] == [("model.onnx.data", weights)]
 
 
 @pytest.mark.parametrize(

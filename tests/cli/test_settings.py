@@ -16,6 +16,7 @@ from PIL import Image
 
 from lora_lightning import Classifier, LoRAConfig, LoRAFinetuning, RichBoyNet
 from lora_lightning.cli.lightning_cli import LoRALightningCLI
+from lora_lightning.cli.lora_options import is_lora_finetuning
 from lora_lightning.cli.main import main
 from tests.conftest import ROOT
 
@@ -31,7 +32,7 @@ def pretrained(run: Run, a_base: Path) -> Run:
 def adapters_in(config: Path) -> dict[str, Any]:
     """The arguments of LoRAFinetuning in a saved configuration."""
     callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
-    (found,) = [each["init_args"] for each in callbacks if each["class_path"].endswith("LoRAFinetuning")]
+    (found,) = [callback["init_args"] for callback in callbacks if callback["class_path"].endswith("LoRAFinetuning")]
     return dict(found)
 
 
@@ -61,7 +62,7 @@ def test_the_options_work_with_every_shipped_configuration(
     monkeypatch.setattr(LoRALightningCLI, "_run_subcommand", lambda self, subcommand: None)
     monkeypatch.setattr(LoRALightningCLI, "_add_configure_optimizers_method_to_model", lambda self, subcommand: None)
     cli = LoRALightningCLI(["fit", "--config", config, "--lora.rank", "3", "--lora.target_modules", "[fc]"])
-    (ours,) = [each for each in cli.settings.trainer.callbacks if each.class_path.endswith("LoRAFinetuning")]
+    (ours,) = filter(is_lora_finetuning, cli.settings.trainer.callbacks)
     assert (ours.init_args.rank, ours.init_args.target_modules) == (3, ["fc"])
 
 
@@ -173,7 +174,7 @@ def test_adapters_given_to_lightning_s_own_loading_are_told_with_what_to_call(pr
         ValueError, match=r"contains the adapters of backbone.linear1, .*linear3, but not the network"
     ) as error:
         Classifier.load_from_checkpoint(checkpoint, backbone=RichBoyNet())
-    assert all(each in str(error.value) for each in ("logs/pretrain", "load_adapter", "lora-lightning merge"))
+    assert all(word in str(error.value) for word in ("logs/pretrain", "load_adapter", "lora-lightning merge"))
 
 
 def test_files_have_the_modes_that_the_umask_says(pretrained: Run) -> None:
