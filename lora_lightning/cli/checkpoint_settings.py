@@ -17,16 +17,18 @@ from lora_lightning.checkpoints.checkpoints import explain_damage, paths_are_saf
 
 @contextmanager
 def only_configured_code(path: str | Path, settings: Callable[[], Namespace]) -> Iterator[None]:
-    """Let `LightningCLI` parse the hyper-parameters in a checkpoint only if they name no code that the configuration does not.
+    """Let `LightningCLI` parse the hyper-parameters in a checkpoint if they name no code but that of the configuration.
 
-    Lightning imports and calls the classes and functions that hyper-parameters name, and reads the configuration files that they name.
+    Lightning imports and calls the classes and functions that hyper-parameters name, and reads the configuration files
+    that they name.
 
     Args:
         path: The checkpoint.
         settings: Returns the configuration of the command, before and after parsing.
 
     Raises:
-        ValueError: If a hyper-parameter names a class, a function, a text file or a URL that the configuration does not contain.
+        ValueError: If a hyper-parameter names a class, a function, a text file or a URL that the configuration does
+            not contain.
     """
     configured = set(_names(settings()))
     with explain_damage(path), paths_are_safe():
@@ -39,8 +41,8 @@ def only_configured_code(path: str | Path, settings: Callable[[], Namespace]) ->
         foreign = [name for name in _chosen(settings().model) if name not in configured]
     if foreign:
         raise ValueError(
-            f"The hyper-parameters in {path} name {foreign[0]!r}, which is not in the configuration. It is neither imported nor read, "
-            "since this may run code. If you trust the checkpoint, name it in the configuration."
+            f"The hyper-parameters in {path} name {foreign[0]!r}, which is not in the configuration. It is neither "
+            "imported nor read, since this may run code. If you trust the checkpoint, name it in the configuration."
         )
 
 
@@ -49,12 +51,12 @@ def _names(value: Any) -> Iterator[str]:
     if isinstance(value, Namespace):
         value = vars(value)
     if isinstance(value, Mapping):
-        for key, each in value.items():
+        for key, item in value.items():
             yield from _names(key)
-            yield from _names(each)
+            yield from _names(item)
     elif isinstance(value, list | tuple | set | frozenset):
-        for each in value:
-            yield from _names(each)
+        for item in value:
+            yield from _names(item)
     elif isinstance(value, str):
         yield value
         try:
@@ -74,11 +76,11 @@ def _chosen(value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
         if isinstance(value.get("class_path"), str):
             yield value["class_path"]
-        for each in value.values():
-            yield from _chosen(each)
+        for item in value.values():
+            yield from _chosen(item)
     elif isinstance(value, list | tuple | set | frozenset):
-        for each in value:
-            yield from _chosen(each)
+        for item in value:
+            yield from _chosen(item)
     elif callable(value):
         yield from _names(value)
 
@@ -99,6 +101,6 @@ def _is_code(name: str) -> bool:
     except UnicodeDecodeError:
         return False  # no configuration file
     except (OSError, ValueError, RuntimeError, ImportError):
-        # A name that is too long for a file, for example, is not one. A module such as __main__ may have no specification.
+        # A name that is too long for a file, for example, is not one. A module such as __main__ may have no spec.
         return "." in name and package.isidentifier()
     return True

@@ -16,8 +16,8 @@ _ROTATION, _SHIFT, _SCALE = 6.0, 1.0, 0.05
 def jitter(images: Tensor) -> Tensor:
     """Rotate each image by up to 6 degrees, shift it by up to 1 pixel, and scale it by up to 5 %, uniformly at random.
 
-    The whole batch is transformed at once on its device, with the global random generator of the device. Pixels are interpolated
-    bilinearly, and the border is repeated outside the image.
+    The whole batch is transformed at once on its device, with the global random generator of the device. Pixels are
+    interpolated bilinearly, and the border is repeated outside the image.
 
     Args:
         images: Floating-point images of shape (B, C, H, W).
@@ -34,7 +34,7 @@ def jitter(images: Tensor) -> Tensor:
 
 
 def _grid(matrices: Tensor, height: int, width: int) -> Tensor:
-    """Return `F.affine_grid` for matrices of shape (B, 2, 3), without its batched product, which takes most of the time on a CPU."""
+    """Return `F.affine_grid` for matrices of shape (B, 2, 3), without its batched product, which is slow on a CPU."""
     identity = torch.eye(2, 3, dtype=matrices.dtype, device=matrices.device)
     x, y = F.affine_grid(identity[None], [1, 1, height, width], align_corners=False)[0].movedim(2, 0)
     by_x, by_y, by_one = matrices[..., None, None].unbind(2)
@@ -43,7 +43,7 @@ def _grid(matrices: Tensor, height: int, width: int) -> Tensor:
 
 
 def seed_of_sample(epoch: int, index: int) -> int:
-    """Return the seed for augmenting a sample, as a function of the seed of the run, the epoch and the index of the sample."""
+    """Return the seed for augmenting a sample, a function of the seed of the run, the epoch and the index."""
     seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
     return ((seed * _PRIME + epoch) * _PRIME + index) % 2**63
 

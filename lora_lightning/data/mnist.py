@@ -31,9 +31,9 @@ class MNISTDataModule(ResumableDataModule):
 
     Args:
         data_dir: Folder of torchvision's MNIST files (`<data_dir>/MNIST/raw`).
-        source: `"full"` for all 70,000 digits, which torchvision downloads if necessary, `"sample"` for 5,000 of them that come with
-            the package, or `"auto"` for the full set if it is on disk or can be downloaded, else the sample. After `setup`, the
-            attribute `source` says which one is used.
+        source: `"full"` for all 70,000 digits, which torchvision downloads if necessary, `"sample"` for 5,000 of them
+            that come with the package, or `"auto"` for the full set if it is on disk or can be downloaded, else the
+            sample. After `setup`, the attribute `source` says which one is used.
         digits: Digits to train on. Validation and test use all ten.
         focus: Digits that have a fixed share of each training batch. The rest is drawn from all others (replay).
         focus_fraction: Share of these digits.
@@ -41,9 +41,10 @@ class MNISTDataModule(ResumableDataModule):
         eval_digits: Digits to validate, test and predict on.
         batch_size: Batch size in training, per device.
         eval_batch_size: Batch size in validation, test and prediction, per device.
-        val_fraction: Fraction of the training digits that is held out for validation, equal for every class. With 0, all of them are
-            used for training and there is no validation.
-        split_seed: Seed of the split. It is independent of the seed of the run, so that all runs hold out the same digits.
+        val_fraction: Fraction of the training digits that is held out for validation, equal for every class. With 0,
+            all of them are used for training and there is no validation.
+        split_seed: Seed of the split. It is independent of the seed of the run, so that all runs hold out the same
+            digits.
         download: Whether to download a missing database.
 
     Raises:
@@ -170,7 +171,8 @@ class MNISTDataModule(ResumableDataModule):
     @staticmethod
     def preprocessing_in_words() -> str:
         """Return a description of the preprocessing."""
-        return f"Grey values of 28 x 28 pixels from 0 to 1, minus {MEAN}, divided by {STD}; float32 of shape (B, 1, 28, 28)."
+        grey = f"Grey values of 28 x 28 pixels from 0 to 1, minus {MEAN}, divided by {STD}"
+        return f"{grey}; float32 of shape (B, 1, 28, 28)."
 
     def description(self) -> str:
         """Return a description of the data and, if the sample replaces the full database, the reason."""

@@ -24,19 +24,21 @@ from lora_lightning.models.one_cycle import OneCycle
 class Classifier(LightningModule):
     """Trains a backbone with the cross-entropy loss.
 
-    The steps return `{"loss", "logits", "targets"}`. The logged loss and accuracy of validation and test are means over the samples of all
-    data loaders.
+    The steps return `{"loss", "logits", "targets"}`. The logged loss and accuracy of validation and test are means
+    over the samples of all data loaders.
 
     Args:
-        backbone: A module that maps a batch of inputs to logits of shape (B, num_classes), or to an object with `logits`. Inputs that
-            are a mapping, as from `TextDataModule`, are passed as keyword arguments.
-        optimizer: A function from the trainable parameters to an optimizer. The default is Adam with PyTorch's fused kernel.
-        lr_scheduler: A function from the optimizer to a learning-rate scheduler, which is stepped after every training step.
-            `OneCycle` gets the length of the run.
+        backbone: A module that maps a batch of inputs to logits of shape (B, num_classes), or to an object with
+            `logits`. Inputs that are a mapping, as from `TextDataModule`, are passed as keyword arguments.
+        optimizer: A function from the trainable parameters to an optimizer. The default is Adam with PyTorch's fused
+            kernel.
+        lr_scheduler: A function from the optimizer to a learning-rate scheduler, which is stepped after every training
+            step. `OneCycle` gets the length of the run.
         num_classes: Number of classes. If given, it is compared with that of the backbone and of the data.
-        lr_ratio: Ratio of the learning rates of B and A (LoRA+, https://arxiv.org/abs/2402.12354, which recommends about 16). If it is
-            not 1 and there are adapters, `optimizer` gets two parameter groups, and the learning rate of the second one, with B, is
-            multiplied. A scheduler with learning rates of its own, such as `OneCycleLR(max_lr)`, then needs one for each group.
+        lr_ratio: Ratio of the learning rates of B and A (LoRA+, https://arxiv.org/abs/2402.12354, which recommends
+            about 16). If it is not 1 and there are adapters, `optimizer` gets two parameter groups, and the learning
+            rate of the second one, with B, is multiplied. A scheduler with learning rates of its own, such as
+            `OneCycleLR(max_lr)`, then needs one for each group.
 
     Raises:
         ValueError: If `num_classes` or `lr_ratio` is out of range.
@@ -152,7 +154,8 @@ class Classifier(LightningModule):
         logits = self(inputs)
         if self.num_classes not in (None, logits.shape[1]):
             raise ValueError(
-                f"The backbone returns {logits.shape[1]} logits, but num_classes={self.num_classes}: set both to the same number."
+                f"The backbone returns {logits.shape[1]} logits, but num_classes={self.num_classes}: "
+                "set both to the same number."
             )
         return logits, targets, F.cross_entropy(logits, targets)
 
@@ -186,5 +189,5 @@ class Classifier(LightningModule):
 
 
 def _fraction_correct(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the fraction of correct predictions among the samples with a target. Samples without one have the target -100."""
+    """Return the fraction of correct predictions among the samples with a target, which is -100 for others."""
     return (logits.detach().argmax(1) == targets).sum() / (targets != -100).sum()
