@@ -184,4 +184,9 @@ def dense(weight: Tensor) -> Tensor:
 def full_precision(tensor: Tensor) -> Any:
     """Return a context without autocast on the device of `tensor`."""
     kind = tensor.device.type
-    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+    return torch.autocast(kind if _has_autocast(kind) else "cpu", enabled=False)
+
+
+@torch.compiler.assume_constant_result  # PyTorch 2.10 cannot trace it
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
