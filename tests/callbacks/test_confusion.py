@@ -271,7 +271,7 @@ class Wrapped(nn.Module):
 )
 @pytest.mark.parametrize("call", ["self", "forward", "child"])
 def test_a_step_that_returns_nothing_is_counted_by_what_it_called(
-    make_trainer: MakeTrainer, wrap: Any, call: str
+    make_trainer: MakeTrainer, wrap: Any, call: str, tmp_path: Path
 ) -> None:
     calls = {
         "self": lambda task, x: task(x),
@@ -280,7 +280,8 @@ def test_a_step_that_returns_nothing_is_counted_by_what_it_called(
     }
     task = Task(Wrapped(wrap), [{"image": IMAGES, "label": CLASSES}], lambda t, batch: calls[call](t, batch["image"]))
     expected = matrix(task.net.layer(IMAGES).argmax(1), CLASSES, 3)
-    trainer = make_trainer(LoRAFinetuning(rank=2), report := ConfusionReport(verbose=False))
+    report = ConfusionReport(verbose=False)
+    trainer = make_trainer(LoRAFinetuning(rank=2), report, logger=CSVLogger(tmp_path))  # which draws no figures
     trainer.test(task, verbose=False)
     stir(task.net, 1.0)
     adapted = matrix(task.net.layer(IMAGES).argmax(1), CLASSES, 3)

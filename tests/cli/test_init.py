@@ -46,6 +46,7 @@ def test_the_topics_are_listed_without_pytorch() -> None:
         assert all(f"\n  {topic}" in text for topic in TOPICS)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # which end nothing in a process of its own either
 @pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["here", "processes"])
 def test_the_commands_for_a_module_of_one_s_own_run_as_they_are_printed(
     empty: Path, capsys: pytest.CaptureFixture[str], processes: bool, monkeypatch: pytest.MonkeyPatch
