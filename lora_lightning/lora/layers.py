@@ -187,6 +187,6 @@ def full_precision(tensor: Tensor) -> Any:
     return torch.autocast(kind if _has_autocast(kind) else "cpu", enabled=False)
 
 
-@torch.compiler.assume_constant_result  # PyTorch 2.10 cannot trace it
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch 2.10 cannot trace it
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)

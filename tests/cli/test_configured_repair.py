@@ -92,7 +92,8 @@ def test_adapters_of_a_repair_train_as_configured_and_the_full_network_at_a_tent
     monkeypatch.setattr("sys.argv", ["lora-lightning"])
     callback = "{class_path: lora_lightning.LoRAFinetuning, init_args: {rank: 2, alpha: 4"
     texts.write_text(texts.read_text().replace(f"{callback}}}}}", f"{callback}, dropout: 0.1}}}}"))
-    task = Configured(["--config", str(texts)], seed=0)
+    task = Configured(["--config", str(texts), "--model.lr_ratio", "16"], seed=0)
+    assert task.model().lr_ratio == 16
     ours = task.adapters(8, Path("base.ckpt"))
     assert (ours.config.rank, ours.config.alpha, ours.config.dropout) == (8, 16, 0.1)
     rates = {
