@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import runpy
 import shutil
 import socket
@@ -84,11 +85,13 @@ Path("outcome_" + os.environ.get("LOCAL_RANK", "0")).write_text(json.dumps(outco
 
 
 def free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Return ports that no process takes in the meantime: connections get theirs from 32,768 on."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 200):
+        with socket.socket() as candidate, contextlib.suppress(OSError):
+            candidate.bind(("127.0.0.1", port))
+            found.append(port)
+    return found[:number]
 
 
 def python(*words: str, folder: Path) -> None:

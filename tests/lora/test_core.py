@@ -17,7 +17,7 @@ CORE = [LORA / name for name in ("config.py", "layers.py", "freeze.py", "model.p
 
 
 def test_the_core_imports_nothing_else_of_the_package() -> None:
-    names = {f"lora_lightning.lora.{path.stem}" for path in CORE}
+    names = {f"lora_lightning.lora.{path.stem}" for path in CORE} | {"lora_lightning.wording"}
     for path in CORE:
         for node in ast.walk(ast.parse(path.read_text())):
             imported = (
