@@ -12,7 +12,7 @@ from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.models import Classifier
 
 Method = Literal["adapters", "full network", "last layer"]
-"""What is trained from the base."""
+"""A method of training from the base."""
 
 
 @dataclass(frozen=True)
