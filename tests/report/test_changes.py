@@ -146,4 +146,6 @@ def test_a_device_without_samples_finds_what_the_others_found(tmp_path: Any) -> 
         subprocess.Popen([*words, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    assert [each.communicate(timeout=120)[0].strip() for each in both] == ["1 0 ['one']"] * 2
+    printed = [process.communicate(timeout=600)[0] for process in both]
+    # Gloo of PyTorch 2.10 prints a line before.
+    assert [text.strip().splitlines()[-1] for text in printed] == ["1 0 ['one']"] * 2
