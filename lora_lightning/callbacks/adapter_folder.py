@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_lightning.callbacks.summary import stage_metrics
 from lora_lightning.lightning_packages import is_a
-from lora_lightning.lora.state import is_adapter_key, saved_keys
+from lora_lightning.lora.state import adapter_keys, saved_keys
 from lora_lightning.peft_format.folder import AdapterFolder
 from lora_lightning.report.files import free_name, write_to
 
@@ -91,8 +91,8 @@ def _trained_as_in(best: _Best | None, trainer: Trainer, pl_module: LightningMod
         yield
         return
     loaded = trainer.strategy.checkpoint_io.load_checkpoint(best.path)["state_dict"]
-    in_full = saved_keys(pl_module)
-    own = {key: value for key, value in pl_module.state_dict().items() if is_adapter_key(key) or key in in_full}
+    trained = adapter_keys(pl_module) | saved_keys(pl_module)
+    own = {key: value for key, value in pl_module.state_dict().items() if key in trained}
     kept = {key: value.clone() for key, value in own.items()}
     with torch.no_grad():
         for key, value in own.items():

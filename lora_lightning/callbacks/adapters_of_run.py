@@ -14,8 +14,8 @@ from lora_lightning.callbacks.relative_names import relative_names
 from lora_lightning.checkpoints import newest_adapter
 from lora_lightning.checkpoints.random_state import own_random_numbers
 from lora_lightning.lora import LoRAConfig, attach, backbone_of
-from lora_lightning.lora.config import Names
-from lora_lightning.lora.model import attachment_of, unwrapped
+from lora_lightning.lora.adaptation import config_of, unwrapped
+from lora_lightning.lora.matching import Names
 from lora_lightning.peft_format import load_adapter
 from lora_lightning.wording import some_of
 
@@ -67,10 +67,8 @@ def check_present_adapters(pl_module: LightningModule, config: LoRAConfig, sourc
         reason = f"adapters of {path} instead of {expected_path}"
     elif source is not None:
         reason = f"adapters, but {source} is for a model without adapters"
-    elif (found := attachment_of(owner)).config != expected:
-        pairs = {
-            each.name: (getattr(found.config, each.name), getattr(expected, each.name)) for each in fields(expected)
-        }
+    elif (found := config_of(owner)) != expected:
+        pairs = {each.name: (getattr(found, each.name), getattr(expected, each.name)) for each in fields(expected)}
         differences = [
             f"{name} {has!r} instead of {wanted!r}" for name, (has, wanted) in pairs.items() if has != wanted
         ]
@@ -89,5 +87,5 @@ def _complete(config: LoRAConfig, pl_module: LightningModule, adapted: nn.Module
     config = relative_names(config, pl_module, adapted)
     facts, saved = backbone_facts(adapted), config.modules_to_save
     new_head = () if facts is None else facts.new_head
-    new = [name for name in new_head if not Names(saved)(name)] if isinstance(saved, list) else []
+    new = [name for name in new_head if not Names(saved).match(name)] if isinstance(saved, list) else []
     return (replace(config, modules_to_save=[*saved, *new]) if new else config), new

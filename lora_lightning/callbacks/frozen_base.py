@@ -5,10 +5,10 @@ from __future__ import annotations
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lora_lightning.lora.adaptation import attachment_of
+from lora_lightning.lora.adapter import is_quantized
 from lora_lightning.lora.fingerprint import base_tensors, digests
 from lora_lightning.lora.freeze import FrozenStatistics
-from lora_lightning.lora.merging import is_quantized
-from lora_lightning.lora.model import attachment_of
 from lora_lightning.lora.sharding import is_distributed
 from lora_lightning.wording import some_of
 

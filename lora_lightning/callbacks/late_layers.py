@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -10,9 +11,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from lora_lightning.lightning_packages import is_a, own_class
-from lora_lightning.lora import disabled
+from lora_lightning.lora import bare
 
 
 def convert_layers(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -22,33 +25,37 @@ def convert_layers(trainer: Trainer, pl_module: LightningModule) -> None:
         precision.convert_module(pl_module)
 
 
+def _is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(child, FSDPModule) for child in module.modules())
+
+
 class AfterLayers:
-    """Attaches adapters as soon as the layers of a module exist, and settles them after the layers are distributed.
+    """Attaches adapters as soon as the layers of a module exist, and after `configure_model` has distributed them.
 
     The last hook in which a module can create layers is `configure_model`, or else `setup`. Both run after the `setup` of callbacks, so the
-    hook is replaced on the module until it has run. A module without these hooks already has its layers. If `configure_model`
-    distributes existing layers, the adapters are attached before it, so that they are distributed as well.
+    hook is replaced on the module until it has run. A module without these hooks already has its layers. Adapters that
+    are there already are set aside while `configure_model` distributes the layers, since `parallelize_module` replaces all parameters.
 
     Args:
         trainer: The trainer that runs the module.
         pl_module: The module.
         attach: A function that attaches the adapters if there are none.
-        settle: A function that is called afterwards, at the end of the last hook.
+        prepare: A function that is called afterwards, at the end of the last hook.
     """
 
     def __init__(
-        self, trainer: Trainer, pl_module: LightningModule, attach: Callable[[], None], settle: Callable[[], None]
+        self, trainer: Trainer, pl_module: LightningModule, attach: Callable[[], None], prepare: Callable[[], None]
     ) -> None:
         self._pl_module = pl_module
         parent = own_class(pl_module, LightningModule)
         self.hook = next(
             (name for name in ("configure_model", "setup") if is_overridden(name, pl_module, parent)), None
         )
-        before = is_a(trainer.strategy, ModelParallelStrategy) and any(True for _ in pl_module.parameters())
-        if before or self.hook is None:
+        distributes = is_a(trainer.strategy, ModelParallelStrategy)
+        if self.hook is None:
             attach()
         if self.hook is None:
-            settle()
+            prepare()
             return
         self._own = vars(pl_module).get(self.hook)
         method = getattr(pl_module, self.hook)
@@ -56,11 +63,10 @@ class AfterLayers:
         @wraps(method)
         def then(*args: Any, **kwargs: Any) -> None:
             self.remove()
-            with disabled(pl_module):  # tensor parallelism expects `layer.weight` to be the parameter
+            with bare(pl_module) if distributes and not _is_sharded(pl_module) else nullcontext():
                 method(*args, **kwargs)
-            if not before:
-                attach()
-            settle()
+            attach()
+            prepare()
 
         setattr(pl_module, self.hook, then)
 

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lora_lightning.callbacks.lora_finetuning import LoRAFinetuning
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import backbone_of, is_adapted
-from lora_lightning.lora.model import attachment_of
+from lora_lightning.lora.adaptation import config_of
 from lora_lightning.report import Report
 from lora_lightning.report.loggers import log_figure
 
@@ -65,7 +65,7 @@ def settings(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined] # Trainer sets it from elsewhere
     configs = [each.config for each in callbacks if isinstance(each, LoRAFinetuning)]
     if is_adapted(pl_module):
-        configs = [attachment_of(backbone_of(pl_module)).config]  # which may come from an adapter folder
+        configs = [config_of(backbone_of(pl_module))]  # which may come from an adapter folder
     for config in configs:
         found |= {name: getattr(config, name) for name in _SETTINGS}
     focus = getattr(getattr(trainer, "datamodule", None), "focus", None)

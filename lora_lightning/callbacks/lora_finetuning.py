@@ -34,8 +34,8 @@ from lora_lightning.checkpoints.packed_layers import let_packed_keys_be_missing
 from lora_lightning.checkpoints.sharded_checkpoints import ShardedCheckpoints
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import LoRAConfig, backbone_of, base_fingerprint, is_adapted, is_untrained
-from lora_lightning.lora.bitsandbytes_layers import keep_packing
-from lora_lightning.lora.sharding import settle
+from lora_lightning.lora.packed import keep_packing
+from lora_lightning.lora.sharding import distribute_adapters
 from lora_lightning.wording import some_of
 
 LR_RATIO_IS_OF_THE_OPTIMIZER = (
@@ -257,7 +257,7 @@ class LoRAFinetuning(Callback):
         base_path = str(self.base_path) if self.base_path else None
         content = AdapterContent(pl_module, self._network, self.base_fingerprint, base_path, self._updated)
         if is_a(trainer.strategy, ModelParallelStrategy):
-            settle(self._network, trainer.strategy.device_mesh["data_parallel"].get_group())
+            distribute_adapters(self._network, trainer.strategy.device_mesh["data_parallel"].get_group())
             self._checkpoints = ShardedCheckpoints(trainer.strategy, content)
             return
         self._handles.append(let_packed_keys_be_missing(pl_module))

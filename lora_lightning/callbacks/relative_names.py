@@ -11,8 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lora_lightning.lora import LoRAConfig
-from lora_lightning.lora.config import Names
-from lora_lightning.lora.named_adapters import exactly
+from lora_lightning.lora.matching import Names, exactly
 
 
 def relative_names(config: LoRAConfig, pl_module: LightningModule, adapted: nn.Module) -> LoRAConfig:
@@ -38,12 +37,12 @@ def _relative(patterns: str | list[str], prefix: str, names: list[str]) -> str |
     if isinstance(patterns, list):
         return [_shortened(each, [each], prefix, names) for each in patterns]
     as_it_is = Names(patterns)
-    if any(map(as_it_is, names)):
+    if any(map(as_it_is.match, names)):
         return patterns
-    matched = [name for name in names if as_it_is(f"{prefix}.{name}")]
+    matched = [name for name in names if as_it_is.match(f"{prefix}.{name}")]
     return exactly(matched, names) if matched else patterns
 
 
 def _shortened(key: str, patterns: Any, prefix: str, names: Iterable[str]) -> str:
     start = next((each for each in (f"{prefix}.", re.escape(f"{prefix}.")) if key.startswith(each)), None)
-    return key if start is None or any(map(Names(patterns), names)) else key.removeprefix(start)
+    return key if start is None or any(map(Names(patterns).match, names)) else key.removeprefix(start)

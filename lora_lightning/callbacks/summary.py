@@ -8,32 +8,32 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lora_lightning.lora import AdaptedWeight, adapted_weights, adapter_parameters
-from lora_lightning.lora.experts import ExpertsParameter
-from lora_lightning.lora.merging import shared_memory
+from lora_lightning.lora.modules_to_save import shared_memory
 
 
 def what_trains(adapted: nn.Module) -> str:
     """Return one line per adapter, one line per adapted weight that another layer shares, and the total."""
     lines = ["LoRA adapters on:"]
-    for each in adapted_weights(adapted):
-        size = sum(value.numel() for key, value in each.adapter._parameters.items() if key.startswith("lora_"))
+    for weight in adapted_weights(adapted):
+        size = sum(value.numel() for value in weight.adapter.parameters())
         lines.append(
-            f"  {each.name or type(adapted).__name__}: {_sizes(each)}, rank {each.rank}, scale "
-            f"{each.adapter.lora_scaling:g}, {size:,} parameters"
+            f"  {weight.name or type(adapted).__name__}: {_sizes(weight)}, rank {weight.rank}, scale "
+            f"{weight.adapter.scaling:g}, {size:,} parameters"
         )
     memory = shared_memory(adapted)
-    for each in adapted_weights(adapted):
-        if len(names := memory.get(id(each.weight), ())) > 1:
-            lines.append(f"  {each.name} shares its weight ({', '.join(names)}): the adapter only affects {each.name}.")
+    for weight in adapted_weights(adapted):
+        if len(names := memory.get(id(weight.weight), ())) > 1:
+            lines.append(
+                f"  {weight.name} shares its weight ({', '.join(names)}): the adapter only affects {weight.name}."
+            )
     lines.append(f"Trained: {trained_parameters(adapted)}.")
     return "\n".join(lines)
 
 
-def _sizes(each: AdaptedWeight) -> str:
-    a, b = each.factors
-    if isinstance(each.adapter, ExpertsParameter):
-        return f"{a.shape[1]} experts of {a.shape[2]} -> {len(b)}"
-    return f"{a[0].numel()} -> {len(b)}"
+def _sizes(weight: AdaptedWeight) -> str:
+    a, b = weight.factors
+    sizes = f"{a.shape[-1]} -> {b.shape[-2]}"
+    return f"{len(a)} experts of {sizes}" if weight.layout.experts else sizes
 
 
 def trained_parameters(adapted: nn.Module) -> str:

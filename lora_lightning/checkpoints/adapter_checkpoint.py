@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from typing_extensions import override
 
 from lora_lightning.checkpoints.checkpoints import ADAPTER_KEY
 from lora_lightning.checkpoints.packed_layers import packed_keys
-from lora_lightning.lora import AdaptedWeight, adapted_weights, is_adapted
+from lora_lightning.lora import AdaptedWeight, adapted_weights, adapter_names, is_adapted
+from lora_lightning.lora.adaptation import config_of
 from lora_lightning.lora.fingerprint import digests
-from lora_lightning.lora.model import attachment_of
 from lora_lightning.lora.sharding import local
-from lora_lightning.lora.state import is_adapter_key, saved_keys
+from lora_lightning.lora.state import adapter_keys, saved_keys
 from lora_lightning.wording import some_of
 
 _WITHOUT_FILE = "the model as it was created"
@@ -74,7 +74,7 @@ class AdapterContent:
     def description(self) -> dict[str, Any]:
         """Return the entry `lora_lightning`."""
         return {
-            "config": asdict(attachment_of(self.adapted).config),
+            "config": asdict(config_of(self.adapted)),
             "adapters": self._adapters(),
             "base_fingerprint": self.base_fingerprint,
             "base_path": self.base_path,
@@ -119,23 +119,31 @@ class AdapterContent:
         frozen = {
             name
             for name, parameter in self.pl_module.named_parameters(remove_duplicate=False)
-            if not parameter.requires_grad and not is_adapter_key(name)
+            if not parameter.requires_grad
         }
         now = digests(self.adapted, only=self.at_start)
         self.updated |= {
             f"{prefix}.{key}".lstrip(".") for key, digest in self.at_start.items() if now.get(key) != digest
         }
         buffers = {name for name, _ in self.adapted.named_buffers(prefix=prefix, remove_duplicate=False)}
-        adapters = {key for key in buffers if is_adapter_key(key)}
-        return (frozen | buffers | packed_keys(self.pl_module)) - saved_keys(self.pl_module) - adapters - self.updated
+        trained = adapter_keys(self.pl_module) | saved_keys(self.pl_module)
+        return (frozen | buffers | packed_keys(self.pl_module)) - trained - self.updated
 
     def keep(self, keys: Iterable[str]) -> None:
         """Include these tensors of the base in checkpoints, since a checkpoint that was loaded includes them."""
         self.updated |= self.base_keys().intersection(keys)
 
     def _adapters(self) -> dict[str, str]:
-        """Describe each adapter by name, for example `rank 1, scale 1`, and the modules that are trained in full."""
-        described = {each.name: _describe(each) for each in adapted_weights(self.pl_module)}
+        """Describe each adapter by name, for example `rank 1, scale 1`, and the modules that are trained in full.
+
+        Those that are not active have their name in brackets.
+        """
+        active, *_ = names = adapter_names(self.adapted)
+        described = {
+            (weight.name if name == active else f"{weight.name} ({name})"): _describe(weight)
+            for name in names
+            for weight in adapted_weights(self.pl_module, name)
+        }
         in_full = {key.rpartition(".")[0] for key in saved_keys(self.pl_module)}
         return described | dict.fromkeys(sorted(in_full), "trained in full")
 
@@ -173,7 +181,7 @@ class AdapterCheckpointIO(CheckpointIO):
         if "state_dict" not in checkpoint or not self.content.applies(self.strategy):
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
             return
-        if names := not_finite(checkpoint["state_dict"]):
+        if names := not_finite(checkpoint["state_dict"], adapter_keys(self.content.pl_module)):
             raise NotFiniteError(not_written(path, names))
         base_keys = self.content.base_keys()
 
@@ -215,9 +223,9 @@ def _with_states(checkpoint: dict[str, Any], change: Callable[[dict[str, Any]], 
     return {**checkpoint, **changed}
 
 
-def not_finite(state: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of adapters in a state dict that contain NaN or infinity, in this process's part of sharded ones."""
-    return [key for key, value in state.items() if is_adapter_key(key) and not bool(local(value).isfinite().all())]
+def not_finite(state: Mapping[str, Tensor], adapters: Container[str]) -> list[str]:
+    """Return the keys of adapters in a state dict that contain NaN or infinity, in this process's part of sharded ones."""
+    return [key for key, value in state.items() if key in adapters and not bool(local(value).isfinite().all())]
 
 
 def not_written(path: object, names: list[str]) -> str:
@@ -228,9 +236,9 @@ def not_written(path: object, names: list[str]) -> str:
     )
 
 
-def _describe(each: AdaptedWeight) -> str:
-    variants = [name for name in ("PiSSA", "DoRA") if name in [cls.__name__ for cls in type(each.adapter).__mro__]]
-    return ", ".join([f"rank {each.rank}", f"scale {each.adapter.lora_scaling:g}", *variants])
+def _describe(weight: AdaptedWeight) -> str:
+    label = [weight.adapter.label] if weight.adapter.label else []
+    return ", ".join([f"rank {weight.rank}", f"scale {weight.adapter.scaling:g}", *label])
 
 
 def _summary(adapters: dict[str, str]) -> str:

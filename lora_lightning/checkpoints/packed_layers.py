@@ -9,18 +9,19 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.hooks import RemovableHandle
 
-from lora_lightning.lora.state import is_adapter_key
+from lora_lightning.lora.state import adapter_keys
 
 
 def packed_keys(module: nn.Module) -> set[str]:
     """Return the state-dict keys of the layers of bitsandbytes in a module, without those of adapters."""
-    return {
+    adapters = adapter_keys(module)
+    found = {
         f"{name}.{key}".lstrip(".")
         for name, layer in module.named_modules()
         if any(cls.__module__.startswith("bitsandbytes.") for cls in type(layer).__mro__)
         for key in layer.state_dict()
-        if not is_adapter_key(key)
     }
+    return found - adapters
 
 
 def let_packed_keys_be_missing(module: nn.Module) -> RemovableHandle:

@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_lightning.checkpoints.adapter_checkpoint import AdapterContent, NotFiniteError, not_finite, not_written
 from lora_lightning.checkpoints.checkpoints import ADAPTER_KEY
+from lora_lightning.lora.state import adapter_keys
 
 
 class ShardedCheckpoints:
@@ -59,7 +60,7 @@ class ShardedCheckpoints:
         if self.closed:
             return
         if self.content.applies(self.strategy):
-            names = not_finite(checkpoint["state_dict"])
+            names = not_finite(checkpoint["state_dict"], adapter_keys(self.content.pl_module))
             if not self.strategy.reduce_boolean_decision(not names):
                 raise NotFiniteError(not_written(filepath, names or ["adapters of another process"]))
             checkpoint[ADAPTER_KEY] = self.content.description()

@@ -1,43 +1,40 @@
 """Low-rank adaptation in pure PyTorch.
 
-The core is `config.py`, `layers.py`, `freeze.py` and `model.py`. The other files extend it with layer types
-(`transformers_layers.py`, `geometric_layers.py`, `weight_access.py`, `experts.py`), variants (`variants.py`), a faster forward pass
-(`fused.py`), options of `attach` (`bypass.py`, `modules_to_save.py`, `named_adapters.py`), and functions on adapted modules.
+Read `adapter.py` (the update of one weight), `layers.py` (adapted layers) and `adaptation.py` (what is done to a
+module) first. The kinds of layers are in `layers.py`, `readers.py`, `other_layers.py`, `packed.py` and `bypass.py`, and
+`registry.py` lists them. Variants are in `variants.py`. `selection.py` finds the weights that a `LoRAConfig` selects.
 """
 
-from lora_lightning.lora import (  # noqa: F401
-    bitsandbytes_layers,
-    bypass,
-    convolution,
-    embedding,
-    experts,
-    fused,
-    geometric_layers,
-    modules_to_save,
-    transformers_layers,
-    variants,
-    weight_access,
+from lora_lightning.lora.adaptation import (
+    adapted_weights,
+    adapter_names,
+    attach,
+    delete_adapter,
+    detach,
+    disabled,
+    is_adapted,
+    merge,
+    merged,
+    set_adapter,
 )
+from lora_lightning.lora.adapter import Adapter
 from lora_lightning.lora.backbone import backbone_of
+from lora_lightning.lora.combine import add_weighted_adapter
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.extract import extract_adapter
 from lora_lightning.lora.fingerprint import base_fingerprint
-from lora_lightning.lora.layers import LoRALayer, LoRALinear
+from lora_lightning.lora.layers import AdaptedWeight, bare
 from lora_lightning.lora.lora_plus import lora_plus_param_groups
 from lora_lightning.lora.low_rank import low_rank_factors
-from lora_lightning.lora.merging import disabled, merge, merged
-from lora_lightning.lora.model import AdaptedWeight, adapted_weights, attach, detach, is_adapted
-from lora_lightning.lora.named_adapters import adapter_names, add_weighted_adapter, set_adapter
 from lora_lightning.lora.scaling import scale_adapter, scaled
 from lora_lightning.lora.state import adapter_parameters, adapter_state_dict, is_untrained
 from lora_lightning.lora.verify import InertAdapterError, verify_adapters
 
 __all__ = [
     "AdaptedWeight",
+    "Adapter",
     "InertAdapterError",
     "LoRAConfig",
-    "LoRALayer",
-    "LoRALinear",
     "adapted_weights",
     "adapter_names",
     "adapter_parameters",
@@ -45,7 +42,9 @@ __all__ = [
     "add_weighted_adapter",
     "attach",
     "backbone_of",
+    "bare",
     "base_fingerprint",
+    "delete_adapter",
     "detach",
     "disabled",
     "extract_adapter",

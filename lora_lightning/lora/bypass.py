@@ -2,70 +2,92 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterator
+from functools import wraps
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_lightning.lora.adapter import Forward, Kind
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.layers import LoRALayer, compose, mixins_of
-from lora_lightning.lora.model import EXTENSIONS, AdaptedWeight, kind_of
+from lora_lightning.lora.layers import Target, adapters_of, child_name
+from lora_lightning.lora.registry import kind_of
 
 
-class LoRABypass(LoRALayer):
-    """Adds to a module's output: `y = f(x) + s B A flatten(x)`, for x of shape (batch, ...).
+class BypassKind(Kind[nn.Module]):
+    """A module f with a path around it: `y = f(x) + s B A flatten(x)`, for x of shape (batch, ...).
 
-    `lora_A` is of shape (r, in_features) and `lora_B` of shape (out_features, r), for the sizes of a flattened sample of x and y.
+    A is of shape (r, in_features) and B of shape (out_features, r), for the sizes of a flattened sample of x and y.
     """
 
-    lora_parameter = ""
-    lora_A: Tensor
-    lora_B: Tensor
+    is_reader = False
 
-    @classmethod
-    def lora_place(cls, layer: nn.Module, parameter: str, variants: tuple[type, ...]) -> LoRALayer:
-        compose(layer, cls, *mixins_of(layer))
-        return cast(LoRALayer, layer)
+    def parameters(self, layer: nn.Module) -> list[str]:
+        return []
 
-    @classmethod
-    def lora_refusal(cls, layer: nn.Module, weight: Tensor, config: LoRAConfig) -> str | None:
-        if kind_of(layer).lora_is_inside:
+    def refusal(self, layer: nn.Module, parameter: str, weight: Tensor, config: LoRAConfig) -> str | None:
+        if kind_of(layer).is_reader:
             return None
         return f"is a {type(layer).__name__}, which gets its own adapter; a bypass is for a module that contains layers"
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        base = super(LoRALayer, self).forward(*args, **kwargs)
-        if not self.lora_active:
-            return base
-        input = args[0] if args else next(iter(kwargs.values()))
-        sizes = (
-            tuple(tensor[0].numel() for tensor in (input, base)) if isinstance(base, Tensor) else type(base).__name__
+    def forward(self, plain: type[nn.Module]) -> Forward:
+        plain_forward = plain.forward
+
+        @wraps(plain_forward)
+        def forward(self: nn.Module, *arguments: object, **keywords: object) -> Tensor:
+            output: Tensor = plain_forward(self, *arguments, **keywords)
+            for adapter in adapters_of(self, "").in_effect:
+                input = arguments[0] if arguments else next(iter(keywords.values()))
+                assert isinstance(input, Tensor)
+                a, b = adapter.factors()
+                _check_sizes(input, output, a, b)
+                x = input.flatten(1).to(a.dtype)
+                if adapter.config.dropout and adapter.training:
+                    x = F.dropout(x, adapter.config.dropout)
+                change = F.linear(F.linear(x, a), b) * (adapter.scaling * adapter.strength)
+                output = output + change.view(output.shape).to(output.dtype)
+            return output
+
+        return forward
+
+
+class SequentialWithBypass:
+    """Methods of an `nn.Sequential` with a bypass. The adapters are a child, but not one of the layers."""
+
+    _modules: dict[str, nn.Module]
+
+    def _layers(self) -> list[nn.Module]:
+        return [layer for name, layer in self._modules.items() if name != child_name("")]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._layers())
+
+    def __len__(self) -> int:
+        return len(self._layers())
+
+
+class SequentialBypassKind(BypassKind):
+    """An `nn.Sequential` with a path around it."""
+
+    mixin = SequentialWithBypass
+
+
+_BYPASS, _SEQUENTIAL_BYPASS = BypassKind(), SequentialBypassKind()
+
+
+def bypass_target(module: nn.Module, config: LoRAConfig) -> Target:
+    """Return the target for `config.bypass`."""
+    assert config.bypass is not None
+    in_features, out_features = config.bypass
+    kind = _SEQUENTIAL_BYPASS if isinstance(module, nn.Sequential) else _BYPASS
+    return Target("", module, "", kind, rank=config.rank_of(""), sizes=(out_features, in_features))
+
+
+def _check_sizes(input: Tensor, output: object, a: Tensor, b: Tensor) -> None:
+    expected = a.shape[-1], len(b)
+    sizes = (input[0].numel(), output[0].numel()) if isinstance(output, Tensor) else type(output).__name__
+    if sizes != expected:
+        raise ValueError(
+            f"bypass={expected} does not fit this module: the flattened input and output of a sample have the sizes "
+            f"{sizes}. Use these sizes."
         )
-        expected = self.lora_A.shape[1], self.lora_B.shape[0]
-        if sizes != expected:
-            raise ValueError(
-                f"bypass={expected} does not fit this module: the flattened input and output of a sample have the sizes {sizes}. "
-                "Use these sizes."
-            )
-        x = input.flatten(1).to(self.lora_A.dtype)
-        if self.lora_dropout and self.training:
-            x = F.dropout(x, self.lora_dropout)
-        change = F.linear(F.linear(x, self.lora_A), self.lora_B) * self.lora_scaling
-        return base + change.view(base.shape).to(base.dtype)
-
-
-class BypassWeight(AdaptedWeight):
-    """Represents the weight that a bypass adapts: zeros of shape (out_features, in_features), which take no memory."""
-
-    def __init__(self, module: nn.Module, config: LoRAConfig) -> None:
-        super().__init__("", module, "", LoRABypass, config.rank_of(""))
-        assert config.bypass is not None
-        floating = (parameter for parameter in module.parameters() if parameter.is_floating_point())
-        zero = next(floating, torch.zeros(())).detach().new_zeros(())
-        self._weight = zero.expand(config.bypass[1], config.bypass[0])
-
-    weight = property(lambda self: self._weight)
-
-
-EXTENSIONS["bypass"] = lambda module, config: [BypassWeight(module, config)]

@@ -8,10 +8,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from lora_lightning.lora.adaptation import adapted_weights, attach
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.experts import ExpertsParameter
 from lora_lightning.lora.low_rank import low_rank_factors
-from lora_lightning.lora.model import adapted_weights, attach
 
 
 def extract_adapter(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> dict[str, float]:
@@ -26,8 +25,8 @@ def extract_adapter(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> di
         config: The layers and ranks. `init`, `use_dora`, `qkv` and `bypass` are ignored.
 
     Returns:
-        The relative error ||ΔW - s B A|| / ||ΔW|| of each adapted layer in the Frobenius norm. It is 0 if the adapter is
-        exact or the weight did not change.
+        The relative error ||ΔW - s B A|| / ||ΔW|| of each adapted layer in the Frobenius norm. It is 0 if the adapter
+        is exact or the weight did not change.
 
     Raises:
         ValueError: If the modules differ in names or shapes, or for the reasons of `attach`.
@@ -46,19 +45,17 @@ def extract_adapter(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> di
     attach(base, replace(config, init="kaiming", use_dora=False, qkv="", bypass=None))
     left_out: dict[str, float] = {}
     adapted = adapted_weights(base)
-    for each in adapted:
-        adapter, weight, (a, b) = each.adapter, each.weight, each.factors
-        change = after[each.key].to(a) - weight.detach().to(a.dtype)
-        if isinstance(adapter, ExpertsParameter):
-            best_a, best_b = adapter.lora_best_factors(change, len(a))
-        else:
-            best_a, best_b = low_rank_factors(adapter.lora_matrix(change), len(a))
+    for found in adapted:
+        (a, b), weight = found.factors, found.dense_weight()
+        change = after[found.key].to(a) - weight.detach().to(a.dtype)
+        matrix = found.layout.matrix(change)
+        pairs = [low_rank_factors(part, found.rank) for part in (matrix if found.layout.experts else [matrix])]
         with torch.no_grad():
-            a.copy_(best_a.view(a.shape))
-            b.copy_(best_b.view(b.shape) / adapter.lora_scaling)
+            a.copy_(torch.stack([best for best, _ in pairs]).view(a.shape))
+            b.copy_(torch.stack([best for _, best in pairs]).view(b.shape) / found.adapter.scaling)
             norm = change.norm()
-            left_out[each.name] = float((change - adapter.lora_delta_weight(weight)).norm() / norm) if norm else 0.0
-    carried = {each.key for each in adapted}
+            left_out[found.name] = float((change - found.adapter.delta_weight(weight)).norm() / norm) if norm else 0.0
+    carried = {found.key for found in adapted}
     beyond = [key for key in before if key not in carried and not torch.equal(before[key], after[key].to(before[key]))]
     if beyond:
         warnings.warn(

@@ -10,21 +10,21 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.layers import dense
-from lora_lightning.lora.merging import is_quantized
-from lora_lightning.lora.model import unwrapped
+from lora_lightning.lora.adaptation import unwrapped
+from lora_lightning.lora.adapter import dense, is_quantized
 from lora_lightning.lora.sharding import full
-from lora_lightning.lora.state import is_adapter_key, saved_keys
+from lora_lightning.lora.state import adapter_keys, saved_keys
 
 _TENSORS, _VALUES = 256, 4
 """Maximum number of tensors in a sample of a base, and of values per tensor."""
 
 
 def base_fingerprint(module: nn.Module, but: Container[str] = ()) -> str:
-    """Return a SHA-256 digest of the names, shapes, dtypes and values of the parameters and buffers of the base, in hexadecimal.
+    """Return a SHA-256 digest of the base: the names, shapes, dtypes and values of its parameters and buffers.
 
-    The digest excludes adapters, so it is the same before `attach` and after training. It also excludes modules that are trained in
-    full and buffers that are not in the state dict. Distributed tensors are gathered one at a time, and all processes have to call this.
+    The digest excludes adapters, so it is the same before `attach` and after training. It also excludes modules that
+    are trained in full and buffers that are not in the state dict. Distributed tensors are gathered one at a time, and
+    all processes have to call this.
 
     Args:
         module: A plain or adapted module.
@@ -92,9 +92,9 @@ def is_in_another_precision(module: nn.Module, sample: str, but: Container[str] 
 def base_tensors(module: nn.Module, but: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters and persistent buffers of the base, by state-dict key."""
     module = unwrapped(module)
-    trained = saved_keys(module)
+    others = adapter_keys(module) | saved_keys(module)
     for key, value in module.state_dict().items():
-        if isinstance(value, Tensor) and not is_adapter_key(key) and key not in trained and key not in but:
+        if isinstance(value, Tensor) and key not in others and key not in but:
             yield key, value
 
 

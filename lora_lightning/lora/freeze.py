@@ -1,42 +1,99 @@
 """Freezes a base: its parameters, and the running statistics of its norm layers."""
 
-from collections.abc import Iterable
-from typing import Any
+from __future__ import annotations
 
+from collections.abc import Iterable
+from threading import RLock
+from typing import ClassVar
+from weakref import WeakValueDictionary
+
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lora_lightning.lora.layers import compose
+from lora_lightning.lora.layers import set_class, subclass
 
 
 class FrozenStatistics(nn.Module):
-    """Mixin for norm layers. They always compute as in evaluation mode, with constant statistics."""
+    """Marks the class of a frozen norm layer, which is always in evaluation mode, also after `train()`.
 
-    lora_prefix = "Frozen"
+    Attributes:
+        lora_plain: The class of the layer before.
+    """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        training, self.training = self.training, False
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self.training = training
+    lora_plain: ClassVar[type[nn.Module]]
+
+    @property
+    def training(self) -> bool:
+        """Return `False`. The mode that was set is kept for the time after."""
+        return False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        vars(self)["training"] = mode
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        return _new, (self.lora_plain,), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def freeze(module: nn.Module, trained: Iterable[nn.Module] = ()) -> None:
-    """Freeze the parameters and norm statistics of `module`, except those inside the modules `trained`."""
+    """Freeze the parameters and norm statistics of `module`, and train those inside the modules `trained`."""
     module.requires_grad_(False)
     unfreeze_statistics(module)
     inside = {layer for other in trained for layer in other.modules()}
     for layer in module.modules():
         if layer in inside:
             for parameter in layer.parameters(recurse=False):
-                parameter.requires_grad_(parameter.is_floating_point())
+                parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         elif isinstance(layer, _NormBase) and layer.running_mean is not None:
-            compose(layer, FrozenStatistics)
+            set_class(layer, _frozen_class(type(layer)))
 
 
 def unfreeze_statistics(module: nn.Module) -> None:
-    """Let norm layers update their statistics again."""
+    """Let norm layers update their statistics again, in training mode."""
     for layer in module.modules():
         if isinstance(layer, FrozenStatistics):
-            compose(layer)
+            set_class(layer, layer.lora_plain)
+
+
+class FreezeReplacedNorms:
+    """A forward pre-hook that freezes norm layers which took the place of frozen ones.
+
+    `Trainer(sync_batchnorm=True)` replaces the norm layers of a model after its callbacks have prepared it.
+
+    Args:
+        module: A module with frozen norm layers.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        frozen = {layer for layer in module.modules() if isinstance(layer, FrozenStatistics)}
+        children = ((parent, name, child) for parent in module.modules() for name, child in parent.named_children())
+        self.places = [(parent, name) for parent, name, child in children if child in frozen]
+
+    def __call__(self, module: nn.Module, inputs: object) -> None:
+        """Freeze the layers in these places again if necessary."""
+        if torch.compiler.is_compiling():
+            return
+        for parent, name in self.places:
+            layer = parent._modules.get(name)
+            if not isinstance(layer, FrozenStatistics) and isinstance(layer, _NormBase):
+                set_class(layer, _frozen_class(type(layer)))
+
+
+_lock = RLock()
+_classes: WeakValueDictionary[type[nn.Module], type[nn.Module]] = WeakValueDictionary()
+
+
+def _frozen_class(plain: type[nn.Module]) -> type[nn.Module]:
+    with _lock:
+        found = _classes.get(plain)
+        if found is None:
+            members: dict[str, object] = {"lora_plain": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
+            found = _classes[plain] = subclass(f"Frozen{plain.__name__}", plain, (FrozenStatistics,), members)
+        return found
+
+
+def _new(plain: type[nn.Module]) -> nn.Module:
+    """Return an empty object of the class, for copies and pickles."""
+    cls = _frozen_class(plain)
+    return cls.__new__(cls)

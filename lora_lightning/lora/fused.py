@@ -6,53 +6,67 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from lora_lightning.lora.layers import LAYERS, LoRALinear
+from lora_lightning.lora.adapter import Adapter
 
 
-class FusedLoRALinear(LoRALinear):
-    """Computes the same as `LoRALinear` in fewer passes over the activations."""
+def fused_linear(adapter: Adapter, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Return the output of a linear layer with one adapter, in fewer passes over the activations.
 
-    def forward(self, input: Tensor) -> Tensor:
-        # Every microsecond counts with a batch of ten.
-        is_recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state()
-        if is_recorded or not self.lora_active:
-            return super().forward(input)
-        dropout = self.lora_dropout if self.training else 0.0
-        parameters = self._parameters
-        weight = cast(Tensor, parameters["weight"])
-        bias = parameters["bias"] if "bias" in parameters else cast("Tensor | None", self.bias)
-        a, b = self.lora_factors()
-        if _applies(input, weight, bias, a, b):
-            return cast(Tensor, _Fused.apply(input, weight, bias, a, b, self.lora_scaling, dropout))
-        if dropout:
-            return super().forward(input)
-        if a.dtype != input.dtype:
-            a, b = a.to(input.dtype), b.to(input.dtype)
-        y = F.linear(input, weight, bias)
-        low = F.linear(input, a)
-        if torch.is_grad_enabled() or not y.dtype == low.dtype == b.dtype:
-            return y + (F.linear(low, b) * self.lora_scaling).to(y.dtype)
-        return _add_product(y, low, b, self.lora_scaling)
+    Every microsecond counts with a batch of ten.
 
-    def lora_factors(self) -> tuple[Tensor, Tensor]:
-        parameters = self._parameters
-        return cast(tuple[Tensor, Tensor], (parameters["lora_A"], parameters["lora_B"]))
+    Args:
+        adapter: The adapter. It changes the output by s B A x.
+        input: x, of shape (..., in).
+        weight: W, of shape (out, in).
+        bias: b, if any.
+
+    Returns:
+        y = W x + b + s B A x, or `None` if this has to be computed with PyTorch's operations.
+    """
+    if type(adapter).change is not Adapter.change or torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        return None
+    scaling = adapter.scaling * adapter.strength
+    dropout = adapter.config.dropout if adapter.training else 0.0
+    a, b = adapter.factors()
+    if _applies(input, weight, bias, a, b):
+        return cast(Tensor, _Fused.apply(input, weight, bias, a, b, scaling, dropout))
+    if dropout or torch.is_grad_enabled() or is_transformed():
+        return None
+    if a.dtype != input.dtype:
+        a, b = a.to(input.dtype), b.to(input.dtype)
+    y = F.linear(input, weight, bias)
+    low = F.linear(input, a)
+    return (
+        _add_product(y, low, b, scaling)
+        if y.dtype == low.dtype == b.dtype
+        else y + (F.linear(low, b) * scaling).to(y.dtype)
+    )
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of `torch.func`, or forward-mode differentiation, is in progress.
+
+    A hand-written backward pass does not support these. PyTorch has no public function that tells.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _Fused(torch.autograd.Function):
     """Computes `y = x Wᵀ + b + s (d(x) Aᵀ) Bᵀ`, where d is dropout.
 
-    Compared with the plain operations, this saves one pass over y in the forward pass, where the low-rank product is added in
-    place, and one pass over dx in the backward pass. With G = dL/dy and h = d(x) Aᵀ:
+    Compared with the plain operations, this saves one pass over y in the forward pass, where the low-rank product is
+    added in place, and one pass over dx in the backward pass. With G = dL/dy and h = d(x) Aᵀ:
 
         dB = s Gᵀ h        dA = (s G B)ᵀ d(x)        dx = G W + d((s G B) A)
 
-    The products use A and B in the dtype of x. On CUDA, the gradients of float32 adapters are not rounded to the half precision of x.
+    The products use A and B in the dtype of x. On CUDA, the gradients of float32 adapters are not rounded to the half
+    precision of x.
 
-    With dropout, it keeps x and a mask of one byte per element until the backward pass, and computes d(x) again from them. x is kept once
-    for all layers that share it, while the plain operations keep d(x) and a mask for each layer.
+    With dropout, it keeps x and a mask of one byte per element until the backward pass, and computes d(x) again from
+    them. x is kept once for all layers that share it, while the plain operations keep d(x) and a mask for each layer.
     """
 
     @staticmethod
@@ -72,8 +86,8 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(input, weight, a, b, cast_a, cast_b, low, mask)
         ctx.scaling, ctx.dropout = scaling, dropout
         y = _add_product(F.linear(input, weight, bias), low, cast_b, scaling)
-        # With more dimensions, y is a view, and autograd would refuse later in-place operations (nn.ReLU(inplace=True), y += x) on a
-        # view from a custom function.
+        # With more dimensions, y is a view, and autograd would refuse later in-place operations (nn.ReLU(inplace=True),
+        # y += x) on a view from a custom function.
         return y if y.dim() == 2 else cast(Tensor, torch.ops.aten._unsafe_view(y, y.shape))
 
     @staticmethod
@@ -116,12 +130,12 @@ def _applies(input: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
         and type(input) in _PLAIN
         and type(weight) in _PLAIN
         and not torch._C._is_any_autocast_enabled()
-        and not torch._C._are_functorch_transforms_active()
+        and not is_transformed()
     )
 
 
 def _product(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the product of two matrices in `dtype`. CUDA adds up half precision in float32 and need not round the sums."""
+    """Return the product of two matrices in `dtype`. CUDA adds up half precision in float32 without rounding."""
     is_half = first.is_cuda and first.dtype in (torch.bfloat16, torch.float16) and torch.version.hip is None
     if is_half and dtype == torch.float32 and not torch.is_grad_enabled():
         return torch.mm(first, second, out_dtype=dtype)
@@ -137,7 +151,7 @@ def _dropout(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 
 def _dropout_again(x: Tensor, grad: Tensor | None, mask: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
-    """Return the result of dropout with this mask, and the gradient of x for the gradient of the result, which is overwritten."""
+    """Return the result of dropout with this mask, and the gradient of x for that of the result, in place."""
     if not mask.is_cpu:
         backward = torch.ops.aten.native_dropout_backward
         return backward(x, mask, 1 / (1 - p)), grad if grad is None else backward(grad, mask, 1 / (1 - p))
@@ -165,6 +179,3 @@ _PLAIN = (Tensor, nn.Parameter)
 def _rows(tensor: Tensor) -> Tensor:
     """Return (..., features) as (rows, features)."""
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
-
-
-LAYERS[nn.Linear] = FusedLoRALinear

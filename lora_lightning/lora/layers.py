@@ -1,192 +1,594 @@
-"""Defines the adapted layers.
+"""Adapted layers. Each is the original object, whose class is replaced with a subclass of its own class.
 
-An adapted layer is the original object, whose class is replaced with a subclass that adds the output of an adapter:
+The base keeps its parameters under their names, so plain checkpoints load, and hooks and references survive. The
+subclass adds a forward pass with adapters, or none where the module reads its weight itself. In both, reading an
+adapted parameter returns the weight in effect, W + ΔW, and nothing can be assigned to it: whoever assigns has usually
+read it before, and the update would count twice. `bare` gives the plain layers to whatever writes into them or wraps
+them.
 
-    x ──┬── W, b (frozen) ───────────────┬── y = W x + b + s B A x
-        └── dropout ── A ── B ── · s ────┘
-
-The parameters of the base keep their names, so plain checkpoints can be loaded, and hooks and references survive. B A is only
-computed to merge, or if code reads `layer.weight`, which returns W + s B A. W itself is `layer._parameters["weight"]`.
+The adapters of a parameter are a child of the layer, `layer.lora_<parameter>`. W itself is `stored(layer, parameter)`.
 """
 
-import math
-from collections.abc import Callable
-from functools import cache, partial
-from typing import Any, Self, cast
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import RLock
+from types import MethodType, new_class
+from typing import ClassVar, TypeAlias
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_lightning.lora.adapter import Adapter, Adapters, AnyKind, CalledKind, Forward, Layout, without_autocast
 from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.fused import fused_linear
+
+Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Kinds: TypeAlias = tuple[tuple[str, AnyKind], ...]
+"""The adapted parameters of a layer and their kinds."""
 
 
-class LoRALayer(nn.Module):
-    """Holds the adapter of one weight, either as a mixin for the class of the layer or as a separate module inside the layer.
+class LinearKind(CalledKind[nn.Linear]):
+    """`nn.Linear`: `y = x Wᵀ + b + s (x Aᵀ) Bᵀ` for x of shape (..., in)."""
 
-    W is treated as a matrix of shape (out, in). `lora_A` is A of shape (r, in), `lora_B` is B of shape (out, r), and the effective
-    weight is W + s B A (https://arxiv.org/abs/2106.09685, equation 3). All names start with `lora_` to avoid conflicts.
-    """
+    sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features")
 
-    lora_names = ("lora_A", "lora_B")
-    lora_is_inside = False  # whether the adapter is a separate module in a layer that reads the effective weight
-    lora_parameter = "weight"
-    lora_transposed = False  # whether the weight is stored in the shape (in, out)
-    lora_draw: Any = staticmethod(partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))  # uniform within 1 / sqrt(in)
-    lora_reshape: Any = staticmethod(lambda a, b, weight: (a, b))  # reshapes A and B to the shapes of the layer
-    lora_is_packed = False  # whether only the layer can unpack its stored weight
-    lora_dense: Any = staticmethod(lambda weight: dense(weight))  # returns W
-    lora_shape: Any = classmethod(lambda cls, layer, w: cls.lora_matrix(torch.empty(w.shape, device="meta")).shape)
-    lora_find: Any = classmethod(lambda cls, layer, wanted: {"weight": cls})  # adapter classes by parameter name
-    lora_refusal: Any = staticmethod(lambda layer, weight, config: None)  # the reason why a weight cannot be adapted
-    lora_scaling: float
-    lora_dropout: float
-    lora_active: bool
-    lora_base: Callable[[Tensor], Tensor]  # W x + b
-    lora_path: Callable[[Tensor, Tensor, Tensor], Tensor]  # B A x
+    def base(self, layer: nn.Linear, weight: Tensor, input: Tensor) -> Tensor:
+        return F.linear(input, weight, layer.bias)
 
-    @classmethod
-    def lora_place(cls, layer: nn.Module, parameter: str, variants: tuple[type, ...]) -> "LoRALayer":
-        """Convert `layer` to an adapted layer and return the object that holds the adapter of its `parameter`."""
-        compose(layer, *variants, cls, *mixins_of(layer), "weight")
-        return cast(LoRALayer, layer)
-
-    def lora_create(self, weight: Tensor, rank: int, scaling: float, config: LoRAConfig) -> None:
-        """Create an untrained adapter for `weight` on the same device, in at least float32."""
-        self.lora_scaling, self.lora_dropout, self.lora_active = scaling, config.dropout, True
-        for name, factor in zip(self.lora_names, self.lora_start(weight, rank, config), strict=True):
-            self.register_parameter(name, nn.Parameter(factor.to(weight.device)))
-
-    def lora_start(self, weight: Tensor, rank: int, config: LoRAConfig) -> tuple[Tensor, Tensor]:
-        """Return the initial values of A and B. They are drawn on the CPU, so a seed gives the same values on every device."""
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        rows, columns = self.lora_shape(self, weight)
-        a, b = torch.empty(rank, columns, dtype=dtype, device="cpu"), torch.zeros(rows, rank, dtype=dtype, device="cpu")
-        a, b = self.lora_reshape(a, b, weight)
-        nn.init.normal_(a, std=1 / rank) if config.init == "gaussian" else self.lora_draw(a)
-        return a, b
-
-    @classmethod
-    def lora_matrix(cls, weight: Tensor) -> Tensor:
-        """Return `weight` as a matrix of shape (out, in)."""
-        return weight.t() if cls.lora_transposed else weight.flatten(1)
-
-    def lora_factors(self) -> tuple[Tensor, Tensor]:
-        """Return the A and B of the update s B A."""
-        return cast(tuple[Tensor, Tensor], tuple(self._parameters[name] for name in self.lora_names))
-
-    @classmethod
-    def lora_from_matrix(cls, matrix: Tensor, weight: Tensor) -> Tensor:
-        """Reshape a matrix of shape (out, in) to the shape of `weight`."""
-        return matrix.t() if cls.lora_transposed else matrix.view(weight.shape)
-
-    def lora_delta_weight(self, weight: Tensor) -> Tensor:
-        """Return s B A, in the shape of `weight` and the dtype of the adapter."""
-        a, b = self.lora_factors()
-        with full_precision(a):
-            return self.lora_from_matrix((b.flatten(1) @ a.flatten(1)) * self.lora_scaling, weight)
-
-    def lora_effective_weight(self, weight: Tensor) -> Tensor:
-        """Return W + s B A, computed in the dtype of the adapter and rounded once to the dtype of `weight`."""
-        base, delta = self.lora_dense(weight), self.lora_delta_weight(weight)
-        return cast(Tensor, (base.to(delta.dtype) + delta).to(base.dtype))
-
-    def lora_change(self, input: Tensor) -> Tensor:
-        """Return s B A dropout(x), computed in the dtype of x."""
-        a, b = self.lora_factors()
-        if input.is_floating_point():  # A and B are small: casting them is cheaper than casting x
-            a, b = a.to(input.dtype), b.to(input.dtype)
-            if self.lora_dropout and self.training:
-                input = F.dropout(input, self.lora_dropout)
-        change = self.lora_path(input, a, b)
-        return change if self.lora_scaling == 1 else change * self.lora_scaling
-
-    def forward(self, input: Tensor) -> Tensor:
-        output = self.lora_base(input)
-        return output + self.lora_change(input).to(output.dtype) if self.lora_active else output
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Adapters stay in float32 when the base is converted, since optimizer steps are often too small for bfloat16.
-        places: Any = (self._parameters, self._buffers)
-        kept = [(place, key, place[key].data) for place in places for key in place if key.startswith("lora_")]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for place, key, data in kept:
-            value = place[key]
-            if value.dtype != (dtype := torch.promote_types(value.dtype, torch.float32)):
-                value.data = data.to(value.device, dtype)
-                value.grad = None if value.grad is None else value.grad.to(dtype)
-        return self
-
-    def extra_repr(self) -> str:
-        rank = len(self.get_parameter(self.lora_names[0]))
-        return f"{super().extra_repr()}, rank={rank}, scaling={self.lora_scaling:g}".removeprefix(", ")
-
-
-class LoRALinear(LoRALayer):
-    """Adapts `nn.Linear`: `y = x Wᵀ + b + s (x Aᵀ) Bᵀ` for x of shape (..., in)."""
-
-    def lora_base(self, input: Tensor) -> Tensor:
-        return F.linear(input, self._parameters["weight"], self.bias)  # type: ignore[arg-type]
-
-    def lora_path(self, input: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def low_rank(self, layer: nn.Linear, input: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return F.linear(F.linear(input, a), b)
 
+    def adapted(self, layer: nn.Linear, weight: Tensor, input: Tensor, adapters: tuple[Adapter, ...]) -> Tensor:
+        if len(adapters) == 1:
+            parameters = layer._parameters
+            # The second is slower, and for a bias that is computed.
+            bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401
+            output = fused_linear(adapters[0], input, weight, bias)
+            if output is not None:
+                return output
+        return super().adapted(layer, weight, input, adapters)
 
-LAYERS: dict[Any, type[LoRALayer]] = {nn.Linear: LoRALinear}
-"""Kinds of adapted layers, by the class of a layer, or by its package and name."""
 
+class ConvKind(CalledKind[Conv]):
+    """A convolution: one to r channels, with kernels A of shape (r, in / groups, *kernel), then one of size 1 with B.
 
-def compose(layer: nn.Module, *mixins: type | str) -> None:
-    """Replace the class of `layer` with a subclass of its plain class and `mixins`, or with the plain class if there are none.
-
-    A string among the mixins is the name of a parameter. Code that reads this parameter gets the effective weight.
+    The first one has the stride, padding and dilation of the layer. All groups share A and have separate rows of B.
     """
-    plain = getattr(layer, "lora_recipe", (type(layer),))[0]
-    object.__setattr__(layer, "__class__", _composed((plain, *mixins)) if mixins else plain)
+
+    sizes = ("in_channels", "out_channels", "kernel_size")
+
+    def base(self, layer: Conv, weight: Tensor, input: Tensor) -> Tensor:
+        output: Tensor = layer._conv_forward(input, weight, layer.bias)
+        return output
+
+    def low_rank(self, layer: Conv, input: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        kernel = layer.kernel_size
+        ones = [1] * len(kernel)
+        a = a.view(-1, layer.in_channels // layer.groups, *kernel)
+        a = a if layer.groups == 1 else a.repeat(layer.groups, 1, *ones)
+        low: Tensor = layer._conv_forward(input, a, None)
+        return _convolve(low, b.view(*b.shape, *ones), layer.groups)
+
+    def per_output(self, layer: Conv, values: Tensor) -> Tensor:
+        return values.view(-1, *[1] * len(layer.kernel_size))
 
 
-def mixins_of(layer: nn.Module) -> tuple[Any, ...]:
-    """Return the mixins that `compose` added to the class of `layer`."""
-    return getattr(layer, "lora_recipe", (None,))[1:]
+class EmbeddingKind(CalledKind[nn.Embedding]):
+    """`nn.Embedding`, where x is a one-hot vector. A stays zero at `padding_idx`, so this vector does not change."""
+
+    sizes = ("num_embeddings", "embedding_dim")
+
+    def layout(self, layer: nn.Embedding, parameter: str) -> Layout:
+        return Layout(transposed=True, one_hot=True, zero_column=layer.padding_idx)
+
+    def refusal(self, layer: nn.Embedding, parameter: str, weight: Tensor, config: LoRAConfig) -> str | None:
+        rewrites = layer.max_norm is not None or layer.scale_grad_by_freq
+        return "has max_norm or scale_grad_by_freq, which change the weight or its gradient" if rewrites else None
+
+    def base(self, layer: nn.Embedding, weight: Tensor, input: Tensor) -> Tensor:
+        return F.embedding(input, weight, layer.padding_idx, sparse=layer.sparse)
+
+    def low_rank(self, layer: nn.Embedding, input: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.linear(F.embedding(input, a.t(), layer.padding_idx), b)
 
 
-@cache
-def _composed(recipe: tuple[Any, ...]) -> Any:
-    plain, *mixins = recipe
-    members: dict[str, Any] = {name: _effective(name) for name in mixins if isinstance(name, str)}
-    members |= {"lora_recipe": recipe, "lora_sharded_over": None}
-    members |= {"__reduce_ex__": lambda self, _: (_new, (recipe,), self.__getstate__())}
-    name = getattr(mixins[0], "lora_prefix", "LoRA") + plain.__name__
-    ours = type(name, tuple(mixin for mixin in mixins if not isinstance(mixin, str)), {}).__mro__[1:]
-    first = type(f"{name}Base", (plain,), {})  # Python replaces the class of an object only if the first bases agree
-    return type(name, (first, *(cls for cls in ours if not issubclass(plain, cls)), plain), members)
+class Adapted(nn.Module):
+    """Marks the class of an adapted layer. Every name that it adds begins with `lora_`, but for methods of `nn.Module`.
+
+    Attributes:
+        lora_plain: The class of the layer without adapters.
+        lora_kinds: The adapted parameters and their kinds.
+        lora_read: The parameters that return the weight in effect.
+        lora_sizes: Attributes that state the shape of a weight.
+    """
+
+    lora_plain: ClassVar[type[nn.Module]]
+    lora_kinds: ClassVar[Kinds]
+    lora_read: ClassVar[tuple[str, ...]]
+    lora_sizes: ClassVar[tuple[str, ...]]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name.removesuffix("_orig") in self.lora_read and not vars(self).get("lora_is_loading"):
+            raise RuntimeError(_is_read_only(self, name.removesuffix("_orig")))
+        super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.lora_read:  # by torch.nn.utils.parametrize, which would make W + ΔW a part of the base
+            raise RuntimeError(_is_read_only(self, name))
+        super().__delattr__(name)
+
+    def _save_to_state_dict(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.lora_read:  # some modules save the weight that they read
+            value = self._parameters.get(name)
+            if value is not None and prefix + name in destination:
+                destination[prefix + name] = value if keep_vars else value.detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, object], prefix: str, *others: object) -> None:
+        vars(self)["lora_is_loading"] = True  # since load_state_dict(assign=True) assigns parameters
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *others)
+        finally:
+            del vars(self)["lora_is_loading"]
+        for parameter, _ in self.lora_kinds:
+            if prefix + parameter in state_dict:
+                load_base(self, parameter)
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        return _new, (self.lora_plain, self.lora_kinds), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
-def _new(recipe: tuple[Any, ...]) -> Any:  # recreates the class of copies and unpickled layers
-    return _composed(recipe).__new__(_composed(recipe))
+@dataclass(frozen=True)
+class Target:
+    """Describes a weight that can be adapted, or is.
+
+    Attributes:
+        layer_name: Dotted name of the layer, `""` for the module itself.
+        layer: The layer.
+        parameter: Name of the weight in the layer, `""` for a bypass.
+        kind: The kind of the layer.
+        rank: Rank of the adapter.
+        sizes: (out, in) of a bypass.
+    """
+
+    layer_name: str
+    layer: nn.Module
+    parameter: str
+    kind: AnyKind
+    rank: int = 0
+    sizes: tuple[int, int] = (0, 0)
+
+    @property
+    def key(self) -> str:
+        """Return the state-dict key of the weight."""
+        return f"{self.layer_name}.{self.parameter}".strip(".")
+
+    @property
+    def name(self) -> str:
+        """Return the name that patterns match: that of the layer, or of a weight that a module reads."""
+        return self.key if self.kind.is_reader else self.layer_name
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Return all names that patterns are matched with."""
+        return self.name, self.layer_name
+
+    @property
+    def layout(self) -> Layout:
+        """Return the layout of the weight."""
+        return self.kind.layout(self.layer, self.parameter)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Return W as it is stored, or `None` for a bypass."""
+        return stored(self.layer, self.parameter) if self.parameter else None
+
+    def dense_weight(self) -> Tensor:
+        """Return W as a plain tensor. For a bypass, these are zeros that take no memory."""
+        if not self.parameter:
+            return no_weight(self.layer).expand(self.sizes)
+        return self.kind.dense(self.layer, stored(self.layer, self.parameter))
+
+    def outline(self) -> Tensor:
+        """Return a tensor on meta with the shape and dtype of W."""
+        if not self.parameter:
+            return self.dense_weight().to("meta")
+        weight = stored(self.layer, self.parameter)
+        return torch.empty(self.kind.shape(self.layer, weight), dtype=weight.dtype, device="meta")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (out, in), the shape of W as a matrix, or of the matrix of one expert."""
+        *_, rows, columns = self.layout.matrix(self.outline()).shape
+        return rows, columns
 
 
-def _effective(name: str) -> property:
+@dataclass(frozen=True)
+class AdaptedWeight(Target):
+    """Describes an adapted weight and one of its adapters.
+
+    Attributes:
+        adapter_name: Name of the adapter.
+        adapter: The adapter.
+    """
+
+    adapter_name: str = field(kw_only=True)
+    adapter: Adapter = field(kw_only=True)
+
+    @property
+    def adapters(self) -> Adapters:
+        """Return all adapters of the weight."""
+        return adapters_of(self.layer, self.parameter)
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return the trained parameters A and B, of shape (r, in) and (out, r), with the experts in front."""
+        return self.adapter.lora_A, self.adapter.lora_B
+
+
+def adapters_of(layer: nn.Module, parameter: str) -> Adapters:
+    """Return the adapters of a parameter of an adapted layer."""
+    found = layer._modules[child_name(parameter)]
+    assert isinstance(found, Adapters)
+    return found
+
+
+def child_name(parameter: str) -> str:
+    """Return the name of the child that holds the adapters of a parameter."""
+    return f"lora_{parameter or 'bypass'}"
+
+
+def stored(layer: nn.Module, parameter: str) -> Tensor:
+    """Return W, whatever adapters add to it."""
+    value: Tensor | None = layer._parameters.get(parameter)
+    if value is None:
+        value = layer._buffers.get(parameter)  # where a frozen parametrization was removed
+    if value is None:
+        value = vars(layer).get(parameter)  # computed by a hook, as in pruning
+    if value is not None:
+        return value
+    plain = layer.lora_plain if isinstance(layer, Adapted) else type(layer)
+    computed: Tensor = getattr(plain, parameter).fget(layer)  # by a parametrization
+    return computed
+
+
+def no_weight(module: nn.Module) -> Tensor:
+    """Return zero, in the dtype and on the device of a module, for a bypass."""
+    floating = (parameter for parameter in module.parameters() if parameter.is_floating_point())
+    return next(floating, torch.zeros(())).detach().new_zeros(())
+
+
+def is_computed(layer: nn.Module, parameter: str) -> bool:
+    """Return whether a weight is computed by a hook or a parametrization, so that there is no W to write."""
+    return bool(parameter) and layer._parameters.get(parameter) is None
+
+
+def effective(layer: nn.Module, parameter: str) -> Tensor:
+    """Return W + Σ ΔW, computed in the dtype of the adapters and rounded once to the dtype of W."""
+    adapters = adapters_of(layer, parameter)
+    if adapters.merged is not None:
+        return adapters.merged
+    weight = stored(layer, parameter)
+    if not adapters.in_effect:
+        return weight
+    plain = adapters.kind.dense(layer, weight)
+    with without_autocast(plain):
+        total = plain
+        for adapter in adapters.in_effect:
+            delta = adapter.delta_weight(plain)
+            total = total.to(delta.dtype) + delta
+        return total.to(plain.dtype)
+
+
+def load_base(layer: nn.Module, parameter: str) -> None:
+    """Tell the adapters of a parameter that its values were loaded."""
+    adapters = adapters_of(layer, parameter)
+    found = [adapter for name in adapters.names() if (adapter := adapters.adapter(name)).reads_weight]
+    if found:
+        weight = adapters.kind.dense(layer, stored(layer, parameter))
+        for adapter in found:
+            adapter.load_base(weight)
+
+
+def place(target: Target, name: str, adapter: Adapter) -> None:
+    """Give a layer an adapter of one of its parameters."""
+    layer, parameter = target.layer, target.parameter
+    kinds = layer.lora_kinds if isinstance(layer, Adapted) else ()
+    if parameter not in dict(kinds):
+        adapters = Adapters(target.kind, target.layout, parameter).train(layer.training)
+        adapters.is_computed = is_computed(layer, parameter)
+        layer.add_module(child_name(parameter), adapters)
+        plain = layer.lora_plain if isinstance(layer, Adapted) else type(layer)
+        set_class(layer, adapted_class(plain, (*kinds, (parameter, target.kind))))
+    adapters_of(layer, parameter).add_module(name, adapter.train(layer.training))
+
+
+def take_away(layer: nn.Module, name: str) -> None:
+    """Remove the adapters of one name from a layer, and a child or the class with the last of them."""
+    if not isinstance(layer, Adapted):
+        return
+    for parameter, _ in layer.lora_kinds:
+        adapters = adapters_of(layer, parameter)
+        if name in adapters.names():
+            delattr(adapters, name)
+    left = tuple((parameter, kind) for parameter, kind in layer.lora_kinds if adapters_of(layer, parameter).names())
+    if left != layer.lora_kinds:
+        for parameter, _ in layer.lora_kinds:
+            if parameter not in dict(left):
+                del layer._modules[child_name(parameter)]
+        set_class(layer, adapted_class(layer.lora_plain, left) if left else layer.lora_plain)
+
+
+def restore(layer: nn.Module) -> None:
+    """Remove all adapters of a layer and give it back its class."""
+    assert isinstance(layer, Adapted)
+    for parameter, _ in layer.lora_kinds:
+        del layer._modules[child_name(parameter)]
+    set_class(layer, layer.lora_plain)
+
+
+bare_layers: WeakSet[nn.Module] = WeakSet()
+"""The layers whose adapters are set aside by `bare`."""
+
+
+@contextmanager
+def bare(module: nn.Module) -> Iterator[nn.Module]:
+    """Give the layers of `module` their plain classes, without adapters, within this context.
+
+    This is for whatever writes into layers or wraps them: initialization, `tie_weights`, pruning,
+    `torch.nn.utils.parametrize`, quantization. What it changed is kept, and the adapters come back on top of it. Layers
+    that were replaced or resized come back without adapters, and a warning names them; merge the adapters first to keep
+    their effect.
+
+    A forward pass within the context, also of another thread, is that of the base. The state dict has no adapters.
+
+    Raises:
+        RuntimeError: If the class of a layer was replaced after `attach`, as `fully_shard` does.
+
+    Example::
+
+        with lora.bare(net):
+            torch.nn.utils.parametrizations.weight_norm(net.linear1)
+    """
+    held = [_Held(name, layer) for name, layer in module.named_modules() if isinstance(layer, Adapted)]
+    for layer in held:
+        require_own_class(layer.layer)
+    for layer in held:
+        layer.set_aside()
+    try:
+        yield module
+    finally:
+        modules = dict(module.named_modules())
+        lost = [layer.name for layer in held if not layer.put_back(modules.get(layer.name))]
+        if lost:
+            warnings.warn(
+                "These layers were replaced or resized inside bare(net), and the new ones have no adapters: "
+                f"{', '.join(map(repr, lost))}. Attach new adapters, or merge the adapters before such a change.",
+                stacklevel=3,
+            )
+
+
+class _Held:
+    """Holds the adapters of one layer while it is bare."""
+
+    def __init__(self, name: str, layer: Adapted) -> None:
+        self.name, self.layer, self.kinds = name, layer, layer.lora_kinds
+        self.children = {child_name(parameter): adapters_of(layer, parameter) for parameter, _ in self.kinds}
+        self.shapes = self._shapes()
+
+    def set_aside(self) -> None:
+        for name in self.children:
+            del self.layer._modules[name]
+        set_class(self.layer, self.layer.lora_plain)
+        bare_layers.add(self.layer)
+
+    def put_back(self, layer: nn.Module | None) -> bool:
+        """Put the adapters back if this is still the same layer with weights of the same shape."""
+        bare_layers.discard(self.layer)
+        if layer is not self.layer or self._shapes() != self.shapes:
+            return False
+        for adapters in self.children.values():
+            adapters.is_computed = is_computed(layer, adapters.parameter)
+        layer._modules.update(self.children)
+        set_class(layer, adapted_class(type(layer), self.kinds))
+        for parameter, _ in self.kinds:
+            load_base(layer, parameter)
+        return True
+
+    def _shapes(self) -> list[torch.Size]:
+        found = []
+        for parameter, kind in self.kinds:
+            if not parameter:
+                continue
+            weight = stored(self.layer, parameter)
+            packed_before = kind.is_packed and not weight.is_floating_point()
+            found.append(kind.shape(self.layer, weight) if packed_before else weight.shape)
+        return found
+
+
+def require_own_class(layer: nn.Module) -> None:
+    """Refuse a layer whose class was replaced once more after ours, as by `fully_shard`.
+
+    Raises:
+        RuntimeError: If it was.
+    """
+    if isinstance(layer, Adapted) and type(layer) is not adapted_class(layer.lora_plain, layer.lora_kinds):
+        raise RuntimeError(
+            f"The class of this {layer.lora_plain.__name__} was replaced with {type(layer).__name__} after attach. "
+            "Undo that first."
+        )
+
+
+_lock = RLock()
+_classes: WeakValueDictionary[tuple[object, ...], type[nn.Module]] = WeakValueDictionary()
+
+
+def adapted_class(plain: type[nn.Module], kinds: Kinds) -> type[nn.Module]:
+    """Return the subclass of `plain` for layers with adapters of these parameters."""
+    key = plain, tuple((parameter, type(kind)) for parameter, kind in kinds)
+    with _lock:
+        found = _classes.get(key)
+        if found is None:
+            found = _classes[key] = _make_class(plain, kinds)
+        return found
+
+
+def _make_class(plain: type[nn.Module], kinds: Kinds) -> type[nn.Module]:
+    read = tuple(name for name, kind in kinds if name and not kind.is_packed)
+    sizes = tuple(dict.fromkeys(size for _, kind in kinds for size in kind.sizes))
+    members: dict[str, object] = {"lora_plain": plain, "lora_kinds": kinds, "lora_read": read, "lora_sizes": sizes}
+    members |= {name: _weight_in_effect(name) for name in read}
+    members |= {name: _fixed_size(name) for name in sizes if not hasattr(plain, name)}
+    members |= {name: _reset(name) for name in ("reset_parameters", "_reset_parameters") if hasattr(plain, name)}
+    for _, kind in kinds:
+        forward = _called_forward(kind) if isinstance(kind, CalledKind) else kind.forward(plain)
+        if forward is not None:
+            members["forward"] = forward
+    # torch.fx takes layers of torch.nn as they are. Tracing into others would adapt them twice, since it copies what it
+    # reads.
+    is_called = any(isinstance(kind, CalledKind) for _, kind in kinds)
+    members["__module__"] = plain.__module__ if plain.__module__.startswith("torch.nn") or not is_called else "torch.nn"
+    members["__doc__"] = plain.__doc__
+    mixins = tuple(dict.fromkeys(kind.mixin for _, kind in kinds if kind.mixin is not None))
+    return subclass(f"LoRA{plain.__name__}", plain, (*mixins, Adapted), members)
+
+
+def subclass(
+    name: str, plain: type[nn.Module], mixins: tuple[type, ...], members: dict[str, object]
+) -> type[nn.Module]:
+    """Return a subclass of `plain` whose objects can be objects of `plain` whose class was replaced."""
+    # Python compares the first bases when it replaces the class of an object.
+    first = new_class(f"{plain.__name__}Base", (plain,))
+    first.__module__ = plain.__module__
+
+    def fill(namespace: dict[str, object]) -> None:
+        namespace.update(members)
+
+    made: type[nn.Module] = new_class(name, (first, *mixins, plain), exec_body=fill)
+    return made
+
+
+def _called_forward(kind: CalledKind[nn.Module]) -> Forward:
+    """Return the forward pass of layers whose adapter has a path of its own."""
+
+    def forward(self: nn.Module, input: Tensor) -> Tensor:
+        adapters = self._modules["lora_weight"]
+        assert isinstance(adapters, Adapters)
+        weight = adapters.merged
+        if weight is not None:
+            return kind.base(self, weight, input)
+        weight = self._parameters.get("weight")
+        if weight is None:
+            weight = stored(self, "weight")
+        return kind.adapted(self, weight, input, adapters.in_effect)
+
+    return forward
+
+
+def set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Replace the class of a layer. Forward passes that a hook of accelerate keeps on the object follow."""
+    before = type(layer).forward
+    object.__setattr__(layer, "__class__", cls)
+    for name in ("forward", "_old_forward"):
+        method = vars(layer).get(name)
+        if isinstance(method, MethodType) and method.__self__ is layer and method.__func__ is before:
+            vars(layer)[name] = MethodType(cls.forward, layer)
+
+
+def _weight_in_effect(parameter: str) -> property:
     def read(self: nn.Module) -> Tensor:
-        adapter, weight = cast(LoRALayer, self._modules.get(f"lora_{name}", self)), cast(Tensor, self._parameters[name])
-        stored = getattr(weight, "device_mesh", self) == self.lora_sharded_over  # fully_shard gets its parameter
-        return adapter.lora_effective_weight(weight) if adapter.lora_active and not stored else weight
+        weight = self._parameters.get(parameter)
+        if weight is not None and not _can_be_added(weight, adapters_of(self, parameter)):
+            return weight
+        return effective(self, parameter)
 
-    return property(read)
+    def write(
+        self: nn.Module, value: Tensor
+    ) -> None:  # by a hook that computes W, since a Parameter is registered instead
+        adapters = adapters_of(self, parameter)
+        if not adapters.is_computed:  # a hook of the old kind was registered now, and has read W + ΔW
+            adapters.is_computed = True
+            _start_again(self, parameter, value)
+        self.__dict__[parameter] = value
 
-
-def dense(weight: Tensor) -> Tensor:
-    """Return `weight`, dequantized if it is one of torchao's quantized tensors."""
-    plain = type(weight) in (Tensor, nn.Parameter) or not type(weight).__module__.startswith("torchao.")
-    return weight if plain else weight.dequantize()
-
-
-def full_precision(tensor: Tensor) -> Any:
-    """Return a context without autocast on the device of `tensor`."""
-    kind = tensor.device.type
-    return torch.autocast(kind if _has_autocast(kind) else "cpu", enabled=False)
+    return property(read, write, doc=f"The {parameter} in effect, W + ΔW. It is for reading only.")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch 2.10 cannot trace it
-def _has_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind)
+def _can_be_added(weight: Tensor, adapters: Adapters) -> bool:
+    """Return whether ΔW can be added to W. `fully_shard` reads the shard that it owns, and must get that."""
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None:
+        return True
+    factors = [adapter.lora_A for adapter in adapters.in_effect]
+    return all(
+        getattr(factor, "device_mesh", None) == mesh and all(place.is_replicate() for place in factor.placements)  # type: ignore[attr-defined]
+        for factor in factors
+    )
+
+
+def _start_again(layer: nn.Module, parameter: str, weight: Tensor) -> None:
+    """Give adapters whose update became a part of the base new initial values, so that it does not count twice."""
+    adapters = adapters_of(layer, parameter)
+    trained = [name for name in adapters.active if bool(adapters.adapter(name).product().any())]
+    for name in trained:
+        adapters.adapter(name).start(weight.detach())
+    if trained:
+        warnings.warn(
+            f"{parameter!r} of a {type(layer).__name__} was reparametrized outside bare(net). The update of the "
+            f"adapters {', '.join(trained)} is now a part of the base, and the adapters start again.",
+            stacklevel=4,
+        )
+
+
+def _fixed_size(name: str) -> property:
+    def read(self: nn.Module) -> object:
+        if name not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.__dict__[name]
+
+    def write(self: Adapted, value: object) -> None:
+        raise RuntimeError(
+            f"{name!r} of this {self.lora_plain.__name__} cannot become {value!r}, since the layer has adapters of its "
+            "present size. Resize it inside lora.bare(net), or merge the adapters first."
+        )
+
+    return property(read, write)
+
+
+def _reset(method: str) -> Callable[..., None]:
+    """Return a method that gives a layer and its adapters new initial values."""
+
+    def reset(self: Adapted, *arguments: object, **keywords: object) -> None:
+        with bare(self) as plain:
+            getattr(plain, method)(*arguments, **keywords)
+        for parameter, kind in self.lora_kinds:
+            adapters = adapters_of(self, parameter)
+            for name in adapters.names():
+                adapters.adapter(name).start(kind.dense(self, stored(self, parameter)))
+
+    return reset
+
+
+def _is_read_only(layer: Adapted, parameter: str) -> str:
+    return (
+        f"{parameter!r} of this {layer.lora_plain.__name__} has adapters and is for reading only. Change it inside "
+        "lora.bare(net), which sets the adapters aside, or before attach."
+    )
+
+
+def _convolve(input: Tensor, kernels: Tensor, groups: int) -> Tensor:
+    if kernels.dim() == 3:
+        return F.conv1d(input, kernels, groups=groups)
+    return F.conv2d(input, kernels, groups=groups) if kernels.dim() == 4 else F.conv3d(input, kernels, groups=groups)
+
+
+def _new(plain: type[nn.Module], kinds: Kinds) -> nn.Module:
+    """Return an empty object of the class, for copies and pickles."""
+    cls = adapted_class(plain, kinds)
+    return cls.__new__(cls)

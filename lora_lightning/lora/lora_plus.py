@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning.lora.model import adapted_weights
+from lora_lightning.lora.adaptation import adapted_weights
 from lora_lightning.lora.state import adapter_parameters
 
 
 def lora_plus_param_groups(module: nn.Module, lr: float, lr_ratio: float) -> list[dict[str, Any]]:
-    """Return two parameter groups for an optimizer: B of every adapter at `lr * lr_ratio`, and all other trained parameters at `lr`.
+    """Return two parameter groups: B of every adapter at `lr * lr_ratio`, and all other trained parameters at `lr`.
 
     Args:
         module: A module with adapters.
@@ -46,5 +46,4 @@ def check_lr_ratio(lr_ratio: float) -> float:
 
 def _ups(module: nn.Module) -> dict[int, nn.Parameter]:
     """Return the B of every adapter, by identity."""
-    ups = [each.factors[1] for each in adapted_weights(module)]
-    return {id(up): up for up in ups}
+    return {id(weight.factors[1]): weight.factors[1] for weight in adapted_weights(module)}

@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
+from collections import defaultdict
+from threading import RLock
 
 from torch import Tensor, nn
 
-from lora_lightning.lora.config import LoRAConfig, Names
-from lora_lightning.lora.merging import shared_memory
-from lora_lightning.lora.model import EXTENSIONS
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.matching import Names
 
 _log = logging.getLogger("lora_lightning.lora")
+_lock = RLock()
 
 
 class SavedModules:
     """Holds the modules that `modules_to_save` selects, and swaps their trained and original values.
 
-    A parameter that is tied to a parameter of another layer is replaced with a copy for training. The other layer stays frozen, and
-    restoring the original values restores the tie. Parameters that are tied within these modules stay tied.
+    A parameter that is tied to a parameter of another layer is replaced with a copy for training. The other layer stays
+    frozen, and restoring the original values restores the tie. Parameters that are tied within these modules stay tied.
+
+    Args:
+        module: The adapted module.
+        config: Its `modules_to_save` select the modules.
 
     Attributes:
-        keys: State-dict keys of the parameters and buffers of these modules.
+        names: Names of the modules.
+        keys: State-dict keys of their parameters and buffers.
+        is_chosen: Whether the module has the trained values, except during a pause.
     """
 
     def __init__(self, module: nn.Module, config: LoRAConfig) -> None:
-        self._module, self._active = module, True
+        self._module, self._is_in, self.is_chosen = module, True, True
+        self._pauses: frozenset[object] = frozenset()
         wanted = Names(config.modules_to_save)
-        self.names = [name for name, _ in module.named_modules() if name and wanted(name)]
+        self.names = [name for name, _ in module.named_modules() if name and wanted.match(name)]
         state = module.state_dict(keep_vars=True)
         prefixes = tuple(f"{name}." for name in self.names)
         self.keys = [key for key, value in state.items() if key.startswith(prefixes) and isinstance(value, Tensor)]
-        memory, copies = shared_memory(module), dict[int, Tensor]()
+        memory = shared_memory(module)
+        copies: dict[int, Tensor] = {}
         self._others: dict[str, Tensor] = {}
         """Values that are not in the module now, by state-dict key."""
         self._tied: set[str] = set()
@@ -46,7 +55,7 @@ class SavedModules:
             if ties:
                 _log.warning("%s is tied to %s, which stays frozen: a separate copy is trained.", key, ", ".join(ties))
                 self._tied.add(key)
-                self._place(key)[key.rpartition(".")[2]] = copies[id(value)]
+                self._put(key, copies[id(value)])
                 self._others[key] = value
 
     @property
@@ -54,34 +63,97 @@ class SavedModules:
         """Return the modules themselves."""
         return [self._module.get_submodule(name) for name in self.names]
 
-    @property
-    def lora_active(self) -> bool:
-        """Return whether the module currently has the trained values."""
-        return self._active
+    def trained_values(self) -> dict[str, Tensor]:
+        """Return the trained values by state-dict key, whether or not they are in the module now."""
+        return {key: self._live(key) if self._is_in else other for key, other in self._others.items()}
 
-    @lora_active.setter
-    def lora_active(self, active: bool) -> None:
-        if active == self._active:
-            return
-        self._active = active
+    def choose(self, chosen: bool) -> None:
+        """Put the trained values into the module, or the original ones."""
+        self.is_chosen = chosen
+        self._update()
+
+    def pause(self, key: object) -> None:
+        """Put the original values into the module until `resume` is called with the same key."""
+        self._pauses = self._pauses | {key}
+        self._update()
+
+    def resume(self, key: object) -> None:
+        """End a pause."""
+        self._pauses = self._pauses - {key}
+        self._update()
+
+    def __getstate__(self) -> dict[str, object]:
+        if self._pauses:
+            raise RuntimeError(
+                "Modules that are trained in full have their original values now. Copy or save the module after "
+                "disabled(net)."
+            )
+        return vars(self)
+
+    def _update(self) -> None:
+        with _lock:
+            wanted = self.is_chosen and not self._pauses
+            if wanted != self._is_in:
+                self._is_in = wanted
+                self._swap()
+
+    def _swap(self) -> None:
         exchanged = set()
         for key, other in self._others.items():
-            place, name = self._place(key), key.rpartition(".")[2]
-            live = cast(Tensor, place[name])
+            live = self._live(key)
             moved = other
             if (other.device, other.dtype) != (live.device, live.dtype):  # the module was moved or converted meanwhile
                 moved = other.detach().to(live.device, live.dtype)
                 moved = nn.Parameter(moved, other.requires_grad) if isinstance(other, nn.Parameter) else moved
             if key in self._tied:
-                place[name], self._others[key] = moved, live
+                self._put(key, moved)
+                self._others[key] = live
             elif id(live) not in exchanged:  # a tied parameter has several keys
                 exchanged.add(id(live))
                 self._others[key], live.data = live.data, moved.data
 
-    def _place(self, key: str) -> dict[str, Any]:
+    def _live(self, key: str) -> Tensor:
         owner, _, name = key.rpartition(".")
         module = self._module.get_submodule(owner)
-        return module._parameters if name in module._parameters else module._buffers
+        value = module._parameters.get(name, module._buffers.get(name))
+        assert value is not None
+        return value
+
+    def _put(self, key: str, value: Tensor) -> None:
+        owner, _, name = key.rpartition(".")
+        module = self._module.get_submodule(owner)
+        if name in module._parameters:
+            assert isinstance(value, nn.Parameter)
+            module._parameters[name] = value
+        else:
+            module._buffers[name] = value
 
 
-EXTENSIONS["modules_to_save"] = SavedModules
+def shared_memory(module: nn.Module) -> dict[int, list[str]]:
+    """Return, by the `id` of a parameter, the names of all parameters that share its memory, including its own."""
+    places: dict[object, list[tuple[str, Tensor, int, int]]] = defaultdict(list)
+    for owner_name, owner in module.named_modules():
+        for key, value in owner._parameters.items():
+            if value is not None:
+                places[_storage(value)].append((f"{owner_name}.{key}".lstrip("."), value, *_extent(value)))
+    return {
+        id(value): [name for name, other, start, stop in found if other is value or (begin < stop and start < end)]
+        for found in places.values()
+        for _, value, begin, end in found
+    }
+
+
+def _storage(value: Tensor) -> object:
+    try:
+        return value.untyped_storage().data_ptr() or id(value)
+    except (NotImplementedError, RuntimeError, AttributeError):  # a tensor that wraps others, or has no memory
+        return id(value)
+
+
+def _extent(value: Tensor) -> tuple[int, int]:
+    """Return the start and end of a tensor in its storage, in bytes."""
+    if not value.numel():
+        return 0, 0
+    begin, steps = int(value.storage_offset()), zip(value.shape, value.stride(), strict=True)
+    end = begin + sum((size - 1) * int(stride) for size, stride in steps) + 1
+    return begin * value.element_size(), end * value.element_size()

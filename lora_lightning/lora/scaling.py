@@ -8,33 +8,33 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lora_lightning.lora.model import adapted_weights, attachment_of
+from lora_lightning.lora.adaptation import adapted_weights, attachment_of
 
 
 @contextmanager
 def scaled(module: nn.Module, factor: float) -> Iterator[None]:
-    """Multiply the update of each adapter of `module` by `factor` within this context. 0 gives the base, and 1 has no effect."""
-    adapters = [each.adapter for each in adapted_weights(module)]
-    before = [adapter.lora_scaling for adapter in adapters]
+    """Multiply the update of each active adapter of `module` by `factor` within this context.
+
+    0 gives the base, and 1 has no effect. Contexts may overlap, and their factors are multiplied. With DoRA, the change
+    of the norms is scaled as well.
+    """
+    adapters, key = [weight.adapter for weight in adapted_weights(module)], object()
     try:
         for adapter in adapters:
-            adapter.lora_scaling *= factor
+            adapter.scaled(key, factor)
         yield
     finally:
-        for adapter, scaling in zip(adapters, before, strict=True):
-            adapter.lora_scaling = scaling
+        for adapter in adapters:
+            adapter.scaled(key, None)
 
 
 @torch.no_grad()
 def scale_adapter(module: nn.Module, factor: float) -> None:
-    """Multiply the update of each adapter of `module` by `factor` permanently, by multiplying B.
+    """Multiply the update of each active adapter of `module` by `factor` permanently.
 
     Raises:
         ValueError: For PiSSA, where the update is the difference to the initial values.
     """
-    if attachment_of(module).config.init == "pissa":
-        raise ValueError(
-            "Adapters of PiSSA add the difference to their initial values, which cannot be scaled by a factor of B."
-        )
-    for each in adapted_weights(module):
-        each.factors[1].mul_(factor)
+    attachment_of(module)
+    for weight in adapted_weights(module):
+        weight.adapter.scale(factor, weight.dense_weight())

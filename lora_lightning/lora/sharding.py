@@ -1,13 +1,13 @@
-"""Supports adapters in modules that are distributed by `fully_shard` (FSDP2) or tensor parallelism."""
+"""Supports adapters in modules that are distributed by `fully_shard` (FSDP2), tensor parallelism, or both."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
-from lora_lightning.lora.model import adapted_weights
+from lora_lightning.lora.adaptation import adapted_weights
 
 
 def full(value: Tensor) -> Tensor:
@@ -27,58 +27,64 @@ def local(value: Tensor) -> Tensor:
     return part
 
 
-def settle(module: nn.Module, group: Any = None) -> None:
-    """Prepare adapters for distributed weights. Call this after the adapters are attached and the weights are distributed.
+def distribute_adapters(module: nn.Module, group: ProcessGroup | None = None) -> None:
+    """Prepare adapters that were attached after their weights were distributed.
 
-    Adapters that were attached first have been distributed with the weights. Adapters that were attached later are replicated: inside
-    `fully_shard` as plain tensors, whose gradients are averaged over the processes, otherwise as distributed tensors. All
-    processes have to call this.
+    The values of the first process are taken. Over the mesh of tensor parallelism, A and B are replicated as
+    distributed tensors, so that PyTorch adds up their gradients. Over that of `fully_shard`, they are replicated as
+    well, and a hook averages their gradients. Adapters that were attached first have been distributed with the weights,
+    and are left as they are. All processes have to call this.
 
     Args:
         module: An adapted module.
         group: The processes that `fully_shard` distributes over; `None` for all.
-
-    Raises:
-        ValueError: If adapters were attached to weights that are distributed by both methods.
     """
     sharded = _inside_of_fully_shard(module)
-    for each in adapted_weights(module):
-        weight = each.weight
-        if not is_distributed(weight):
+    for found in adapted_weights(module):
+        weight = found.weight
+        if weight is None or not is_distributed(weight):
             continue
-        if each.layer in sharded:
-            # fully_shard asks for the parameter that it stored, and must not get the effective weight.
-            each.layer.lora_sharded_over = weight.device_mesh
-        names = [key for key in each.adapter._parameters if key.startswith("lora_")]
-        late = [name for name in names if not is_distributed(each.adapter._parameters[name])]
-        if late and each.layer in sharded and weight.device_mesh.ndim > 1:
-            raise ValueError(
-                f"Layer {each.name!r} was adapted after it was distributed by both fully_shard and tensor parallelism. Create the layers "
-                "in __init__, so that the adapters are distributed with them."
-            )
+        late = [name for name, value in found.adapter.named_parameters() if not is_distributed(value)]
         for name in late:
-            value = each.adapter.get_parameter(name)
+            value = found.adapter.get_parameter(name)
             torch.distributed.broadcast(value.data, 0)
-            if each.layer in sharded:
-                value.register_post_accumulate_grad_hook(_Average(group))
-            else:
-                from torch.distributed.tensor import DTensor, Replicate
-
-                placements = [Replicate()] * weight.device_mesh.ndim
-                copy = DTensor.from_local(value.data, weight.device_mesh, placements, run_check=False)
-                each.adapter._parameters[name] = nn.Parameter(copy, requires_grad=value.requires_grad)
+            mesh: DeviceMesh | None = weight.device_mesh  # type: ignore[attr-defined]
+            if found.layer in sharded:
+                mesh = _tensor_parallel_mesh(weight)
+            if mesh is not None:
+                value = _replicated(value, mesh)
+                found.adapter._parameters[name] = value
+            if found.layer in sharded:
+                value.register_post_accumulate_grad_hook(_Average(group))  # type: ignore[no-untyped-call]
 
 
 class _Average:
     """Averages a gradient over processes. Parts that were averaged before are kept, so gradients can be accumulated."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: ProcessGroup | None) -> None:
         self.group = group
 
     def __call__(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            parameter.grad /= torch.distributed.get_world_size(self.group)
-            torch.distributed.all_reduce(parameter.grad, group=self.group)
+            gradient = local(parameter.grad)
+            gradient /= torch.distributed.get_world_size(self.group)
+            torch.distributed.all_reduce(gradient, group=self.group)
+
+
+def _replicated(value: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    copy = DTensor.from_local(value.data, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return nn.Parameter(copy, requires_grad=value.requires_grad)
+
+
+def _tensor_parallel_mesh(weight: Tensor) -> DeviceMesh | None:
+    """Return the dimension of the mesh that `fully_shard` does not distribute over: the last of two."""
+    mesh: DeviceMesh = weight.device_mesh  # type: ignore[attr-defined]
+    if mesh.ndim == 1:
+        return None
+    assert mesh.mesh_dim_names is not None
+    return mesh[mesh.mesh_dim_names[-1]]
 
 
 def _inside_of_fully_shard(module: nn.Module) -> set[nn.Module]:

@@ -5,43 +5,79 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.model import AdaptedWeight, adapted_weights, is_adapted, unwrapped
+from lora_lightning.lora.adaptation import Attachment, adapted_weights, attachment_of, is_adapted, unwrapped
+from lora_lightning.lora.adapter import Adapters
 
 
 def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the trained parameters: those of the adapters and of the modules that are trained in full."""
+    """Return the trained parameters: those of the active adapters and of the modules trained in full with them."""
     module = unwrapped(module)
-    saved = saved_keys(module)
-    return [value for key, value in module.named_parameters() if is_adapter_key(key) or key in saved]
+    trained = _active_keys(module) | saved_keys(module)
+    return [value for key, value in module.named_parameters() if key in trained]
 
 
-def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """Return the trained state by state-dict key, as detached tensors that share memory with `module`."""
+def adapter_state_dict(module: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """Return the state of the active adapters by state-dict key, with the modules that are trained in full with them.
+
+    Args:
+        module: An adapted module.
+        name: Name of the adapters. `None` is for those that are active.
+
+    Returns:
+        Detached tensors that share memory with `module`.
+
+    Raises:
+        ValueError: If there are no adapters with this name.
+    """
     module = unwrapped(module)
-    saved = saved_keys(module)
-    return {key: value for key, value in module.state_dict().items() if is_adapter_key(key) or key in saved}
+    state = module.state_dict()
+    if name is None:
+        wanted = _active_keys(module) | saved_keys(module)
+        return {key: value for key, value in state.items() if key in wanted}
+    prefixes = tuple(f"{prefix}.{name}." for prefix, adapters in _containers(module) if name in adapters.names())
+    if not prefixes:
+        raise ValueError(f"This {type(module).__name__} has no adapters named {name!r}.")
+    found = {key: value for key, value in state.items() if key.startswith(prefixes)}
+    saved = attachment_of(module).saved.get(name)
+    trained = {} if saved is None else saved.trained_values()
+    return found | {key: value.detach() for key, value in trained.items()}
 
 
-def is_adapter_key(key: str) -> bool:
-    """Return whether a state-dict key belongs to an adapter."""
-    return key.rpartition(".")[2].startswith("lora_")
+def adapter_keys(module: nn.Module) -> set[str]:
+    """Return the state-dict keys of all adapters, active or not."""
+    return {f"{prefix}.{key}" for prefix, adapters in _containers(unwrapped(module)) for key in _keys(adapters)}
 
 
 def saved_keys(module: nn.Module) -> set[str]:
-    """Return the state-dict keys of the modules that are trained in full."""
-    found = {name: vars(child).get("_lora_attachment") for name, child in module.named_modules()}
-    return {
-        f"{name}.{key}".lstrip(".") for name, each in found.items() if each and each.saved for key in each.saved.keys
-    }
+    """Return the state-dict keys of the modules that are trained in full with the active adapters."""
+    found = set()
+    for name, child in module.named_modules():
+        attachment = vars(child).get("_lora_attachment")
+        if isinstance(attachment, Attachment):
+            chosen = (saved for saved in attachment.saved.values() if saved.is_chosen)
+            found |= {f"{name}.{key}".lstrip(".") for saved in chosen for key in saved.keys}
+    return found
 
 
 def is_untrained(module: nn.Module) -> bool:
     """Return whether `module` has adapters and none of them has an effect yet."""
-    return is_adapted(module) and all(map(_is_untrained, adapted_weights(module)))
+    with torch.no_grad():
+        return is_adapted(module) and not any(bool(found.adapter.product().any()) for found in adapted_weights(module))
 
 
-@torch.no_grad()
-def _is_untrained(each: AdaptedWeight) -> bool:
-    a, b = each.factors
-    weight = each.weight if each.weight is not None else torch.empty(len(b), a[0].numel(), device="meta")
-    return not each.adapter.lora_delta_weight(weight).any()
+def _containers(module: nn.Module) -> list[tuple[str, Adapters]]:
+    return [(name, child) for name, child in module.named_modules() if isinstance(child, Adapters)]
+
+
+def _keys(module: nn.Module) -> list[str]:
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return [key for key, _ in tensors]
+
+
+def _active_keys(module: nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{name}.{key}"
+        for prefix, adapters in _containers(module)
+        for name in adapters.active
+        for key in _keys(adapters.adapter(name))
+    }

@@ -1,130 +1,184 @@
-"""Defines the variants PiSSA, DoRA and QKV, each as one mixin for the class of an adapted layer."""
+"""Variants of LoRA: DoRA, PiSSA, and adapters of some of query, key and value. Each is a subclass of `Adapter`."""
 
 from __future__ import annotations
-
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.config import VARIANTS, LoRAConfig
-from lora_lightning.lora.layers import LoRALayer, dense, full_precision
+from lora_lightning.lora.adapter import Adapter, CalledKind, L, Layout, without_autocast
+from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.low_rank import low_rank_factors
 
 
-class PiSSA(LoRALayer):
-    """Initializes A and B from the largest singular values of W and adds the difference to the initial values, s (B A - B0 A0).
+class PiSSAAdapter(Adapter):
+    """Starts from the largest singular values of W, and adds the difference to the initial values, s (B A - B0 A0).
 
     PiSSA (https://arxiv.org/abs/2404.02948, section 3) subtracts s B0 A0 from W. Here W is not modified.
+
+    Attributes:
+        lora_A_initial: A0.
+        lora_B_initial: B0.
     """
 
+    reads_weight = True
+    label = "PiSSA"
     lora_A_initial: Tensor
     lora_B_initial: Tensor
 
     @classmethod
-    def lora_refusal(cls, layer: nn.Module, weight: Tensor, config: LoRAConfig) -> str | None:
-        finite = bool(dense(weight).isfinite().all())
-        return None if finite else "has weights that are not finite, so PiSSA cannot compute singular values"
-
-    def lora_start(self, weight: Tensor, rank: int, config: LoRAConfig) -> tuple[Tensor, Tensor]:
-        matrix = self.lora_matrix(self.lora_dense(weight).detach().to(torch.promote_types(weight.dtype, torch.float32)))
-        a, b = low_rank_factors(matrix, rank)
-        root = self.lora_scaling**0.5
-        reshaped: tuple[Tensor, Tensor] = self.lora_reshape(a / root, b / root, weight)
-        return reshaped
-
-    def lora_create(self, weight: Tensor, rank: int, scaling: float, config: LoRAConfig) -> None:
-        super().lora_create(weight, rank, scaling, config)
-        for name, key in zip(self.lora_names, ("lora_A_initial", "lora_B_initial"), strict=True):
-            self.register_buffer(key, self.get_parameter(name).detach().clone())
-
-    def lora_factors(self) -> tuple[Tensor, Tensor]:
-        """Return factors of twice the rank for B A - B0 A0 = (B - B0) A + B0 (A - A0), which is exactly zero initially."""
-        a, b = super().lora_factors()
-        return torch.cat((a, a - self.lora_A_initial)), torch.cat((b - self.lora_B_initial, self.lora_B_initial), dim=1)
-
-
-class DoRA(LoRALayer):
-    """Trains the norm of each row of the effective weight: W' = m (W + s B A) / ||W + s B A||.
-
-    The norm is treated as a constant in the backward pass (DoRA, https://arxiv.org/abs/2402.09353, equation 5 and section 4.3).
-    """
-
-    lora_magnitude_vector: nn.Parameter
-
-    def lora_create(self, weight: Tensor, rank: int, scaling: float, config: LoRAConfig) -> None:
-        super().lora_create(weight, rank, scaling, config)
-        shape = magnitude_shape(self.lora_factors()[1])
-        self.lora_magnitude_vector = nn.Parameter(self._lora_norms(weight).view(shape))
-
-    def lora_effective_weight(self, weight: Tensor) -> Tensor:
-        base, delta = self.lora_dense(weight), self.lora_delta_weight(weight)
-        full = self.lora_matrix(base.to(delta.dtype) + delta) * self._lora_ratio(weight)[:, None]
-        return self.lora_from_matrix(full, weight).to(base.dtype)
-
-    def forward(self, input: Tensor) -> Tensor:
-        # Computed as a change of W x + b, so that an untrained adapter changes no bit.
-        output = self.lora_base(input)
-        if not self.lora_active:
-            return output
-        ones = (1,) * (self.lora_factors()[1].dim() - 2)  # a convolution's channels come before its positions
-        ratio = self._lora_ratio(cast(Tensor, self._parameters["weight"])).view(-1, *ones)
-        bias = cast(Any, self).bias if hasattr(self, "bias") else None
-        unbiased = output if bias is None else output - bias.view(-1, *ones)
-        change = (ratio - 1) * unbiased + ratio * self.lora_change(input)
-        return output + change.to(output.dtype)
-
-    def _lora_ratio(self, weight: Tensor) -> Tensor:
-        """Return m / ||W + s B A||, of shape (out,)."""
-        norms, magnitude = self._lora_norms(weight), self.lora_magnitude_vector.view(-1)
-        return torch.where(norms > 0, magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1)
+    def refusal(cls, weight: Tensor, layout: Layout, config: LoRAConfig) -> str | None:
+        if layout.experts:
+            return "contains one matrix per expert, for which only plain LoRA is supported: use neither DoRA nor PiSSA"
+        if weight.is_meta:
+            return "is on meta, and PiSSA starts from its singular values: load the weights first"
+        if not bool(weight.isfinite().all()):
+            return "has weights that are not finite, so PiSSA cannot compute singular values"
+        return super().refusal(weight, layout, config)
 
     @torch.no_grad()
-    def _lora_norms(self, weight: Tensor) -> Tensor:
+    def start(self, weight: Tensor) -> None:
+        matrix = self.layout.matrix(weight.detach())
+        a, b = low_rank_factors(matrix.to(self.lora_A.dtype), self.lora_A.shape[-2])
+        root = self.scaling**0.5
+        self.lora_A.copy_(a / root)
+        self.lora_B.copy_(b / root)
+        if self.layout.zero_column is not None:
+            self.lora_A[..., self.layout.zero_column] = 0
+        self.register_buffer("lora_A_initial", self.lora_A.detach().clone())
+        self.register_buffer("lora_B_initial", self.lora_B.detach().clone())
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Return to the initial values."""
+        self.lora_A.copy_(self.lora_A_initial)
+        self.lora_B.copy_(self.lora_B_initial)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return factors of rank 2 r for B A - B0 A0 = (B - B0) A + B0 (A - A0), which is exactly zero initially."""
+        a, b = super().factors()
+        return torch.cat((a, a - self.lora_A_initial)), torch.cat((b - self.lora_B_initial, self.lora_B_initial), dim=1)
+
+    def scale(self, factor: float, weight: Tensor) -> None:
+        raise ValueError(
+            "Adapters of PiSSA add the difference to their initial values, which cannot be scaled by a factor of B."
+        )
+
+
+class DoRAAdapter(Adapter):
+    """Also trains the norm of each row of the effective weight, W' = m (W + s B A) / ||W + s B A||.
+
+    The norm is treated as a constant in the backward pass (DoRA, https://arxiv.org/abs/2402.09353, equation 5 and
+    section 4.3). Within `scaled`, λ scales B A and the change of the norms, m = ||W|| + λ (m - ||W||).
+
+    Attributes:
+        lora_magnitude_vector: m, of shape (out,).
+    """
+
+    reads_weight = True
+    is_linear = False
+    label = "DoRA"
+    lora_magnitude_vector: nn.Parameter
+
+    @classmethod
+    def refusal(cls, weight: Tensor, layout: Layout, config: LoRAConfig) -> str | None:
+        if layout.experts:
+            return "contains one matrix per expert, for which only plain LoRA is supported: use neither DoRA nor PiSSA"
+        if weight.is_meta:
+            return "is on meta, and DoRA starts from the norms of its rows: load the weights first"
+        return super().refusal(weight, layout, config)
+
+    @torch.no_grad()
+    def start(self, weight: Tensor) -> None:
+        super().start(weight)
+        norms = self._norms(weight, self.scaling)
+        if "lora_magnitude_vector" in self._parameters:
+            self.lora_magnitude_vector.copy_(norms)
+        else:
+            self.lora_magnitude_vector = nn.Parameter(norms)
+
+    @torch.no_grad()
+    def load_base(self, weight: Tensor) -> None:
+        """Take the norms of a W that was loaded, if the adapter is untrained."""
+        if not self.product().any():
+            self.lora_magnitude_vector.copy_(self._norms(weight, self.scaling))
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        ratio = self._ratio(weight)[:, None]
+        matrix = self.layout.matrix(weight).to(ratio.dtype)
+        return self.layout.weight((ratio - 1) * matrix + ratio * self.product(), weight.shape)
+
+    def change(self, kind: CalledKind[L], layer: L, weight: Tensor, input: Tensor, output: Tensor) -> Tensor:
+        # Computed as a change of W x, so that an untrained adapter changes no bit.
+        ratio, bias = kind.per_output(layer, self._ratio(kind.dense(layer, weight))), kind.bias(layer)
+        unbiased = output if bias is None else output - kind.per_output(layer, bias)
+        return (ratio - 1) * unbiased + ratio * super().change(kind, layer, weight, input, output)
+
+    @torch.no_grad()
+    def scale(self, factor: float, weight: Tensor) -> None:
+        super().scale(factor, weight)
+        initial = self._norms(weight, 0.0)
+        self.lora_magnitude_vector.copy_(initial + factor * (self.lora_magnitude_vector - initial))
+
+    def _ratio(self, weight: Tensor) -> Tensor:
+        """Return m / ||W + s B A||, of shape (out,)."""
+        magnitude = self._parameters["lora_magnitude_vector"]
+        assert magnitude is not None
+        norms = self._norms(weight, self.scaling * self.strength)
+        wanted: Tensor = magnitude
+        if self.strength != 1:
+            initial = self._norms(weight, 0.0)
+            wanted = initial + self.strength * (magnitude - initial)
+        return torch.where(norms > 0, wanted / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1)
+
+    @torch.no_grad()
+    def _norms(self, weight: Tensor, scaling: float) -> Tensor:
         """Return the norm of each row of W + s B A without computing B A.
 
         ||w + s b A||² = ||w||² + 2 s b·(A w) + s² (b A)·(b A), with the last term computed as b (A Aᵀ) bᵀ.
         """
-        a, b = (factor.detach().flatten(1) for factor in self.lora_factors())
-        with full_precision(a):
-            matrix = self.lora_matrix(self.lora_dense(weight).detach()).to(a.dtype)
-            crossed = matrix @ a.t() * 2 + b @ (a @ a.t()) * self.lora_scaling
-            squares = matrix.square().sum(1) + self.lora_scaling * (b * crossed).sum(1)
+        a, b = (factor.detach() for factor in self.factors())
+        with without_autocast(a):
+            matrix = self.layout.matrix(weight.detach()).to(a.dtype)
+            crossed = matrix @ a.mT * 2 + b @ (a @ a.mT) * scaling
+            squares = matrix.square().sum(1) + scaling * (b * crossed).sum(1)
             return squares.clamp_min(0).sqrt()
 
 
-class QKV(LoRALayer):
+class PiSSADoRAAdapter(DoRAAdapter, PiSSAAdapter):
+    """Combines the initial values of PiSSA with the norms of DoRA."""
+
+    label = "PiSSA, DoRA"
+
+
+class QKVAdapter(Adapter):
     """Adapts some of query, key and value in a layer whose output is their concatenation.
 
-    B has rows for all three, as in PEFT's folders. The rows of the others are multiplied by zero, so they have no effect and no gradient.
+    B has rows for all three, as in PEFT's folders. The rows of the others are multiplied by zero, so they have no
+    effect and no gradient.
     """
 
-    lora_kept: tuple[float, float, float]
-
     @classmethod
-    def lora_refusal(cls, layer: nn.Module, weight: Tensor, config: LoRAConfig) -> str | None:
+    def refusal(cls, weight: Tensor, layout: Layout, config: LoRAConfig) -> str | None:
         if config.use_dora or config.init == "pissa":
             return f"cannot combine qkv={config.qkv!r} with DoRA or PiSSA, which change all rows of a weight"
+        if layout.experts:
+            return f"contains one matrix per expert, which qkv={config.qkv!r} does not support"
         if any("query_key_value" in name for name in (config.target_modules, *config.target_modules)):
             return f"may interleave query, key and value by head, but qkv={config.qkv!r} expects three blocks"
-        sizes = [getattr(layer, name, 0) for name in ("out_features", "in_features")]
-        rows, columns = sizes if all(sizes) else sorted(weight.flatten(1).shape, reverse=True)
+        rows, columns = layout.matrix(weight).shape
         expected = f"expected three times as many outputs as inputs for qkv={config.qkv!r}"
         return None if rows == 3 * columns else f"has {rows} outputs and {columns} inputs: {expected}"
 
-    def lora_create(self, weight: Tensor, rank: int, scaling: float, config: LoRAConfig) -> None:
-        super().lora_create(weight, rank, scaling, config)
-        query, key, value = (float(part in config.qkv) for part in "qkv")
-        self.lora_kept = query, key, value
-
-    def lora_factors(self) -> tuple[Tensor, Tensor]:
-        a, b = super().lora_factors()
-        return a, torch.cat([part * kept for part, kept in zip(b.chunk(3), self.lora_kept, strict=True)])
+    def factors(self) -> tuple[Tensor, Tensor]:
+        a, b = super().factors()
+        kept = zip(b.chunk(3), "qkv", strict=True)
+        return a, torch.cat([part * float(name in self.config.qkv) for part, name in kept])
 
 
-def magnitude_shape(b: Tensor) -> tuple[int, ...]:
-    """Return the shape of DoRA's m for a B of this shape: (out,), or (1, out, 1, ...) for a convolution."""
-    return (len(b),) if b.dim() == 2 else (1, len(b), *b.shape[2:])
-
-
-VARIANTS.update(use_dora=DoRA, pissa=PiSSA, qkv=QKV)
+def adapter_class(config: LoRAConfig) -> type[Adapter]:
+    """Return the class of the adapters for a configuration."""
+    if config.qkv:
+        return QKVAdapter
+    if config.use_dora:
+        return PiSSADoRAAdapter if config.init == "pissa" else DoRAAdapter
+    return PiSSAAdapter if config.init == "pissa" else Adapter

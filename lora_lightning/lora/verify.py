@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.model import AdaptedWeight, adapted_weights
+from lora_lightning.lora.adaptation import adapted_weights
+from lora_lightning.lora.layers import AdaptedWeight
 from lora_lightning.lora.state import adapter_parameters, adapter_state_dict
 
 _DRAWS = 8
@@ -22,11 +23,12 @@ class InertAdapterError(RuntimeError):
 
 
 def verify_adapters(module: nn.Module, *inputs: Any, **keywords: Any) -> None:
-    """Check that every adapter has an effect on the output of the module: in training, in evaluation, and without gradients.
+    """Check that every adapter has an effect on the output: in training, in evaluation, and without gradients.
 
-    An adapter is inert if no value of B changes the output, for example because code reads the weight of the layer in a way that
-    `attach` does not cover, or because nothing calls the layer. The check takes five forward and three backward passes, and more only
-    if it finds something suspicious. The module, the random state and the gradients are not changed.
+    An adapter is inert if no value of B changes the output, for example because code reads the weight of the layer in a
+    way that `attach` does not cover, or because nothing calls the layer. The check takes five forward and three
+    backward passes, and more only if it finds something suspicious. The module, the random state and the gradients are
+    not changed.
 
     Args:
         module: A module with adapters.
@@ -40,7 +42,7 @@ def verify_adapters(module: nn.Module, *inputs: Any, **keywords: Any) -> None:
     found = adapted_weights(module)
     if not found:
         raise ValueError(f"This {type(module).__name__} has no adapters to verify. Call attach(module, config) first.")
-    if not all(each.adapter.lora_active for each in found):
+    if not all(weight.adapters.in_effect for weight in found):
         raise ValueError(
             f"The adapters of this {type(module).__name__} are disabled or merged. Verify them while they are enabled."
         )
@@ -57,27 +59,27 @@ def verify_adapters(module: nn.Module, *inputs: Any, **keywords: Any) -> None:
             for draw in range(_DRAWS):
                 with torch.enable_grad():
                     suspects = _without_gradient(call, suspects, draw)
-                suspects = [each for each in suspects if not _changes(call, each, draw)]
+                suspects = [weight for weight in suspects if not _changes(call, weight, draw)]
                 if not suspects or not _is_random(call):
                     break
-            for each in suspects:
-                inert.setdefault(each.name, []).append(mode)
-        rest = [each for each in found if each.name not in inert]
-        for each in _lost_without_gradients(call, rest):
-            inert.setdefault(each.name, []).append("evaluation without gradients")
+            for weight in suspects:
+                inert.setdefault(weight.name, []).append(mode)
+        rest = [weight for weight in found if weight.name not in inert]
+        for weight in _lost_without_gradients(call, rest):
+            inert.setdefault(weight.name, []).append("evaluation without gradients")
     if inert:
         listed = "; ".join(
             f"{name or type(module).__name__!r} (in {', '.join(modes)})" for name, modes in inert.items()
         )
         raise InertAdapterError(
-            f"Adapters without any effect on the output of this {type(module).__name__}: {listed}. Leave these out with "
-            "exclude_modules; or, where a module reads such a weight, name the parameter in target_parameters."
+            f"Adapters without any effect on the output of this {type(module).__name__}: {listed}. Leave these out "
+            "with exclude_modules; or, where a module reads such a weight, name the parameter in target_parameters."
         )
 
 
 @torch.no_grad()
 def _stir(module: nn.Module) -> None:
-    """Perturb all trained parameters, since a head that is initialized to zero would hide effects that appear after a few steps."""
+    """Perturb all trained parameters, since a head that starts at zero would hide effects that appear later."""
     torch.manual_seed(0)
     for parameter in adapter_parameters(module):
         parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -99,7 +101,9 @@ def _without_gradient(
     if not suspects:
         return []
     gradients = _gradients(call, suspects, seed)
-    return [each for each, gradient in zip(suspects, gradients, strict=True) if gradient is None or not gradient.any()]
+    return [
+        weight for weight, gradient in zip(suspects, gradients, strict=True) if gradient is None or not gradient.any()
+    ]
 
 
 def _gradients(call: Callable[[], list[Tensor]], among: list[AdaptedWeight], seed: int) -> list[Tensor | None]:
@@ -108,13 +112,13 @@ def _gradients(call: Callable[[], list[Tensor]], among: list[AdaptedWeight], see
     if not outputs:
         return [None] * len(among)
     loss = sum((output.double() * torch.randn_like(output, dtype=torch.double)).sum() for output in outputs)
-    return list(torch.autograd.grad(loss, [_b(each) for each in among], allow_unused=True))  # type: ignore[arg-type]
+    return list(torch.autograd.grad(loss, [_b(weight) for weight in among], allow_unused=True))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def _changes(call: Callable[[], list[Tensor]], each: AdaptedWeight, seed: int) -> bool:
+def _changes(call: Callable[[], list[Tensor]], weight: AdaptedWeight, seed: int) -> bool:
     """Return whether a large change of B changes the output, which a zero gradient at one point does not rule out."""
-    b = _b(each)
+    b = _b(weight)
     kept = b.clone()
     torch.manual_seed(seed)
     before = call()
@@ -128,19 +132,19 @@ def _changes(call: Callable[[], list[Tensor]], each: AdaptedWeight, seed: int) -
 def _lost_without_gradients(call: Callable[[], list[Tensor]], live: list[AdaptedWeight]) -> list[AdaptedWeight]:
     """Return the adapters without effect in evaluation without gradients, where PyTorch may use fast paths.
 
-    Each B is changed such that all adapters affect the output about equally. A missing adapter then shows in the total effect, and
-    only in this case are the adapters checked one by one.
+    Each B is changed such that all adapters affect the output about equally. A missing adapter then shows in the total
+    effect, and only in this case are the adapters checked one by one.
     """
     if not live:
         return []
     with torch.enable_grad():
         gradients = _gradients(call, live, 0)
     with torch.no_grad():
-        for each, gradient in zip(live, gradients, strict=True):
+        for weight, gradient in zip(live, gradients, strict=True):
             norm = 0.0 if gradient is None else float(gradient.norm())
             if norm:
                 assert gradient is not None
-                _b(each).add_(gradient / norm, alpha=min(0.1 / norm, 1.0))
+                _b(weight).add_(gradient / norm, alpha=min(0.1 / norm, 1.0))
         moved = call()
         with torch.enable_grad():
             with_gradients = [output.detach() for output in call()]
@@ -148,12 +152,11 @@ def _lost_without_gradients(call: Callable[[], list[Tensor]], live: list[Adapted
     apart = max(float((a - b).abs().max()) for a, b in zip(moved, with_gradients, strict=True))
     if apart <= 1e-4 * scale:
         return []
-    return [each for each in live if not _changes(call, each, 0)]
+    return [weight for weight in live if not _changes(call, weight, 0)]
 
 
-def _b(each: AdaptedWeight) -> nn.Parameter:
-    b: nn.Parameter = each.factors[1]
-    return b
+def _b(weight: AdaptedWeight) -> nn.Parameter:
+    return weight.factors[1]
 
 
 @contextmanager

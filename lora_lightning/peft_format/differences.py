@@ -7,7 +7,7 @@ import sys
 from torch import nn
 
 from lora_lightning.lora import AdaptedWeight, adapted_weights
-from lora_lightning.lora.geometric_layers import LoRAGeometricLinear
+from lora_lightning.lora.other_layers import GeometricLinearKind
 from lora_lightning.peft_format.experts import is_experts
 
 
@@ -85,7 +85,7 @@ def _known_to_peft(adapted: AdaptedWeight) -> bool:
     layer = adapted.layer
     if is_experts(adapted):
         return bool(adapted.layer_name)  # PEFT wraps the module with the parameters, which must not be the root
-    if adapted.kind.lora_is_inside or not adapted.parameter or isinstance(layer, LoRAGeometricLinear):
+    if adapted.kind.is_reader or not adapted.parameter or isinstance(adapted.kind, GeometricLinearKind):
         return False
     return not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or _conv_is_plain(layer)
 

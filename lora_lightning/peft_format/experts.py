@@ -11,23 +11,23 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from lora_lightning.lora import AdaptedWeight
-from lora_lightning.lora.experts import ExpertsParameter
+from lora_lightning.lora.layers import AdaptedWeight, Target, child_name
+from lora_lightning.lora.selection import layers_of
 
 _INSIDE = ".base_layer"
 
 
-def is_experts(adapted: AdaptedWeight) -> bool:
+def is_experts(target: Target) -> bool:
     """Return whether this parameter has one adapter per expert."""
-    return issubclass(adapted.kind, ExpertsParameter)
+    return target.layout.experts
 
 
 def experts_to_peft(adapted: AdaptedWeight, prefix: str) -> dict[str, Tensor]:
     """Return the tensors of the adapters by PEFT's keys."""
-    adapted_keys = [key for key in adapted.layer._parameters if f"lora_{key}" in adapted.layer._modules]
+    adapted_keys = [key for key in adapted.layer._parameters if child_name(key) in adapted.layer._modules]
     name = prefix + adapted.layer_name + _INSIDE * (len(adapted_keys) - 1 - adapted_keys.index(adapted.parameter))
-    a, b = adapted.adapter.lora_factors()
-    return {f"{name}.lora_A.weight": a.transpose(0, 1).flatten(0, 1), f"{name}.lora_B.weight": b.flatten(1)}
+    a, b = adapted.adapter.factors()
+    return {f"{name}.lora_A.weight": a.flatten(0, 1), f"{name}.lora_B.weight": b.permute(1, 2, 0).flatten(1)}
 
 
 def experts_from_peft(tensors: dict[str, Tensor], target_parameters: Iterable[str], module: nn.Module) -> list[str]:
@@ -42,7 +42,7 @@ def experts_from_peft(tensors: dict[str, Tensor], target_parameters: Iterable[st
     Returns:
         The full names of the parameters.
     """
-    modules = dict(module.named_modules())
+    modules = dict(layers_of(module))
     ends = tuple(f".{name}" for name in target_parameters)
     found: list[str] = []
     for layer in dict.fromkeys(key.rpartition(".")[0] for key in tensors):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lightning.lora import AdaptedWeight, LoRAConfig, adapted_weights, adapter_names, is_adapted, set_adapter
-from lora_lightning.lora.config import Names
-from lora_lightning.lora.model import EXTENSIONS, attachment_of, candidates, unwrapped
-from lora_lightning.lora.named_adapters import add_selected, bare
-from lora_lightning.lora.state import is_adapter_key
+from lora_lightning.lora import LoRAConfig, adapted_weights, adapter_names, is_adapted, set_adapter
+from lora_lightning.lora.adaptation import attach_to, attachment_of, config_of, unwrapped
+from lora_lightning.lora.bypass import bypass_target
+from lora_lightning.lora.layers import Target
+from lora_lightning.lora.matching import Names
+from lora_lightning.lora.selection import candidates, check, layers_of
+from lora_lightning.lora.state import adapter_keys
 from lora_lightning.peft_format.base_check import base_metadata, base_of, check_base
 from lora_lightning.peft_format.differences import unknown_to_peft
 from lora_lightning.peft_format.experts import experts_from_peft
@@ -37,6 +40,8 @@ from lora_lightning.peft_format.mapping import (
     describe,
     expected_shapes,
     exported,
+    from_file,
+    key_in_folder,
 )
 from lora_lightning.peft_format.model_card import CARD_NAME, model_card
 
@@ -125,11 +130,15 @@ def load_adapter(
     if is_adapted(module) and name in adapter_names(module):
         _activate_if_equal(module, config, selected, folder, name)
     else:
-        add_selected(module, config, selected, name)
+        check(selected, config)
+        attach_to(module, selected, config, name)
     state = module.state_dict(keep_vars=True)
     with torch.no_grad():
-        for key, value in (content.adapters | content.saved).items():
+        for key, value in content.saved.items():
             state[key].copy_(value)
+        for adapted in adapted_weights(module, name):
+            for parameter, own in adapted.adapter.named_parameters():
+                own.copy_(from_file(adapted, parameter, content.adapters[key_in_folder(adapted, parameter)]))
     if other_base:
         warnings.warn(other_base, stacklevel=2)
     _warn_if_edited(folder)
@@ -148,60 +157,59 @@ def _config_and_weights(
     folder: Path,
     description: dict[str, Any],
     content: Content,
-) -> tuple[LoRAConfig, list[AdaptedWeight]]:
+) -> tuple[LoRAConfig, list[Target]]:
     """Return our configuration and the weights that it adapts, and rename the tensors to our keys."""
     tensors = content.adapters
-    with bare(module):
-        if description["peft_type"] != OWN_TYPE and (of_peft := description.get("target_parameters")):
-            description = description | {"target_parameters": experts_from_peft(tensors, of_peft, module)}
-        modules = dict(module.named_modules())
-        names: dict[str, None] = {}
-        for key in list(tensors):
-            parent, _, leaf = key.rpartition(".")
-            layer_name, _, last = parent.rpartition(".")
-            if isinstance(modules.get(parent), nn.MultiheadAttention):
-                tensors[f"{parent}.lora_in_proj_weight.{leaf}".lstrip(".")] = tensors.pop(key)
-                names[f"{parent}.in_proj_weight".lstrip(".")] = None
-            elif last.startswith("lora_"):
-                names[f"{layer_name}.{last.removeprefix('lora_')}".lstrip(".")] = None
-            else:
-                names[parent] = None
-        saved_names = list(description.get("modules_to_save") or [])
-        saved = {parent for key in content.saved for parent in parents_of(key)}
-        trained = [name for name in modules if name in saved and name.endswith(tuple(saved_names))]
-        if saved_names and not trained:
-            raise ValueError(
-                f"The adapter in {folder} comes with modules_to_save={saved_names}, none of which exists in this "
-                f"{type(module).__name__}."
-            )
-        config = configuration(description, folder / CONFIG_NAME, module, list(names), trained)
-        known = candidates(module, config)
+    if description["peft_type"] != OWN_TYPE and (of_peft := description.get("target_parameters")):
+        description = description | {"target_parameters": experts_from_peft(tensors, of_peft, module)}
+    modules = dict(layers_of(module))
+    names: dict[str, None] = {}
+    for key in list(tensors):
+        parent, _, leaf = key.rpartition(".")
+        layer_name, _, last = parent.rpartition(".")
+        if isinstance(modules.get(parent), nn.MultiheadAttention):
+            tensors[f"{parent}.lora_in_proj_weight.{leaf}".lstrip(".")] = tensors.pop(key)
+            names[f"{parent}.in_proj_weight".lstrip(".")] = None
+        elif last.startswith("lora_") and parent not in modules:
+            names[f"{layer_name}.{last.removeprefix('lora_')}".lstrip(".")] = None
+        else:
+            names[parent] = None
+    saved_names = list(description.get("modules_to_save") or [])
+    saved = {parent for key in content.saved for parent in parents_of(key)}
+    trained = [name for name in modules if name in saved and name.endswith(tuple(saved_names))]
+    if saved_names and not trained:
+        raise ValueError(
+            f"The adapter in {folder} comes with modules_to_save={saved_names}, none of which exists in this "
+            f"{type(module).__name__}."
+        )
+    config = configuration(description, folder / CONFIG_NAME, module, list(names), trained)
+    known = candidates(module, config)
     missing = [name for name in names if name not in known and not (config.bypass and not name)]
     if missing:
         raise ValueError(
             f"The adapter in {folder} adapts {missing[0]!r}, which this {type(module).__name__} does not have. Layers "
             f"that can be adapted: {', '.join(known) or 'none'}."
         )
-    bypass = EXTENSIONS["bypass"](module, config) if config.bypass else []
-    return config, [*(adapted for name, adapted in known.items() if name in names), *bypass]
+    bypass = [bypass_target(module, config)] if config.bypass else []
+    return config, [*(target for name, target in known.items() if name in names), *bypass]
 
 
 def _check_shapes(
     module: nn.Module,
     folder: Path,
     config: LoRAConfig,
-    selected: list[AdaptedWeight],
+    selected: list[Target],
     content: Content,
 ) -> None:
     shapes = {key: tuple(value.shape) for key, value in (content.adapters | content.saved).items()}
-    saved = Names(config.modules_to_save)
+    saved, of_adapters = Names(config.modules_to_save), adapter_keys(module)
     expected = {key: shape for adapted in selected for key, shape in expected_shapes(adapted, config).items()}
     expected |= {
         f"{name}.{key}": tuple(value.shape)
-        for name, child in module.named_modules()
-        if name and saved(name)
+        for name, child in layers_of(module)
+        if name and saved.match(name)
         for key, value in child.state_dict().items()
-        if not is_adapter_key(key)
+        if f"{name}.{key}" not in of_adapters
     }
     if shapes != expected:
         wrong = sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key))
@@ -218,20 +226,19 @@ def _check_shapes(
         raise ValueError(f"The adapter in {folder} does not fit this {type(module).__name__}: {listed}{more}.{why}")
 
 
-def _activate_if_equal(
-    module: nn.Module, config: LoRAConfig, selected: list[AdaptedWeight], folder: Path, name: str
-) -> None:
+def _activate_if_equal(module: nn.Module, config: LoRAConfig, selected: list[Target], folder: Path, name: str) -> None:
     """Activate the adapters with this name if the folder describes the same ones. Otherwise raise an error."""
-    in_use = attachment_of(module).name
-    set_adapter(module, name)
-    attached = {adapted.name: adapted.adapter.lora_scaling for adapted in adapted_weights(module)}
-    described = {adapted.name: config.scaling_of(*adapted.names, rank=adapted.rank) for adapted in selected}
-    if attached != described or attachment_of(module).config.use_dora != config.use_dora:
-        set_adapter(module, in_use)
+    attached = {adapted.name: adapted.adapter.scaling for adapted in adapted_weights(module, name)}
+    described = {target.name: config.scaling_of(*target.names) for target in selected}
+    alike = attached.keys() == described.keys() and all(
+        math.isclose(scaling, described[key]) for key, scaling in attached.items()
+    )
+    if not alike or config_of(module, name).use_dora != config.use_dora:
         raise ValueError(
             f"The adapter in {folder} differs from the attached one (layers with their scale alpha / rank): "
             f"{described} in the folder, {attached} attached. Call detach(module) first, or load it under another name."
         )
+    set_adapter(module, name)
 
 
 def _warn_if_edited(folder: Path) -> None:

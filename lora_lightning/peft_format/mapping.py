@@ -8,21 +8,20 @@ after a dot, and a string is a regular expression for the full name.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora import AdaptedWeight, LoRAConfig, adapted_weights
-from lora_lightning.lora.config import endings
-from lora_lightning.lora.model import attachment_of
-from lora_lightning.lora.named_adapters import exactly
+from lora_lightning.lora import AdaptedWeight, LoRAConfig, adapted_weights, adapter_names
+from lora_lightning.lora.adaptation import attachment_of, config_of
+from lora_lightning.lora.layers import ConvKind, EmbeddingKind, Target
+from lora_lightning.lora.matching import endings, exactly, literally
+from lora_lightning.lora.other_layers import TransposedLinearKind
+from lora_lightning.lora.registry import kind_of
+from lora_lightning.lora.selection import layers_of
 from lora_lightning.lora.sharding import full
-from lora_lightning.lora.state import is_adapter_key
-from lora_lightning.lora.transformers_layers import LoRATransposedLinear
-from lora_lightning.lora.variants import magnitude_shape
 from lora_lightning.peft_format.differences import unknown_to_peft
 from lora_lightning.peft_format.experts import experts_to_peft, is_experts
 from lora_lightning.peft_format.model_card import base_name
@@ -55,18 +54,15 @@ def describe(module: nn.Module) -> dict[str, Any]:
 
     PiSSA's difference to the initial values is plain LoRA with twice the rank and the same scale.
     """
-    attachment, found = attachment_of(module), adapted_weights(module)
-    config, doubled = attachment.config, 2 if attachment.config.init == "pissa" else 1
-    rank, alpha = (
-        doubled * config.rank,
-        config.alpha_of(rank=config.rank) * doubled ** (0.5 if config.use_rslora else 1),
-    )
+    found, config = adapted_weights(module), config_of(module)
+    saved = attachment_of(module).saved.get(adapter_names(module)[0])
+    doubled = 2 if config.init == "pissa" else 1
+    rank, alpha = doubled * config.rank, config.alpha_of() * doubled ** (0.5 if config.use_rslora else 1)
     ranks, alphas = dict[str, float](), dict[str, float]()
     for adapted in found:
-        own = len(adapted.factors[0])
         factor = doubled if adapted.parameter else 1  # a bypass is never PiSSA
-        ranks[adapted.name] = own * factor
-        alphas[adapted.name] = config.alpha_of(*adapted.names, rank=own) * factor ** (0.5 if config.use_rslora else 1)
+        ranks[adapted.name] = adapted.rank * factor
+        alphas[adapted.name] = _alpha(adapted, config) * factor ** (0.5 if config.use_rslora else 1)
     description: dict[str, Any] = {
         "peft_type": PEFT_TYPE,
         "auto_mapping": None,
@@ -79,9 +75,9 @@ def describe(module: nn.Module) -> dict[str, Any]:
         "target_modules": _target_modules(module, [adapted.name for adapted in found if not is_experts(adapted)]),
         "target_parameters": [adapted.name for adapted in found if is_experts(adapted)] or None,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(adapted.layer, LoRATransposedLinear) for adapted in found),
+        "fan_in_fan_out": any(isinstance(adapted.kind, TransposedLinearKind) for adapted in found),
         "init_lora_weights": True,
-        "modules_to_save": (attachment.saved.names if attachment.saved else None) or None,
+        "modules_to_save": (saved.names if saved else None) or None,
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": _pattern(alphas, alpha),
         "use_rslora": config.use_rslora,
@@ -91,9 +87,16 @@ def describe(module: nn.Module) -> dict[str, Any]:
         description["qkv"] = config.qkv  # PEFT reports that it ignores this, and would train all rows of B
     if unknown_to_peft(module):
         description["peft_type"] = OWN_TYPE
-        description["target_parameters"] = [adapted.name for adapted in found if adapted.kind.lora_is_inside]
+        description["target_parameters"] = [adapted.name for adapted in found if adapted.kind.is_reader]
         description["bypass"] = config.bypass
     return description
+
+
+def _alpha(adapted: AdaptedWeight, config: LoRAConfig) -> float:
+    """Return the alpha for the scale of an adapter at its own rank, which may be lower than the requested one."""
+    if adapted.rank == config.rank_of(*adapted.names):
+        return config.alpha_of(*adapted.names)
+    return adapted.adapter.scaling * (adapted.rank**0.5 if config.use_rslora else adapted.rank)
 
 
 def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
@@ -104,7 +107,7 @@ def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
     """
     names = {name for name, value in values.items() if value != default}
     names |= {name for name in values if any(ending in names for ending in endings(name))}
-    return {re.escape(name) or "(?:)": values[name] for name in sorted(names, key=len, reverse=True)}
+    return {literally(name): values[name] for name in sorted(names, key=len, reverse=True)}
 
 
 def exported(module: nn.Module) -> dict[str, Tensor]:
@@ -118,16 +121,19 @@ def exported(module: nn.Module) -> dict[str, Tensor]:
         if to_peft and is_experts(adapted):
             tensors |= experts_to_peft(adapted, PREFIX)
             continue
-        adapter = adapted.adapter
-        parts = dict(zip(adapter.lora_names, adapter.lora_factors(), strict=True))
-        if "lora_magnitude_vector" in adapter._parameters:
-            parts["lora_magnitude_vector"] = adapter.lora_magnitude_vector
-        for key, value in parts.items():
-            suffix = ".weight" if key in ("lora_A", "lora_B") else ""
-            tensors[f"{PREFIX}{_holder_name(adapted)}.{key}{suffix}".replace("..", ".")] = value
-    if saved := attachment_of(module).saved:
-        state = module.state_dict()
-        tensors |= {f"{PREFIX}{key}": state[key] for key in saved.keys}
+        a, b = adapted.adapter.factors()
+        parts = {"lora_A": a, "lora_B": b}
+        if "lora_magnitude_vector" in adapted.adapter._parameters:
+            parts["lora_magnitude_vector"] = adapted.adapter.get_parameter("lora_magnitude_vector")
+        for parameter, value in parts.items():
+            leaf = leaves_of(adapted)[parameter]
+            suffix = ".weight" if leaf in ("lora_A", "lora_B") else ""
+            tensors[f"{PREFIX}{_holder_name(adapted)}.{leaf}{suffix}".replace("..", ".")] = to_file(
+                adapted, parameter, value
+            )
+    saved = attachment_of(module).saved.get(adapter_names(module)[0])
+    if saved is not None:
+        tensors |= {f"{PREFIX}{key}": value for key, value in saved.trained_values().items()}
     return {key: full(value.detach()).cpu().contiguous().clone() for key, value in tensors.items()}
 
 
@@ -141,13 +147,13 @@ def own_key(key: str) -> str | None:
     for suffix, own in _SUFFIXES.items():
         if name == suffix or name.endswith(f".{suffix}"):
             return name.removesuffix(suffix) + own
-    return name if is_adapter_key(name) else None
+    return name if _is_of_adapter(name) else None
 
 
 def base_key(key: str) -> str | None:
     """Return the state-dict key of a weight of the base that PEFT saves with adapters, or `None` for other keys."""
     name = key.removeprefix(PREFIX)
-    return None if name == key or is_adapter_key(key) else name.replace(".base_layer.", ".")
+    return None if name == key or _is_of_adapter(key) else name.replace(".base_layer.", ".")
 
 
 def check_method(description: dict[str, Any], file: Path) -> None:
@@ -179,8 +185,8 @@ def configuration(
     by_name = description.get("target_parameters") or []
     bypass = description.get("bypass")
     layers = [name for name in targets if name not in by_name and not (bypass and not name)]
-    modules = [name for name, _ in module.named_modules()]
-    weights = modules + [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    modules = [name for name, _ in layers_of(module)]
+    weights = modules + [f"{name}.{key}".lstrip(".") for name, layer in layers_of(module) for key in layer._parameters]
     try:
         return LoRAConfig(
             rank=description["r"],
@@ -202,30 +208,77 @@ def configuration(
         raise ValueError(f"{file}: {error}") from None
 
 
-def expected_shapes(adapted: AdaptedWeight, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of an adapter by our state-dict keys."""
-    out_features, in_features = adapted.shape
-    a, b = adapted.kind.lora_reshape(
-        torch.empty(adapted.rank, in_features, device="meta"),
-        torch.empty(out_features, adapted.rank, device="meta"),
-        adapted.weight,
-    )
-    shapes = dict(zip(adapted.kind.lora_names, (tuple(a.shape), tuple(b.shape)), strict=True))
-    if config.use_dora and adapted.parameter:
-        shapes["lora_magnitude_vector"] = magnitude_shape(b)
-    return {f"{_holder_name(adapted)}.{key}".lstrip("."): shape for key, shape in shapes.items()}
+def expected_shapes(target: Target, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of an adapter in a folder, by their keys."""
+    rows, columns = target.shape
+    experts = target.outline().shape[:1] if target.layout.experts else ()
+    shapes: dict[str, tuple[int, ...]] = {
+        "lora_A": (*experts, target.rank, columns),
+        "lora_B": (*experts, rows, target.rank),
+    }
+    if config.use_dora and target.parameter:
+        shapes["lora_magnitude_vector"] = (rows,)
+    empty = {parameter: torch.empty(shape, device="meta") for parameter, shape in shapes.items()}
+    return {
+        key_in_folder(target, parameter): tuple(to_file(target, parameter, value).shape)
+        for parameter, value in empty.items()
+    }
+
+
+def leaves_of(target: Target) -> dict[str, str]:
+    """Return the names in a folder of the parameters of an adapter."""
+    kind = "embedding_" if isinstance(target.kind, EmbeddingKind) else ""
+    return {
+        "lora_A": f"lora_{kind}A",
+        "lora_B": f"lora_{kind}B",
+        "lora_magnitude_vector": "lora_magnitude_vector",
+    }
+
+
+def key_in_folder(target: Target, parameter: str) -> str:
+    """Return the key of a parameter of an adapter in a folder, without PEFT's prefix and suffix."""
+    return f"{_holder_name(target)}.{leaves_of(target)[parameter]}".lstrip(".")
+
+
+def to_file(target: Target, parameter: str, value: Tensor) -> Tensor:
+    """Return a parameter of an adapter in the shape that it has in a folder."""
+    if target.layout.experts:
+        return value.transpose(0, 1) if parameter == "lora_A" else value.permute(1, 2, 0)
+    if not isinstance(target.kind, ConvKind):
+        return value
+    ones = [1] * (target.outline().dim() - 2)
+    if parameter == "lora_A":
+        return value.view(-1, *target.outline().shape[1:])
+    return value.view(*value.shape, *ones) if parameter == "lora_B" else value.view(1, -1, *ones)
+
+
+def from_file(target: Target, parameter: str, value: Tensor) -> Tensor:
+    """Return a tensor of a folder in the shape of the parameter of an adapter."""
+    if target.layout.experts:
+        return value.transpose(0, 1) if parameter == "lora_A" else value.permute(2, 0, 1)
+    if not isinstance(target.kind, ConvKind):
+        return value
+    return value.flatten() if parameter == "lora_magnitude_vector" else value.flatten(1)
 
 
 def _target_modules(module: nn.Module, names: list[str]) -> list[str] | str:
     """Return the full names if PEFT matches exactly these, else a regular expression that does."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention, LoRATransposedLinear)
-    return exactly(names, (name for name, layer in module.named_modules() if isinstance(layer, kinds)))
-
-
-def _holder_name(adapted: AdaptedWeight) -> str:
-    """Return the dotted name of the module that holds A and B."""
-    return (
-        f"{adapted.layer_name}.lora_{adapted.parameter}".lstrip(".")
-        if adapted.kind.lora_is_inside
-        else adapted.layer_name
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
+    return exactly(
+        names,
+        (
+            name
+            for name, layer in layers_of(module)
+            if isinstance(layer, kinds) or isinstance(kind_of(layer), TransposedLinearKind)
+        ),
     )
+
+
+def _holder_name(target: Target) -> str:
+    """Return the dotted name in a folder of what holds A and B."""
+    return f"{target.layer_name}.lora_{target.parameter}".lstrip(".") if target.kind.is_reader else target.layer_name
+
+
+def _is_of_adapter(key: str) -> bool:
+    """Return whether a key of a folder belongs to an adapter."""
+    return key.rpartition(".")[2].startswith("lora_")

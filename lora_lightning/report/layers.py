@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora import AdaptedWeight, adapted_weights
-from lora_lightning.lora.experts import ExpertsParameter
 
 
 @torch.no_grad()
@@ -26,30 +25,27 @@ def layer_changes(module: nn.Module, with_base: bool = True) -> list[dict[str, A
         https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf). Empty if adapters are distributed over devices.
     """
     found = adapted_weights(module)
-    if any(hasattr(factor, "device_mesh") for each in found for factor in each.factors):
+    if any(hasattr(factor, "device_mesh") for weight in found for factor in weight.factors):
         return []
-    return [_change(each, with_base) for each in found]
+    return [_change(weight, with_base) for weight in found]
 
 
-def _change(each: AdaptedWeight, with_base: bool) -> dict[str, Any]:
-    adapter, weight = each.adapter, each.weight
-    values = [_singular_values(a, b) * adapter.lora_scaling for a, b in _matrices(each)]
-    own = [value for key, value in adapter._parameters.items() if key.startswith("lora_")]
+def _change(adapted: AdaptedWeight, with_base: bool) -> dict[str, Any]:
+    values = [_singular_values(a, b) * adapted.adapter.scaling for a, b in _matrices(adapted)]
+    measured = with_base and bool(adapted.parameter)
     return {
-        "name": each.name,
-        "rank": each.rank,
-        "parameters": sum(value.numel() for value in own),
+        "name": adapted.name,
+        "rank": adapted.rank,
+        "parameters": sum(value.numel() for value in adapted.adapter.parameters()),
         "norm": float(torch.cat(values).norm()),
-        "base_norm": None if weight is None or not with_base else float(adapter.lora_dense(weight).float().norm()),
+        "base_norm": float(adapted.dense_weight().float().norm()) if measured else None,
         "effective_rank": sum(map(_effective_rank, values)) / len(values),
     }
 
 
-def _matrices(each: AdaptedWeight) -> list[tuple[Tensor, Tensor]]:
-    a, b = (factor.cpu().double() for factor in each.adapter.lora_factors())
-    if isinstance(each.adapter, ExpertsParameter):
-        return [(a[:, expert], b[:, :, expert]) for expert in range(a.shape[1])]
-    return [(a.flatten(1), b.flatten(1))]
+def _matrices(adapted: AdaptedWeight) -> list[tuple[Tensor, Tensor]]:
+    a, b = (factor.cpu().double() for factor in adapted.adapter.factors())
+    return list(zip(a, b, strict=True)) if adapted.layout.experts else [(a, b)]
 
 
 def _singular_values(a: Tensor, b: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def test_adapters_stay_in_float32_in_a_run_of_low_precision(precision: str, make
     make_trainer(LoRAFinetuning(rank=2), max_epochs=1, precision=precision).fit(module, data())
     assert module.head.weight.dtype != torch.float32
     assert {parameter.dtype for parameter in adapter_parameters(module)} == {torch.float32}
-    assert module.head.lora_B.any()
+    assert module.head.lora_weight.default.lora_B.any()
 
 
 class Later(Two):
@@ -210,7 +210,9 @@ class TestOptimizers:
             def configure_optimizers(self) -> torch.optim.Optimizer:
                 return torch.optim.AdamW(self.listed)
 
-        with pytest.raises(ValueError, match=r"does not have 'body.0.lora_A', .* would never be trained"):
+        with pytest.raises(
+            ValueError, match=r"does not have 'body.0.lora_weight.default.lora_A', .* would never be trained"
+        ):
             make_trainer(LoRAFinetuning(rank=2), max_epochs=1).fit(Listed(), data())
 
     def test_those_of_the_head_alone(self, make_trainer: MakeTrainer) -> None:
@@ -218,7 +220,10 @@ class TestOptimizers:
             def configure_optimizers(self) -> torch.optim.Optimizer:
                 return torch.optim.AdamW(self.head.parameters())
 
-        with pytest.raises(ValueError, match=r"does not have 'body.0.lora_A', 'body.0.lora_B': these"):
+        with pytest.raises(
+            ValueError,
+            match=r"does not have 'body.0.lora_weight.default.lora_A', 'body.0.lora_weight.default.lora_B': these",
+        ):
             make_trainer(LoRAFinetuning(rank=2), max_epochs=1).fit(Head(), data())
         make_trainer(LoRAFinetuning(rank=2, target_modules=["head"]), max_epochs=1).fit(Head(), data())
 
@@ -263,7 +268,7 @@ class TestOptimizers:
         module = NoOptimizer()
         callbacks = [LoRAFinetuning(rank=2, verify=False), ConfusionReport()]
         make_trainer(*callbacks, max_epochs=1, log_every_n_steps=1).fit(module, data())
-        assert not module.head.lora_B.any()
+        assert not module.head.lora_weight.default.lora_B.any()
 
 
 @pytest.mark.filterwarnings("ignore:Buffers of the base changed during training")
@@ -520,7 +525,7 @@ def test_heads_that_take_turns_are_named_and_trained_on(make_trainer: MakeTraine
     module = TakingTurns()
     with pytest.warns(UserWarning, match="has not changed the adapters of 'others.1': no gradient has reached them"):
         make_trainer(LoRAFinetuning(rank=2), max_epochs=2).fit(module, data())
-    assert module.others[1].lora_B.any()
+    assert module.others[1].lora_weight.default.lora_B.any()
 
 
 def test_a_decoder_that_training_never_calls_is_named(make_trainer: MakeTrainer) -> None:
@@ -904,8 +909,8 @@ def test_a_checkpoint_of_adapters_that_are_not_finite_is_not_written(make_traine
     trainer = make_trainer(LoRAFinetuning(rank=2), max_epochs=1)
     trainer.fit(module, data())
     with torch.no_grad():
-        module.head.lora_B[0, 0] = float("nan")
-    with pytest.raises(NotFiniteError, match=r"x.ckpt is not written: 'head.lora_B' contain"):
+        module.head.lora_weight.default.lora_B[0, 0] = float("nan")
+    with pytest.raises(NotFiniteError, match=r"x.ckpt is not written: 'head.lora_weight.default.lora_B' contain"):
         trainer.save_checkpoint(tmp_path / "x.ckpt")
     assert not (tmp_path / "x.ckpt").exists()
 

@@ -119,7 +119,7 @@ def test_checkpoints(tmp_path: Path) -> None:
 def test_adapter_folders(tmp_path: Path) -> None:
     model = net()
     attach(model, LoRAConfig(rank=2, alpha=3))
-    nn.init.normal_(model[0].lora_B)
+    nn.init.normal_(model[0].lora_weight.default.lora_B)
     save_adapter(model, tmp_path / "good")
     good, digest = adapter_state_dict(model), base_fingerprint(model)
     files = {path.name: path.read_bytes() for path in (tmp_path / "good").glob("adapter_*")}  # README.md is for people
@@ -145,7 +145,7 @@ def test_adapter_folders(tmp_path: Path) -> None:
                     assert noticed or same(adapter_state_dict(target), good), (
                         f"mutation {seed} of {name} is accepted and wrong"
                     )
-                    assert noticed or target[0].lora_scaling == 1.5
+                    assert noticed or target[0].lora_weight.default.scaling == 1.5
             assert base_fingerprint(target) == digest
     assert all(len(messages) > MUTATIONS // 3 for messages in refused.values())
     assert all("mutated" in message for messages in refused.values() for message in messages)

@@ -233,6 +233,7 @@ def test_a_training_that_diverges_ends_with_its_reason_and_no_adapter(run: Run, 
     code, text = run("fit", "-c", "configs/adapt.yaml", *SAMPLE, "--model.optimizer.init_args.lr", "1e30")
     assert code == 1, text
     assert re.search(
-        r"error: Training has diverged: 'linear1.lora_A', .* contain NaN or infinity since batch \d+", text
+        r"error: Training has diverged: 'linear1.lora_weight.default.lora_A', .* contain NaN or infinity since batch \d+",
+        text,
     )
     assert not list(Path("logs/adapt").rglob("adapter"))

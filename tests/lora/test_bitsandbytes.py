@@ -20,7 +20,7 @@ from lora_lightning.lora import (
     merged,
     verify_adapters,
 )
-from lora_lightning.lora.bitsandbytes_layers import keep_packing
+from lora_lightning.lora.packed import keep_packing
 
 bnb = pytest.importorskip("bitsandbytes", reason="the extra bitsandbytes is not installed")
 

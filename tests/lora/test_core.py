@@ -1,50 +1,58 @@
-"""The core of `lora/`: what a reader has to read, and what a plain `attach` runs."""
+"""What `lora/` imports: pure PyTorch, and the same whichever file is imported first."""
 
 from __future__ import annotations
 
-import ast
+import subprocess
 import sys
-from types import FrameType
-from typing import Any
+from pathlib import Path
 
-from torch import nn
+import pytest
 
-from lora_lightning.lora import LoRAConfig, attach
 from tests.conftest import ROOT
 
 LORA = ROOT / "lora_lightning" / "lora"
-CORE = [LORA / name for name in ("config.py", "layers.py", "freeze.py", "model.py")]
+FILES = sorted(path.stem for path in LORA.glob("*.py") if path.stem != "__init__")
+
+FIRST = """
+import importlib, sys, types
+for name, folder in (("lora_lightning", sys.argv[1]), ("lora_lightning.lora", sys.argv[1] + "/lora")):
+    package = types.ModuleType(name)
+    package.__path__ = [folder]  # so that no __init__.py runs
+    sys.modules[name] = package
+first = importlib.import_module("lora_lightning.lora." + sys.argv[2])
+import torch
+from torch import nn
+from lora_lightning.lora.adaptation import adapted_weights, attach
+from lora_lightning.lora.config import LoRAConfig
+net = nn.ModuleDict({
+    "linear": nn.Linear(8, 6), "conv": nn.Conv2d(3, 4, 3), "lstm": nn.LSTM(4, 5), "norm": nn.BatchNorm1d(6),
+    "table": nn.Embedding(7, 4), "attention": nn.MultiheadAttention(8, 2),
+})
+torch.manual_seed(0)
+attach(net, LoRAConfig(rank=2, use_dora=True))
+print([(weight.name, type(weight.kind).__name__, type(weight.layer).__name__) for weight in adapted_weights(net)])
+print(type(net["norm"]).__name__, sum(float(value.abs().sum()) for value in net.parameters()) > 0)
+print(sorted({"lightning", "matplotlib", "torchvision"} & sys.modules.keys()))
+"""
 
 
-def test_the_core_imports_nothing_else_of_the_package() -> None:
-    names = {f"lora_lightning.lora.{path.stem}" for path in CORE} | {"lora_lightning.wording"}
-    for path in CORE:
-        for node in ast.walk(ast.parse(path.read_text())):
-            imported = (
-                [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else []
-            )
-            assert all(name in names for name in imported if name.startswith(("lora_lightning", "lightning", "."))), (
-                path
-            )
+@pytest.fixture(scope="module")
+def expected() -> str:
+    return run("layers")
 
 
-def test_a_plain_attach_runs_the_core_alone() -> None:
-    net = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
-    config = LoRAConfig(rank=2, target_modules=["0", "3"])
-    files: set[str] = set()
+def run(first: str) -> str:
+    words = [sys.executable, "-c", FIRST, str(Path(LORA).parent), first]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
-    def trace(frame: FrameType, event: str, argument: Any) -> None:
-        files.add(frame.f_code.co_filename)
 
-    sys.settrace(trace)
-    try:
-        attach(net, config)
-    finally:
-        sys.settrace(None)
-    ours = {file for file in files if file.startswith(str(ROOT / "lora_lightning"))}
-    assert ours
-    assert ours <= {str(path) for path in CORE}
+@pytest.mark.parametrize("first", [pytest.param(name, marks=pytest.mark.slow) for name in FILES] + ["readers", "fused"])
+def test_each_file_can_be_imported_first_and_nothing_depends_on_the_order(first: str, expected: str) -> None:
+    assert run(first) == expected
+
+
+def test_it_needs_torch_alone(expected: str) -> None:
+    assert expected.splitlines()[-1] == "[]"
+    assert "('attention.in_proj_weight', 'AttentionKind', 'LoRAMultiheadAttention')" in expected

@@ -25,7 +25,6 @@ from lora_lightning.lora import (
     merge,
     merged,
 )
-from lora_lightning.lora.experts import ExpertsParameter
 from tests.helpers import stir
 
 F64 = torch.float64
@@ -34,14 +33,14 @@ F64 = torch.float64
 def delta(site: AdaptedWeight) -> Tensor:
     """ΔW by the definition, element by element, from the parameters alone."""
     update, weight = site.adapter, site.weight
-    if isinstance(update, ExpertsParameter):
-        return torch.einsum("ore,rei->eoi", site.factors[1], site.factors[0]) * update.lora_scaling
-    down, up = (factor.flatten(1) for factor in site.factors)
+    if site.layout.experts:
+        return torch.einsum("eor,eri->eoi", site.factors[1], site.factors[0]) * update.scaling
+    down, up = site.factors
     change = torch.einsum("or,ri->oi", up, down)
     if "lora_A_initial" in update._buffers:
-        change = change - torch.einsum("or,ri->oi", update.lora_B_initial.flatten(1), update.lora_A_initial.flatten(1))
-    change = change * update.lora_scaling
-    transposed = isinstance(site.layer, nn.Embedding) or type(site.layer).__name__ == "LoRAConv1D"
+        change = change - torch.einsum("or,ri->oi", update.lora_B_initial, update.lora_A_initial)
+    change = change * update.scaling
+    transposed = type(site.layer).__name__ in ("LoRAEmbedding", "LoRAConv1D")
     return (change.t() if transposed else change).reshape(weight.shape)
 
 
@@ -50,7 +49,7 @@ def dense_weight(site: AdaptedWeight) -> Tensor:
     magnitude = site.adapter._parameters.get("lora_magnitude_vector")
     if magnitude is None:
         return full
-    transposed = isinstance(site.layer, nn.Embedding) or type(site.layer).__name__ == "LoRAConv1D"
+    transposed = type(site.layer).__name__ in ("LoRAEmbedding", "LoRAConv1D")
     rows = (full.t() if transposed else full).flatten(1)
     rows = rows * (magnitude.view(-1) / rows.detach().norm(dim=1))[:, None]
     return (rows.t() if transposed else rows).reshape(full.shape)
@@ -341,7 +340,9 @@ def test_a_bypass_adds_s_b_a_x_to_any_module() -> None:
     assert sum(parameter.numel() for parameter in adapter_parameters(net)) == 108 * 2 + 2 * 10
     assert torch.equal(net(x), expected)
     stir(net, 0.3)
-    torch.testing.assert_close(net(x), expected + 3 * x.flatten(1) @ net.lora_A.t() @ net.lora_B.t())
+    torch.testing.assert_close(
+        net(x), expected + 3 * x.flatten(1) @ net.lora_bypass.default.lora_A.t() @ net.lora_bypass.default.lora_B.t()
+    )
     with disabled(net):
         assert torch.equal(net(x), expected)
     with pytest.raises(ValueError, match=r"bypass around this .* cannot be merged"):

@@ -26,7 +26,8 @@ from lora_lightning.lora import (
     merged,
     verify_adapters,
 )
-from lora_lightning.lora.model import select
+from lora_lightning.lora.adapter import Adapter
+from lora_lightning.lora.selection import select
 from tests.helpers import stir
 from tests.lora.architectures import make
 
@@ -59,8 +60,8 @@ def oracle(net: Experts) -> Tensor:
     """W + s B A, one expert after the other."""
     (each,) = adapted_weights(net)
     a, b = each.factors
-    assert (a.shape, b.shape) == (((2, 4, 3), (5, 2, 4)) if net.is_transposed else ((2, 4, 5), (3, 2, 4)))
-    changes = [b[:, :, expert] @ a[:, expert] * 1.5 for expert in range(4)]
+    assert (a.shape, b.shape) == (((4, 2, 3), (4, 5, 2)) if net.is_transposed else ((4, 2, 5), (4, 3, 2)))
+    changes = [b[expert] @ a[expert] * 1.5 for expert in range(4)]
     return net._parameters["weight"] + torch.stack([each.T if net.is_transposed else each for each in changes])
 
 
@@ -100,10 +101,13 @@ def test_the_experts_are_formed_once_in_a_forward_pass(monkeypatch: pytest.Monke
     attach(net, CONFIG)
     (each,) = adapted_weights(net)
     calls: list[Tensor] = []
-    form = each.kind.lora_delta_weight
-    monkeypatch.setattr(
-        each.kind, "lora_delta_weight", lambda self, weight: (calls.append(weight), form(self, weight))[1]
-    )
+    form = Adapter.delta_weight
+
+    def counted(self: Adapter, weight: Tensor) -> Tensor:
+        calls.append(weight)
+        return form(self, weight)
+
+    monkeypatch.setattr(Adapter, "delta_weight", counted)
     net(torch.randn(6, 5, dtype=torch.float64))
     assert len(calls) == 1
     stir(net, 0.3)  # what was formed in one pass is not kept for the next
@@ -126,7 +130,7 @@ def test_experts_start_as_linear_layers_do() -> None:
     attach(net, CONFIG)
     torch.manual_seed(0)
     drawn = nn.init.kaiming_uniform_(torch.empty(8, 5, dtype=torch.float64), a=5**0.5)
-    assert torch.equal(adapted_weights(net)[0].factors[0].flatten(0, 1), drawn)
+    assert torch.equal(adapted_weights(net)[0].factors[0].transpose(0, 1).flatten(0, 1), drawn)
 
 
 @pytest.mark.parametrize("variant", [{"use_dora": True}, {"init": "pissa"}, {"dropout": 0.1}])

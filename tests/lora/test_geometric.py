@@ -67,7 +67,7 @@ def test_all_adapts_every_linear_layer_and_experts_are_its_relations(net: Graphs
     assert attach(net, LoRAConfig(rank=2)) == LAYERS
     detach(net)
     assert attach(net, RELATIONS) == [*LAYERS[:4], "rgcn.weight", "head"]
-    assert net.rgcn.lora_weight.lora_A.shape == (2, 2, 8)
+    assert net.rgcn.lora_weight.default.lora_A.shape == (2, 2, 8)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`LoRALinear` against a dense oracle: a plain layer with the weight W + s B A."""
+"""An adapted linear layer against a dense oracle: a plain layer with the weight W + s B A."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora import LoRAConfig, LoRALinear, attach, disabled, merge
+from lora_lightning.lora import LoRAConfig, attach, disabled, merge
+from lora_lightning.lora.adapter import CalledKind
 from lora_lightning.lora.fused import _dropout, _dropout_again
-from lora_lightning.lora.model import kind_of
-from lora_lightning.lora.transformers_layers import LoRAScaledEmbedding
+from lora_lightning.lora.other_layers import ScaledEmbeddingKind
+from lora_lightning.lora.registry import kind_of
 from tests.helpers import stir
 
 SHAPES = st.lists(st.integers(0, 3), max_size=3)
@@ -23,22 +24,30 @@ SHAPES = st.lists(st.integers(0, 3), max_size=3)
 
 def adapted_linear(
     rank: int = 2, alpha: float = 3.0, *, bias: bool = True, dtype: torch.dtype = torch.float64, **config: object
-) -> LoRALinear:
+) -> nn.Linear:
     """A layer of 5 inputs and 4 outputs whose adapter does something."""
     layer = nn.Linear(5, 4, bias=bias, dtype=dtype)
     attach(layer, LoRAConfig(rank=rank, alpha=alpha, **config))
-    assert isinstance(layer, LoRALinear)
-    nn.init.normal_(layer.lora_B)
+    nn.init.normal_(layer.lora_weight.default.lora_B)
     return layer
 
 
-def base(layer: LoRALinear) -> Tensor:
+def base(layer: nn.Linear) -> Tensor:
     """The frozen weight, which `layer.weight` is not."""
     return layer.state_dict()["weight"]
 
 
-def dense(layer: LoRALinear, x: Tensor) -> Tensor:
-    weight = base(layer) + layer.lora_scaling * layer.lora_B @ layer.lora_A
+def plain_operations(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer without the hand-written backward pass."""
+    kind, adapters = layer.lora_weight.kind, layer.lora_weight.in_effect
+    return CalledKind.adapted(kind, layer, base(layer), x, adapters)
+
+
+def dense(layer: nn.Linear, x: Tensor) -> Tensor:
+    weight = (
+        base(layer)
+        + layer.lora_weight.default.scaling * layer.lora_weight.default.lora_B @ layer.lora_weight.default.lora_A
+    )
     return F.linear(x, weight, layer.bias)
 
 
@@ -55,7 +64,11 @@ def test_output_and_gradients_are_those_of_the_dense_layer(
 ) -> None:
     layer = adapted_linear(rank, alpha, bias=bias)
     x = torch.randn(*batch, 5, dtype=torch.float64, requires_grad=needs_input_gradient)
-    inputs = [layer.lora_A, layer.lora_B, *([x] if needs_input_gradient else [])]
+    inputs = [
+        layer.lora_weight.default.lora_A,
+        layer.lora_weight.default.lora_B,
+        *([x] if needs_input_gradient else []),
+    ]
     y, expected = layer(x), dense(layer, x)
     torch.testing.assert_close(y, expected)
     upstream = torch.randn_like(y)
@@ -83,18 +96,22 @@ def test_second_derivatives_are_right() -> None:
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
 
     def function(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, {"lora_A": down, "lora_B": up}, (x,))
+        return torch.func.functional_call(
+            layer, {"lora_weight.default.lora_A": down, "lora_weight.default.lora_B": up}, (x,)
+        )
 
-    assert torch.autograd.gradcheck(function, (x, layer.lora_A, layer.lora_B))
-    assert torch.autograd.gradgradcheck(function, (x, layer.lora_A, layer.lora_B))
+    assert torch.autograd.gradcheck(function, (x, layer.lora_weight.default.lora_A, layer.lora_weight.default.lora_B))
+    assert torch.autograd.gradgradcheck(
+        function, (x, layer.lora_weight.default.lora_A, layer.lora_weight.default.lora_B)
+    )
 
 
 def test_second_derivatives_reach_adapters_that_are_wider_than_the_base() -> None:
     layer = adapted_linear(dtype=torch.bfloat16)
     x = torch.randn(2, 3, 5, dtype=torch.bfloat16, requires_grad=True)
-    inputs = (x, layer.lora_A, layer.lora_B)
+    inputs = (x, layer.lora_weight.default.lora_A, layer.lora_weight.default.lora_B)
     found = []
-    for forward in (layer, partial(LoRALinear.forward, layer)):  # the second is the plain one
+    for forward in (layer, partial(plain_operations, layer)):
         gradients = torch.autograd.grad(forward(x).float().square().sum(), inputs, create_graph=True)
         found.append(torch.autograd.grad(sum(each.float().square().sum() for each in gradients), inputs))
     for fused, plain in zip(*found, strict=True):
@@ -108,7 +125,7 @@ def test_function_transforms_see_the_adapter() -> None:
     x = torch.randn(6, 5, dtype=torch.float64)
     torch.testing.assert_close(torch.func.vmap(layer)(x), dense(layer, x))
     jacobian = torch.func.jacrev(layer)(x[0])
-    torch.testing.assert_close(jacobian, base(layer) + layer.lora_delta_weight(base(layer)))
+    torch.testing.assert_close(jacobian, base(layer) + layer.lora_weight.default.delta_weight(base(layer)))
 
 
 # https://docs.pytorch.org/docs/2.9/jit.html: deprecated since 2.9
@@ -122,11 +139,13 @@ def test_an_adapted_layer_is_traced_with_its_adapter() -> None:
 
 def test_a_base_of_low_precision_keeps_its_dtype_beside_a_float32_adapter() -> None:
     layer = adapted_linear(dtype=torch.bfloat16)
-    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    assert layer.lora_weight.default.lora_A.dtype == layer.lora_weight.default.lora_B.dtype == torch.float32
     x = torch.randn(3, 5, dtype=torch.bfloat16)
     y = layer(x)
     assert y.dtype == torch.bfloat16
-    expected = F.linear(x.float(), base(layer).float() + layer.lora_delta_weight(base(layer)), layer.bias.float())
+    expected = F.linear(
+        x.float(), base(layer).float() + layer.lora_weight.default.delta_weight(base(layer)), layer.bias.float()
+    )
     torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), y)
@@ -151,7 +170,7 @@ def test_dropout_touches_the_adapter_path_alone_and_only_in_training() -> None:
     layer.train()
     with disabled(layer):
         assert torch.equal(layer(x), F.linear(x, base(layer), layer.bias))
-    nn.init.zeros_(layer.lora_B)
+    nn.init.zeros_(layer.lora_weight.default.lora_B)
     assert torch.equal(layer(x), F.linear(x, base(layer), layer.bias))
 
 
@@ -160,11 +179,13 @@ def test_dropout_draws_the_same_numbers_as_pytorchs_and_has_its_gradients(transp
     layer = adapted_linear(dropout=0.3)
     values = torch.randn(2, 5, 7, dtype=torch.float64).mT if transposed else torch.randn(2, 7, 5, dtype=torch.float64)
     found = []
-    for forward in (layer, partial(LoRALinear.forward, layer)):  # the second is the plain one
+    for forward in (layer, partial(plain_operations, layer)):
         torch.manual_seed(3)
         x = values.detach().requires_grad_()
         output = forward(x)
-        gradients = torch.autograd.grad(output.square().sum(), (x, layer.lora_A, layer.lora_B))
+        gradients = torch.autograd.grad(
+            output.square().sum(), (x, layer.lora_weight.default.lora_A, layer.lora_weight.default.lora_B)
+        )
         found.append((output, *gradients, torch.get_rng_state()))
     for fused, plain in zip(*found, strict=True):
         torch.testing.assert_close(fused, plain)
@@ -172,9 +193,13 @@ def test_dropout_draws_the_same_numbers_as_pytorchs_and_has_its_gradients(transp
 
     def function(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return torch.func.functional_call(layer, {"lora_A": down, "lora_B": up}, (x,))
+        return torch.func.functional_call(
+            layer, {"lora_weight.default.lora_A": down, "lora_weight.default.lora_B": up}, (x,)
+        )
 
-    assert torch.autograd.gradgradcheck(function, (x, layer.lora_A, layer.lora_B))
+    assert torch.autograd.gradgradcheck(
+        function, (x, layer.lora_weight.default.lora_A, layer.lora_weight.default.lora_B)
+    )
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.013])
@@ -213,18 +238,16 @@ def test_layers_with_one_input_keep_it_once_for_the_backward_pass_also_with_drop
 def test_gaussian_has_the_seed_notebooks_standard_deviation_at_rank_1() -> None:
     layer = nn.Linear(20_000, 1)
     attach(layer, LoRAConfig(rank=1, init="gaussian"))
-    assert isinstance(layer, LoRALinear)
-    assert layer.lora_A.std().item() == pytest.approx(1, abs=0.02)
-    assert not layer.lora_B.any()
+    assert layer.lora_weight.default.lora_A.std().item() == pytest.approx(1, abs=0.02)
+    assert not layer.lora_weight.default.lora_B.any()
 
 
 def test_kaiming_is_uniform_within_one_over_the_root_of_the_inputs() -> None:
     layer = nn.Linear(400, 8)
     attach(layer, LoRAConfig(rank=8))
-    assert isinstance(layer, LoRALinear)
     bound = 400**-0.5
-    assert layer.lora_A.abs().max().item() == pytest.approx(bound, rel=0.01)
-    assert layer.lora_A.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert layer.lora_weight.default.lora_A.abs().max().item() == pytest.approx(bound, rel=0.01)
+    assert layer.lora_weight.default.lora_A.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
 def test_a_seed_gives_the_same_adapter_whatever_the_dtype_of_the_base() -> None:
@@ -233,7 +256,7 @@ def test_a_seed_gives_the_same_adapter_whatever_the_dtype_of_the_base() -> None:
         layer = nn.Linear(5, 4, dtype=dtype)
         torch.manual_seed(7)
         attach(layer, LoRAConfig(rank=2))
-        adapters.append(copy.deepcopy(layer.lora_A))
+        adapters.append(copy.deepcopy(layer.lora_weight.default.lora_A))
     assert torch.equal(*adapters)
 
 
@@ -283,7 +306,7 @@ class WithAnotherRow(ScaledRows):
 def test_a_scaled_embedding_is_known_by_what_it_computes(cls: type[nn.Embedding], is_scaled: bool) -> None:
     net = nn.Sequential(cls(10, 4))
     state = torch.get_rng_state()
-    assert (kind_of(net[0]) is LoRAScaledEmbedding) == is_scaled
+    assert isinstance(kind_of(net[0]), ScaledEmbeddingKind) == is_scaled
     assert torch.equal(torch.get_rng_state(), state)
     ids = torch.arange(10)
     base = net(ids)

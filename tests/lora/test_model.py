@@ -38,7 +38,9 @@ def test_base_keys_and_types_stay(mlp: nn.Sequential) -> None:
     keys = set(mlp.state_dict())
     attach(mlp, LoRAConfig(rank=2))
     assert set(mlp.state_dict()) - set(adapter_state_dict(mlp)) == keys
-    assert set(adapter_state_dict(mlp)) == {"0.lora_A", "0.lora_B", "3.lora_A", "3.lora_B"}
+    assert set(adapter_state_dict(mlp)) == {
+        f"{layer}.lora_weight.default.lora_{factor}" for layer in (0, 3) for factor in "AB"
+    }
     assert isinstance(mlp[0], nn.Linear)
     assert isinstance(mlp[1], nn.BatchNorm1d)
 
@@ -142,7 +144,7 @@ def test_fingerprint_sees_values_names_dtypes_and_buffers_but_no_adapter(mlp: nn
     with disabled(mlp):
         assert base_fingerprint(mlp) == digest
     with merged(mlp):
-        assert base_fingerprint(mlp) != digest
+        assert base_fingerprint(mlp) == digest
     detach(mlp)
     assert base_fingerprint(copy.deepcopy(mlp)) == digest
     assert base_fingerprint(copy.deepcopy(mlp).double()) != digest
@@ -274,9 +276,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"Its submodule '0' has adapters: pass that one"):
             merge(outer)
 
-    def test_a_layer_that_computes_its_weight(self, mlp: nn.Sequential) -> None:
+    def test_merging_into_a_weight_that_is_computed(self, mlp: nn.Sequential) -> None:
         prune.random_unstructured(mlp[0], "weight", amount=0.5)
-        with pytest.raises(ValueError, match=r"'0' computes its weight from other parameters \(as pruning and"):
-            attach(mlp, LoRAConfig(rank=1))
-        prune.remove(mlp[0], "weight")
-        assert attach(mlp, LoRAConfig(rank=1)) == ["0", "3"]
+        attach(mlp, LoRAConfig(rank=1))
+        stir(mlp)
+        before = state(mlp)
+        with pytest.raises(ValueError, match=r"weight of '0' is computed from other parameters \(pruned, normed or"):
+            merge(mlp)
+        assert same(state(mlp), before)

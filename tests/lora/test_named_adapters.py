@@ -82,12 +82,20 @@ def test_each_answers_as_if_it_were_alone(net: Net, x: Tensor) -> None:
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
-def test_those_set_aside_are_no_part_of_the_module(net: Net) -> None:
+def test_the_module_holds_every_adapter_and_only_the_active_ones_are_trained(net: Net) -> None:
     attach(net, A, name="a")
-    alone = set(net.state_dict()), sum(1 for _ in net.modules())
+    alone = set(net.state_dict())
     attach(net, B, name="b")
     set_adapter(net, "a")
-    assert (set(net.state_dict()), sum(1 for _ in net.modules())) == alone
+    added = set(net.state_dict()) - alone
+    assert added == set(adapter_state_dict(net, "b"))
+    assert {key.split(".")[-2] for key in added} == {"b"}
+    assert set(adapter_state_dict(net)) == set(adapter_state_dict(net, "a"))
+    trained = {key for key, value in net.named_parameters() if value.requires_grad}
+    assert trained == set(adapter_state_dict(net, "a"))
+    assert {id(value) for value in adapter_parameters(net)} == {id(net.get_parameter(key)) for key in trained}
+    with pytest.raises(ValueError, match="no adapters named 'c'"):
+        adapter_state_dict(net, "c")
 
 
 def test_an_optimizer_goes_on_with_the_adapter_that_it_was_made_for(net: Net, x: Tensor) -> None:
@@ -99,7 +107,7 @@ def test_an_optimizer_goes_on_with_the_adapter_that_it_was_made_for(net: Net, x:
     a = {key: value.clone() for key, value in adapter_state_dict(net).items()}
     net(x).square().sum().backward()
     optimizer.step()
-    assert not torch.equal(adapter_state_dict(net)["head.lora_B"], a["head.lora_B"])
+    assert not torch.equal(adapter_state_dict(net)["head.lora_weight.a.lora_B"], a["head.lora_weight.a.lora_B"])
     set_adapter(net, "b")
     assert all(torch.equal(adapter_state_dict(net)[key], value) for key, value in b.items())
 

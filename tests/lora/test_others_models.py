@@ -57,7 +57,11 @@ class TestTiedModulesTrainedWhole:
         optimizer.step()
         assert torch.equal(net.embed.weight, before["embed.weight"])
         assert not torch.equal(net.head.weight, before["head.weight"])
-        assert set(adapter_state_dict(net)) == {"body.lora_A", "body.lora_B", "head.weight"}
+        assert set(adapter_state_dict(net)) == {
+            "body.lora_weight.default.lora_A",
+            "body.lora_weight.default.lora_B",
+            "head.weight",
+        }
         with disabled(net):
             assert torch.equal(net(torch.arange(6)), plain(torch.arange(6)))
 
@@ -217,7 +221,7 @@ class TestCompiled:
         base = compiled(x)
         digest = base_fingerprint(compiled)
         assert attach(compiled, LoRAConfig(rank=2)) == ["0", "2"]
-        assert set(adapter_state_dict(compiled)) == {f"{n}.lora_{f}" for n in (0, 2) for f in "AB"}
+        assert set(adapter_state_dict(compiled)) == {f"{n}.lora_weight.default.lora_{f}" for n in (0, 2) for f in "AB"}
         stir(compiled)
         assert len(adapter_parameters(compiled)) == 4
         y = compiled(x)
@@ -344,9 +348,8 @@ class TestBiases:
         nn.utils.parametrize.register_parametrization(layer, "bias", Double())
         self.check(layer)
 
-    def test_a_weight_that_is_computed_is_still_refused(self) -> None:
-        with pytest.raises(ValueError, match="computes its weight from other parameters"):
-            attach(parametrizations.weight_norm(nn.Linear(8, 6)), LoRAConfig(rank=2))
+    def test_a_weight_may_be_computed(self) -> None:
+        self.check(parametrizations.weight_norm(nn.Linear(8, 6)))
 
     def check(self, layer: nn.Module) -> None:
         net, x = nn.Sequential(layer), torch.randn(3, 8)
@@ -419,7 +422,7 @@ class TestRanksAboveALayers:
         with caplog.at_level(logging.WARNING):
             attach(net, LoRAConfig(rank=16))
         assert "'head' has 10 instead of 16" in caplog.text
-        ranks = {each.name: (each.rank, each.adapter.lora_scaling) for each in adapted_weights(net)}
+        ranks = {each.name: (each.rank, each.adapter.scaling) for each in adapted_weights(net)}
         assert ranks == {"body": (16, 1.0), "head": (10, 1.0), "pre.head": (16, 1.0)}
 
     @pytest.mark.parametrize("pattern", ["head", "pre.head", r".*head"])

@@ -67,7 +67,7 @@ def train(net: nn.Module, steps: int = 4, **optimizer: float) -> None:
 def rows(net: nn.Module) -> list[list[bool]]:
     """Whether the effective weight of each adapted layer differs from the base's in query, key and value."""
     return [
-        [bool(change.any()) for change in each.adapter.lora_delta_weight(each.weight).reshape(3, WIDTH, -1)]
+        [bool(change.any()) for change in each.adapter.delta_weight(each.weight).reshape(3, WIDTH, -1)]
         for each in adapted_weights(net)
     ]
 
@@ -104,8 +104,11 @@ def test_it_is_lora_of_query_and_value_as_layers_of_their_own() -> None:
     net = nn.Sequential(layer)
     attach(net, LoRAConfig(rank=2, alpha=6, qkv="qv"))
     with torch.no_grad():
-        net[0].lora_B.copy_(torch.randn_like(net[0].lora_B))
-    a, b = (factor.detach().clone().requires_grad_() for factor in (net[0].lora_A, net[0].lora_B))
+        net[0].lora_weight.default.lora_B.copy_(torch.randn_like(net[0].lora_weight.default.lora_B))
+    a, b = (
+        factor.detach().clone().requires_grad_()
+        for factor in (net[0].lora_weight.default.lora_A, net[0].lora_weight.default.lora_B)
+    )
     q, k, v = layer._parameters["weight"].chunk(3)
     bias = layer.bias.chunk(3)
     dense = (q + 3 * b[:WIDTH] @ a, k, v + 3 * b[2 * WIDTH :] @ a)
@@ -115,9 +118,9 @@ def test_it_is_lora_of_query_and_value_as_layers_of_their_own() -> None:
     weights = torch.randn_like(output)
     (output * weights).sum().backward()
     (expected * weights).sum().backward()
-    torch.testing.assert_close(net[0].lora_A.grad, a.grad)
-    torch.testing.assert_close(net[0].lora_B.grad, b.grad)
-    assert not net[0].lora_B.grad[WIDTH : 2 * WIDTH].any()
+    torch.testing.assert_close(net[0].lora_weight.default.lora_A.grad, a.grad)
+    torch.testing.assert_close(net[0].lora_weight.default.lora_B.grad, b.grad)
+    assert not net[0].lora_weight.default.lora_B.grad[WIDTH : 2 * WIDTH].any()
 
 
 def test_attention_of_pytorch_and_gpt_2_s_layer_are_adapted_likewise() -> None:
@@ -135,7 +138,7 @@ def test_attention_of_pytorch_and_gpt_2_s_layer_are_adapted_likewise() -> None:
             output().square().sum().backward()
             adam.step()
         (each,) = adapted_weights(net)
-        change = each.kind.lora_matrix(each.adapter.lora_delta_weight(each.weight))
+        change = each.layout.matrix(each.adapter.delta_weight(each.weight))
         assert [bool(part.any()) for part in change.chunk(3)] == [True, False, True]
 
 

@@ -20,6 +20,7 @@ from lora_lightning.lora import (
     adapter_parameters,
     adapter_state_dict,
     attach,
+    bare,
     base_fingerprint,
     detach,
     disabled,
@@ -200,7 +201,7 @@ def test_copies_and_pickles(net: nn.Module, x: Tensor, copied: Callable[[nn.Modu
         other = torch.load(file, weights_only=False)
     assert torch.equal(other(x), net(x))
     with torch.no_grad():
-        other.head.lora_B.zero_()
+        other.head.lora_weight.default.lora_B.zero_()
         assert not torch.equal(other(x), net(x))
     detach(other)
     assert not any("lora" in key for key in other.state_dict())
@@ -227,7 +228,7 @@ def test_tied_weights_keep_their_tie_and_each_its_own_adapter() -> None:
     net = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
     net["head"].weight = net["embed"].weight
     attach(net, LoRAConfig(rank=2, target_modules=["head"]))
-    nn.init.normal_(net["head"].lora_B)
+    nn.init.normal_(net["head"].lora_weight.default.lora_B)
     index, h = torch.arange(6), torch.randn(2, 4)
     torch.testing.assert_close(net["embed"](index), net["embed"].weight)
     assert not torch.allclose(net["head"](h), h @ net["embed"].weight.t())
@@ -312,7 +313,7 @@ class TestQuantised:
         load_adapter(other, tmp_path)
         assert torch.equal(other(x), base(x))
 
-    def test_a_base_is_quantized_under_its_adapters_while_they_are_disabled(self) -> None:
+    def test_a_base_is_quantized_under_its_adapters_while_they_are_set_aside(self) -> None:
         torchao = pytest.importorskip("torchao.quantization", reason="the extra torchao is not installed")
         net = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
         first = copy.deepcopy(net)
@@ -321,6 +322,6 @@ class TestQuantised:
         attach(net, LoRAConfig(rank=2))
         stir(net)
         first.load_state_dict(adapter_state_dict(net), strict=False)
-        with disabled(net):
+        with bare(net):
             torchao.quantize_(net, torchao.Int8WeightOnlyConfig())
         assert torch.equal(net(torch.ones(3, 32)), first(torch.ones(3, 32)))

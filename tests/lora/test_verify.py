@@ -57,7 +57,7 @@ def test_the_module_is_left_as_it_was() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3), nn.BatchNorm1d(3))
     net[2].eval()
     attach(net, LoRAConfig(rank=2, modules_to_save=["4"]))
-    net[3].lora_B.grad = torch.ones_like(net[3].lora_B)
+    net[3].lora_weight.default.lora_B.grad = torch.ones_like(net[3].lora_weight.default.lora_B)
     state = {key: value.clone() for key, value in net.state_dict().items()}
     modes = [layer.training for layer in net.modules()]
     random = torch.get_rng_state()
@@ -65,8 +65,8 @@ def test_the_module_is_left_as_it_was() -> None:
     assert all(torch.equal(net.state_dict()[key], value) for key, value in state.items())
     assert [layer.training for layer in net.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
-    assert torch.equal(net[3].lora_B.grad, torch.ones_like(net[3].lora_B))
-    assert net[0].lora_B.grad is None
+    assert torch.equal(net[3].lora_weight.default.lora_B.grad, torch.ones_like(net[3].lora_weight.default.lora_B))
+    assert net[0].lora_weight.default.lora_B.grad is None
 
 
 class Dead(nn.Module):

@@ -121,7 +121,9 @@ def test_a_bare_layer_is_saved_and_loaded(tmp_path: Path) -> None:
     save_adapter(layer, tmp_path / "adapter")
     other = plain(layer)
     assert load_adapter(other, tmp_path / "adapter") == [""]
-    assert torch.equal(adapter_state_dict(other)["lora_B"], adapter_state_dict(layer)["lora_B"])
+    assert torch.equal(
+        adapter_state_dict(other)["lora_weight.default.lora_B"], adapter_state_dict(layer)["lora_weight.default.lora_B"]
+    )
 
 
 def test_adapters_that_are_attached_take_the_numbers_of_the_folder(tmp_path: Path) -> None:

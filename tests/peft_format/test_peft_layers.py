@@ -232,8 +232,10 @@ def test_an_attention_of_peft_loads_with_a_warning(tmp_path: Path) -> None:
     assert sorted(names) == ["attention.in_proj_weight", "attention.out_proj"]
     parts = theirs.base_model.model["attention"]
     state = adapter_state_dict(base)
-    assert torch.equal(state["attention.lora_in_proj_weight.lora_A"], parts.lora_A["default"].weight)
-    assert torch.equal(state["attention.out_proj.lora_B"], parts.base_layer.out_proj.lora_B["default"].weight)
+    assert torch.equal(state["attention.lora_in_proj_weight.default.lora_A"], parts.lora_A["default"].weight)
+    assert torch.equal(
+        state["attention.out_proj.lora_weight.default.lora_B"], parts.base_layer.out_proj.lora_B["default"].weight
+    )
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
@@ -273,7 +275,7 @@ def test_pefts_own_pissa_folder_is_refused_as_it_changed_its_base(tmp_path: Path
     attach(ours, LoRAConfig(rank=2, alpha=8, target_modules=["0"], init="pissa"))
     torch.testing.assert_close(ours(x), base(x))
     factors = (
-        ours[0].lora_B @ ours[0].lora_A,
+        ours[0].lora_weight.default.lora_B @ ours[0].lora_weight.default.lora_A,
         theirs.base_model.model[0].lora_B["default"].weight @ (theirs.base_model.model[0].lora_A["default"].weight),
     )
     torch.testing.assert_close(*factors)

@@ -164,7 +164,7 @@ def test_layers_are_measured_as_their_dense_change(config: dict[str, Any]) -> No
     assert all(each["effective_rank"] == each["norm"] == 0 for each in layer_changes(net))
     stir(net)
     for each, found in zip(adapted_weights(net), layer_changes(net), strict=True):
-        change = each.adapter.lora_delta_weight(each.weight)
+        change = each.adapter.delta_weight(each.weight)
         values = torch.linalg.svdvals(change.detach().flatten(1).double())
         shares = values / values.sum()
         shares = shares[shares > 1e-9]

@@ -1,0 +1,454 @@
+"""What is done to a module: attach, detach, choose, switch off, merge.
+
+The layers are the only record of adapters, and each adapter holds its configuration. The module that `attach` was
+called with remembers what was trainable before, and the modules that are trained in full.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lora_lightning.lora.adapter import Adapter, Adapters, drop_gradients, is_quantized, is_sharded
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.freeze import FreezeReplacedNorms, FrozenStatistics, freeze, unfreeze_statistics
+from lora_lightning.lora.layers import (
+    Adapted,
+    AdaptedWeight,
+    Target,
+    adapters_of,
+    bare_layers,
+    effective,
+    is_computed,
+    place,
+    require_own_class,
+    restore,
+    stored,
+    take_away,
+)
+from lora_lightning.lora.modules_to_save import SavedModules, shared_memory
+from lora_lightning.lora.packed import become_linear, keep_packing
+from lora_lightning.lora.selection import check_name, select
+from lora_lightning.lora.variants import adapter_class
+from lora_lightning.wording import some_of
+
+
+@dataclass
+class Attachment:
+    """Records what a module was before its first adapters, and what they train in full.
+
+    Attributes:
+        was_trainable: Names of the parameters that required gradients.
+        saved: The modules that are trained in full, by the name of the adapters that they belong to.
+        hook: The hook that freezes norm layers which were replaced, if any.
+    """
+
+    was_trainable: frozenset[str]
+    saved: dict[str, SavedModules] = field(default_factory=dict)
+    hook: RemovableHandle | None = None
+
+
+def attach(module: nn.Module, config: LoRAConfig, name: str = "default") -> list[str]:
+    """Freeze `module`, adapt the matching layers in place, and return their dotted names (`""` for `module` itself).
+
+    Gradients of what is frozen are dropped, so that an optimizer of before does not move it.
+
+    Args:
+        module: Any module, for example the backbone of a classifier.
+        config: Selects the layers and configures the adapters.
+        name: Name of these adapters. Adapters with other names become inactive until `set_adapter`.
+
+    Raises:
+        ValueError: If the name exists or cannot be that of a module, a pattern matches nothing, or a layer cannot be
+            adapted. `module` is then unchanged.
+        RuntimeError: Within `bare`, `disabled` or `merged`.
+    """
+    module = unwrapped(module)
+    if name in _names(module):
+        raise ValueError(
+            f"This {type(module).__name__} already has adapters on "
+            f"{[found.name for found in adapted_weights(module, name)]}. Call detach(module) or merge(module) first, "
+            "or give the new adapters another name."
+        )
+    return attach_to(module, select(module, config), config, name)
+
+
+def attach_to(module: nn.Module, selected: list[Target], config: LoRAConfig, name: str) -> list[str]:
+    """Attach adapters to weights that were selected, as `attach` does."""
+    check_name(module, selected, name)
+    require_no_context(module, "attach adapters")
+    made = [_make(target, config) for target in selected]  # nothing has changed so far
+    trainable = frozenset(key for key, value in module.named_parameters() if value.requires_grad)
+    attachment = vars(module).get("_lora_attachment") or Attachment(trainable)
+    placed, chosen = list[nn.Module](), [saved for saved in attachment.saved.values() if saved.is_chosen]
+    try:
+        if config.modules_to_save:
+            for saved in chosen:
+                saved.choose(False)
+            attachment.saved[name] = SavedModules(module, config)
+        for target, adapter in zip(selected, made, strict=True):
+            placed.append(target.layer)
+            place(target, name, adapter)
+    except BaseException:
+        for layer in placed:
+            take_away(layer, name)
+        if name in attachment.saved:
+            attachment.saved.pop(name).choose(False)
+        for saved in chosen:
+            saved.choose(True)
+        raise
+    vars(module)["_lora_attachment"] = attachment
+    keep_packing(module)
+    activate(module, name)
+    return [found.name for found in adapted_weights(module)]
+
+
+def adapter_names(module: nn.Module) -> list[str]:
+    """Return the names of all adapters. Those that are active come first.
+
+    Raises:
+        ValueError: If `module` has no adapters.
+    """
+    attachment_of(module)
+    return _names(module)
+
+
+def set_adapter(module: nn.Module, name: str) -> None:
+    """Activate and train the adapters with this name. The others become inactive and keep their values.
+
+    All else is frozen, but for the modules that are trained in full with these adapters. Gradients of what is frozen
+    are dropped. Set the adapter before the module is wrapped by `DistributedDataParallel`, which remembers what was
+    trainable.
+
+    Raises:
+        ValueError: If there are no adapters with this name.
+        RuntimeError: If the adapters are distributed by `fully_shard`.
+    """
+    module = unwrapped(module)
+    names = adapter_names(module)
+    if name not in names:
+        raise ValueError(f"This {type(module).__name__} has no adapters named {name!r}; it has {', '.join(names)}.")
+    if any(is_sharded(parameter) for adapters in _containers(module) for parameter in adapters.parameters()):
+        raise RuntimeError(
+            "The adapters are distributed by fully_shard, which has noted what is trained. Choose one before that."
+        )
+    activate(module, name)
+
+
+def activate(module: nn.Module, name: str) -> None:
+    """Activate and train the adapters with this name, and freeze all else."""
+    attachment = attachment_of(module)
+    for other, saved in attachment.saved.items():
+        if other != name:
+            saved.choose(False)
+    trained = attachment.saved.get(name)
+    if trained is not None:
+        trained.choose(True)
+    freeze(module, () if trained is None else trained.modules)
+    for adapters in _containers(module):
+        adapters.activate(name)
+    drop_gradients(module)
+    if attachment.hook is not None:
+        attachment.hook.remove()
+    has_frozen_norms = any(isinstance(layer, FrozenStatistics) for layer in module.modules())
+    attachment.hook = module.register_forward_pre_hook(FreezeReplacedNorms(module)) if has_frozen_norms else None
+
+
+def delete_adapter(module: nn.Module, name: str) -> None:
+    """Remove the adapters with this name. If they are active, the next ones become active; the last ones are detached.
+
+    Raises:
+        ValueError: If there are no adapters with this name.
+    """
+    module = unwrapped(module)
+    names = adapter_names(module)
+    if name not in names:
+        raise ValueError(f"This {type(module).__name__} has no adapters named {name!r}; it has {', '.join(names)}.")
+    others = [other for other in names if other != name]
+    if not others:
+        detach(module)
+        return
+    if name == names[0]:
+        set_adapter(module, others[0])
+    for layer in _layers(module):
+        take_away(layer, name)
+    attachment_of(module).saved.pop(name, None)
+
+
+def detach(module: nn.Module) -> None:
+    """Remove all adapters and restore `module` bitwise, including `requires_grad`.
+
+    It has to be the module that `attach` was called with.
+
+    Raises:
+        ValueError: If `module` has no adapters of its own.
+        RuntimeError: If the class of a layer was replaced after `attach`, as `fully_shard` does.
+    """
+    module = unwrapped(module)
+    attachment_of(module)
+    require_no_bare_layers(module)
+    for layer in _layers(module):
+        require_own_class(layer)
+    for saved in _saved(module):
+        saved.choose(False)
+    _leave_plain(module)
+
+
+@contextmanager
+def disabled(module: nn.Module) -> Iterator[None]:
+    """Compute with the base alone within this context. A module without adapters is not changed.
+
+    Contexts may overlap, and the last one to end enables the adapters. Other threads compute with the base as well
+    meanwhile.
+    """
+    module, key = unwrapped(module), object()
+    paused: list[Adapters | SavedModules] = [*_containers(module), *_saved(module)]
+    try:
+        for holder in paused:
+            holder.pause(key)
+        yield
+    finally:
+        for holder in paused:
+            holder.resume(key)
+
+
+@contextmanager
+def merged(module: nn.Module) -> Iterator[None]:
+    """Compute with W' = W + ΔW, which is formed once, within this context. The weights themselves do not change.
+
+    Within the context, a forward pass is as fast as that of the base. The context needs memory for a copy of the
+    adapted weights. Changes to adapters inside the context have no effect until it ends. `disabled` inside the context
+    gives the base.
+
+    Raises:
+        ValueError: If another layer shares an adapted weight, or if there is a bypass, which cannot be merged.
+    """
+    key = object()
+    found = [(weight.adapters, _merged_weight(weight)) for weight in _mergeable(module) if weight.adapters.in_effect]
+    try:
+        for adapters, weight in found:
+            adapters.merge(key, weight)
+        yield
+    finally:
+        for adapters, _ in found:
+            adapters.unmerge(key)
+
+
+@torch.no_grad()
+def merge(module: nn.Module, check_finite: bool = True) -> None:
+    """Merge the active adapters into the weights permanently.
+
+    The result has plain layers with the `requires_grad` from before `attach`.
+
+    The weight in effect is computed in the dtype of the adapter and rounded once to the dtype of the weight. A
+    quantized weight is dequantized, with a warning, since quantizing the sum would lose most of an update that is
+    smaller than a quantization step.
+
+    Args:
+        module: The module that `attach` was called with.
+        check_finite: Whether to refuse adapters that contain NaN or infinity.
+
+    Raises:
+        ValueError: If `module` is not adapted, another layer shares an adapted weight, a weight is computed from
+            others, an adapter is not finite, or there is a bypass. `module` is then unchanged.
+        RuntimeError: Within `bare`, `disabled` or `merged`, or if the class of a layer was replaced after `attach`.
+    """
+    module = unwrapped(module)
+    attachment_of(module)
+    require_no_context(module, "merge")
+    for layer in _layers(module):
+        require_own_class(layer)
+    found = _mergeable(module)
+    for weight in found:
+        if is_computed(weight.layer, weight.parameter):
+            raise ValueError(
+                f"The weight of {weight.name!r} is computed from other parameters (pruned, normed or parametrized), so "
+                "there is nothing to merge into. Make it permanent first, or keep the adapters unmerged."
+            )
+    new = [_merged_weight(weight) for weight in found]
+    if check_finite:
+        bad = [weight.name for weight, value in zip(found, new, strict=True) if not _is_finite(weight, value)]
+        if bad:
+            raise ValueError(
+                f"The adapters of {some_of(map(repr, bad))} contain NaN or infinity: merging would destroy the base."
+            )
+    packed = [
+        weight for weight in found if weight.kind.is_packed or is_quantized(stored(weight.layer, weight.parameter))
+    ]
+    if packed:
+        warnings.warn(
+            f"The weights of {some_of(weight.name for weight in packed)} were quantized and are dense after merging. "
+            "Quantize the merged model again if necessary.",
+            stacklevel=2,
+        )
+    _leave_plain(module)
+    for weight, value in zip(found, new, strict=True):
+        if weight.kind.is_packed:
+            become_linear(weight.layer, value)
+        elif weight in packed:
+            weight.layer._parameters[weight.parameter] = nn.Parameter(value, requires_grad=False)
+        else:
+            stored(weight.layer, weight.parameter).data.copy_(value)
+
+
+def adapted_weights(module: nn.Module, name: str | None = None) -> list[AdaptedWeight]:
+    """Return the adapted weights in the order of `module`, with the active adapters, or with those of a given name."""
+    found = []
+    for layer_name, layer in unwrapped(module).named_modules():
+        if not isinstance(layer, Adapted):
+            continue
+        for parameter, kind in layer.lora_kinds:
+            adapters = adapters_of(layer, parameter)
+            for chosen in adapters.active if name is None else (name,):
+                if chosen in adapters.names():
+                    adapter = adapters.adapter(chosen)
+                    rank, sizes = adapter.lora_A.shape[-2], (adapter.lora_B.shape[-2], adapter.lora_A.shape[-1])
+                    found.append(
+                        AdaptedWeight(
+                            layer_name, layer, parameter, kind, rank, sizes, adapter_name=chosen, adapter=adapter
+                        )
+                    )
+    return found
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Return whether any layer of `module` has an adapter."""
+    return any(isinstance(layer, Adapted) for layer in module.modules())
+
+
+def config_of(module: nn.Module, name: str | None = None) -> LoRAConfig:
+    """Return the configuration of the active adapters, or of those with a given name.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    attachment_of(module)
+    return adapted_weights(module, name)[0].adapter.config
+
+
+def attachment_of(module: nn.Module) -> Attachment:
+    """Return the records of `attach` on `module`.
+
+    Raises:
+        ValueError: If `attach` was not called with this module.
+    """
+    module = unwrapped(module)
+    found = vars(module).get("_lora_attachment")
+    if isinstance(found, Attachment):
+        return found
+    inner = [name for name, child in module.named_modules() if "_lora_attachment" in vars(child)]
+    hint = f"Its submodule {inner[0]!r} has adapters: pass that one." if inner else "Call attach(module, config) first."
+    raise ValueError(f"This {type(module).__name__} has no adapters of its own. {hint}")
+
+
+def require_no_context(module: nn.Module, what: str) -> None:
+    """Refuse to change a module within the contexts `bare`, `disabled` and `merged`.
+
+    Raises:
+        RuntimeError: If it is within one.
+    """
+    require_no_bare_layers(module)
+    containers = _containers(module)
+    if any(adapters.is_paused for adapters in containers):
+        raise RuntimeError(f"The adapters are disabled: {what} outside of disabled(net).")
+    if any(adapters.is_merged for adapters in containers):
+        raise RuntimeError(f"The adapters are merged for a while: {what} outside of merged(net).")
+
+
+def require_no_bare_layers(module: nn.Module) -> None:
+    """Refuse to change a module within the context `bare`.
+
+    Raises:
+        RuntimeError: If it is within it.
+    """
+    names = [name for name, layer in module.named_modules() if layer in bare_layers]
+    if names:
+        raise RuntimeError(f"The adapters of {some_of(map(repr, names))} are set aside: do this outside of bare(net).")
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module without the wrappers of `torch.compile` and Lightning Fabric."""
+    inner = module._modules.get("_orig_mod", module._modules.get("_original_module"))
+    return module if inner is None else unwrapped(inner)
+
+
+def _make(target: Target, config: LoRAConfig) -> Adapter:
+    """Return an untrained adapter for a weight, on the device of the weight."""
+    variant = adapter_class(config) if target.parameter else Adapter
+    weight = target.weight
+    device = target.dense_weight().device if weight is None else weight.device
+    values = target.dense_weight() if variant.reads_weight else target.outline()
+    return variant(values, target.layout, config, target.rank, config.scaling_of(*target.names), device)
+
+
+def _leave_plain(module: nn.Module) -> None:
+    """Remove the adapters and the records of `attach`. Modules that were trained in full keep their values."""
+    for layer in _layers(module):
+        restore(layer)
+    unfreeze_statistics(module)
+    trainable: set[str] = set()
+    for name, child in module.named_modules():
+        attachment = vars(child).pop("_lora_attachment", None)
+        if isinstance(attachment, Attachment):
+            trainable |= {f"{name}.{key}".lstrip(".") for key in attachment.was_trainable}
+            if attachment.hook is not None:
+                attachment.hook.remove()
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in trainable)
+
+
+def _layers(module: nn.Module) -> list[Adapted]:
+    return [layer for layer in module.modules() if isinstance(layer, Adapted)]
+
+
+def _containers(module: nn.Module) -> list[Adapters]:
+    return [adapters_of(layer, parameter) for layer in _layers(unwrapped(module)) for parameter, _ in layer.lora_kinds]
+
+
+def _saved(module: nn.Module) -> list[SavedModules]:
+    records = [vars(child).get("_lora_attachment") for child in unwrapped(module).modules()]
+    return [saved for record in records if isinstance(record, Attachment) for saved in record.saved.values()]
+
+
+def _names(module: nn.Module) -> list[str]:
+    containers = _containers(module)
+    active = [name for adapters in containers for name in adapters.active]
+    return list(dict.fromkeys([*active, *(name for adapters in containers for name in adapters.names())]))
+
+
+def _mergeable(module: nn.Module) -> list[AdaptedWeight]:
+    """Return the adapted weights, or raise a `ValueError` if they cannot be merged."""
+    module = unwrapped(module)
+    attachment_of(module)
+    found, memory = adapted_weights(module), shared_memory(module)
+    for weight in found:
+        if not weight.parameter:
+            raise ValueError(
+                f"The bypass around this {type(module).__name__} does not belong to any weight and cannot be merged. "
+                "Keep it unmerged."
+            )
+        names = memory.get(id(weight.weight), [])
+        if len(names) > 1:
+            raise ValueError(
+                f"The weight of {weight.name!r} is shared ({', '.join(names)}): merging would change the other layer "
+                "too. Keep the adapters unmerged, or leave the shared layer out of target_modules."
+            )
+    return found
+
+
+@torch.no_grad()
+def _merged_weight(weight: AdaptedWeight) -> Tensor:
+    return effective(weight.layer, weight.parameter)
+
+
+def _is_finite(weight: AdaptedWeight, value: Tensor) -> bool:
+    """Return whether an update is finite. A base that was not finite before is not the fault of the adapter."""
+    if bool(value.isfinite().all()):
+        return True
+    return all(bool(parameter.isfinite().all()) for parameter in weight.adapter.parameters())

@@ -1,0 +1,440 @@
+"""The adapter of one weight.
+
+    x ──┬── W, b (frozen) ───────────────┬── y = W x + b + s B A x
+        └── dropout ── A ── B ── · s ────┘
+
+Three classes share the work. `Layout` says how a weight holds the matrix W. `Kind` says how x flows through one type of
+layer. `Adapter` holds A, B and s, and defines the update. A variant of LoRA is a subclass of `Adapter` and knows no
+type of layer; a type of layer is a `Kind` and knows no variant. `Adapters` holds the adapters of one weight by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_lightning.lora.config import LoRAConfig
+
+L = TypeVar("L", bound=nn.Module)
+Forward = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Says how a weight holds the matrix W of shape (out, in), or one such matrix per expert.
+
+    Attributes:
+        transposed: Whether the weight has the shape (in, out).
+        experts: Whether the weight has one matrix per expert, in its first dimension.
+        one_hot: Whether x is a one-hot vector, as in an embedding. The sum A x then has a single term.
+        zero_column: A column of A that stays zero, for the padding index of an embedding.
+    """
+
+    transposed: bool = False
+    experts: bool = False
+    one_hot: bool = False
+    zero_column: int | None = None
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return the view of shape (out, in), or (experts, out, in). The columns hold the kernel of a convolution."""
+        if self.transposed:
+            return weight.mT
+        return weight if self.experts else weight.flatten(1)
+
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """Return a matrix in the shape of the weight."""
+        return matrix.mT if self.transposed else matrix.view(shape)
+
+
+class Kind(Generic[L]):
+    """Describes one type of layer. This base class describes modules that read a weight instead of calling a layer.
+
+    A kind has no state, and its methods are not on the layer, where they could hide a name of the user's class.
+
+    Attributes:
+        is_reader: Whether the module reads the weight in effect, W + ΔW. Otherwise the adapter has a path of its own.
+        is_packed: Whether only the layer itself can compute with the stored weight.
+        sizes: Attributes of the layer that state the shape of the weight.
+        mixin: Further methods of the class of adapted layers, if any.
+    """
+
+    is_reader: ClassVar[bool] = True
+    is_packed: ClassVar[bool] = False
+    sizes: ClassVar[tuple[str, ...]] = ()
+    mixin: ClassVar[type | None] = None
+
+    def parameters(self, layer: L) -> list[str]:
+        """Return the names of the parameters that are adapted by default."""
+        return ["weight"]
+
+    def layout(self, layer: L, parameter: str) -> Layout:
+        """Return the layout of a parameter."""
+        return Layout()
+
+    def refusal(self, layer: L, parameter: str, weight: Tensor, config: LoRAConfig) -> str | None:
+        """Return the reason why a weight cannot be adapted, if any."""
+        return None
+
+    def dense(self, layer: L, weight: Tensor) -> Tensor:
+        """Return W as a plain tensor."""
+        return dense(weight)
+
+    def shape(self, layer: L, weight: Tensor) -> torch.Size:
+        """Return the shape of W as a plain tensor."""
+        return weight.shape
+
+    def forward(self, plain: type[nn.Module]) -> Forward | None:
+        """Return the forward pass for adapted layers of the class `plain`. `None` keeps that of `plain`."""
+        return None
+
+
+AnyKind: TypeAlias = Kind[Any]
+"""A kind of whatever type of layer. It is `Any` since a list of kinds has no common type of layer."""
+
+
+class CalledKind(Kind[L]):
+    """Describes one type of layer that is called, where the adapter has a path of its own: y = W x + b + s B A x."""
+
+    is_reader = False
+
+    def base(self, layer: L, weight: Tensor, input: Tensor) -> Tensor:
+        """Return W x + b."""
+        raise NotImplementedError
+
+    def low_rank(self, layer: L, input: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Return B A x, computed as the layer computes W x."""
+        raise NotImplementedError
+
+    def bias(self, layer: L) -> Tensor | None:
+        """Return b, if the layer has one."""
+        found: Tensor | None = getattr(layer, "bias", None)
+        return found
+
+    def per_output(self, layer: L, values: Tensor) -> Tensor:
+        """Reshape a vector of shape (out,) such that it multiplies an output of the layer."""
+        return values
+
+    def adapted(self, layer: L, weight: Tensor, input: Tensor, adapters: tuple[Adapter, ...]) -> Tensor:
+        """Return the output of the layer with these adapters, W x + b + Σ s B A x."""
+        base = output = self.base(layer, weight, input)
+        for adapter in adapters:
+            output = output + adapter.change(self, layer, weight, input, base).to(output.dtype)
+        return output
+
+
+class Adapter(nn.Module):
+    """Holds the update of one weight, W' = W + s B A (LoRA, https://arxiv.org/abs/2106.09685, equation 3).
+
+    Args:
+        weight: W as a plain tensor. It may be on meta unless `reads_weight`.
+        layout: The layout of W.
+        config: The configuration of the adapter.
+        rank: Rank r, at most that of W.
+        scaling: Scale s.
+        device: The device of A and B.
+
+    Attributes:
+        lora_A: A of shape (r, in), in at least float32, with the number of experts in front where the weight has
+            experts.
+        lora_B: B of shape (out, r). It is zero initially, so an untrained adapter changes no bit.
+        scaling: Scale s. It is that of the requested rank, even if the layer is too small for this rank.
+        strength: Factor λ of the update W + λ ΔW, 1 except within `scaled`.
+        config: The configuration that the adapter was made from. There is no other record of it.
+        reads_weight: Whether the initial values, or the forward pass, depend on the values of W.
+        is_linear: Whether the update is a linear function of B A, so that updates can be added up by their factors.
+        label: Name of the variant, if any.
+    """
+
+    reads_weight: ClassVar[bool] = False
+    is_linear: ClassVar[bool] = True
+    label: ClassVar[str] = ""
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self,
+        weight: Tensor,
+        layout: Layout,
+        config: LoRAConfig,
+        rank: int,
+        scaling: float,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.layout, self.config, self.scaling, self.strength = layout, config, scaling, 1.0
+        self._strengths: dict[object, float] = {}
+        *experts, out_features, in_features = layout.matrix(weight).shape
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(*experts, rank, in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(*experts, out_features, rank, dtype=dtype, device=device))
+        self.start(weight)
+
+    @classmethod
+    def refusal(cls, weight: Tensor, layout: Layout, config: LoRAConfig) -> str | None:
+        """Return the reason why this variant cannot adapt a weight, if any. `weight` is as for the constructor."""
+        return None
+
+    def start(self, weight: Tensor) -> None:
+        """Give the adapter its initial values, for a W that is new or got new values."""
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw A and set B to zero. A is drawn on the CPU, so a seed gives the same values on every device."""
+        self.lora_A.copy_(self._drawn()) if type(self.lora_A.data) is Tensor else self._draw_in_place()
+        self.lora_B.zero_()
+
+    def load_base(self, weight: Tensor) -> None:
+        """Take note of a W that was loaded. The adapter of this class does not depend on it."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the A and B of the product."""
+        return _parameter(self, "lora_A"), _parameter(self, "lora_B")
+
+    def product(self) -> Tensor:
+        """Return λ s B A as a matrix of shape (out, in), in the dtype of the adapter."""
+        a, b = self.factors()
+        with without_autocast(a):
+            return b @ a * (self.scaling * self.strength)
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """Return ΔW = W' - W, in the shape of W and the dtype of the adapter.
+
+        Args:
+            weight: W as a plain tensor.
+        """
+        return self.layout.weight(self.product(), weight.shape)
+
+    def change(self, kind: CalledKind[L], layer: L, weight: Tensor, input: Tensor, output: Tensor) -> Tensor:
+        """Return ΔW x, computed in the dtype of x.
+
+        Args:
+            kind: The kind of the layer.
+            layer: The adapted layer.
+            weight: Its stored weight.
+            input: x.
+            output: W x + b.
+        """
+        a, b = self.factors()
+        if not self.layout.one_hot:  # A and B are small: casting them is cheaper than casting x
+            a, b = a.to(input.dtype), b.to(input.dtype)
+            if self.config.dropout and self.training:
+                input = F.dropout(input, self.config.dropout)
+        change, scale = kind.low_rank(layer, input, a, b), self.scaling * self.strength
+        return change if scale == 1 else change * scale
+
+    @torch.no_grad()
+    def scale(self, factor: float, weight: Tensor) -> None:
+        """Multiply the update by a factor permanently. `weight` is W as a plain tensor."""
+        self.lora_B.mul_(factor)
+
+    def scaled(self, key: object, factor: float | None) -> None:
+        """Multiply the update by a factor until the same key is passed with `None`."""
+        strengths = {other: value for other, value in self._strengths.items() if other is not key}
+        self._strengths = strengths if factor is None else {**strengths, key: factor}
+        self.strength = math.prod(self._strengths.values())
+
+    def extra_repr(self) -> str:
+        """Return the rank and the scale."""
+        return f"rank={self.lora_A.shape[-2]}, scaling={self.scaling:g}"
+
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"_strengths": {}, "strength": 1.0}  # a copy is not within the context of `scaled`
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # An adapter stays in float32 when its base is converted, since its steps are often too small for bfloat16.
+        def convert(before: Tensor) -> Tensor:
+            after = fn(before)
+            wide = torch.promote_types(after.dtype, torch.float32)
+            return after if after.dtype == wide else before.to(after.device, wide)
+
+        super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _drawn(self) -> Tensor:
+        *experts, rank, in_features = self.lora_A.shape
+        a = torch.empty(rank, *experts, in_features, dtype=self.lora_A.dtype, device="cpu")
+        if self.config.init == "gaussian":
+            nn.init.normal_(a, std=1 / rank)
+        elif self.layout.one_hot:
+            nn.init.uniform_(a, -1, 1)
+        else:
+            nn.init.kaiming_uniform_(a.view(-1, in_features), a=math.sqrt(5))  # uniform within 1 / sqrt(in)
+        if self.layout.zero_column is not None:
+            a[..., self.layout.zero_column] = 0
+        return a.transpose(0, 1) if experts else a
+
+    def _draw_in_place(self) -> None:
+        """Draw a distributed A, whose values PyTorch keeps consistent over the processes."""
+        rank, in_features = self.lora_A.shape[-2:]
+        if self.config.init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / rank)
+        else:
+            bound = 1 / math.sqrt(in_features)
+            nn.init.uniform_(self.lora_A, -bound, bound)
+
+
+class Adapters(nn.Module):
+    """Holds the adapters of one weight by name, and says which of them the layer computes with.
+
+    Args:
+        kind: The kind of the layer, as far as this weight is concerned.
+        layout: The layout of the weight.
+        parameter: Name of the weight in its layer; `""` for a bypass, which has no weight.
+
+    Attributes:
+        active: The names that were chosen.
+        in_effect: The adapters that the layer computes with: the active ones, or none during a pause. The tuple is
+            replaced, never changed.
+        merged: W' within the context `merged`, or `None`. W itself is not changed.
+        is_computed: Whether the weight is computed by a hook or a parametrization, as in pruning and weight
+            normalization.
+    """
+
+    def __init__(self, kind: AnyKind, layout: Layout, parameter: str) -> None:
+        super().__init__()
+        self.kind, self.layout, self.parameter = kind, layout, parameter
+        self.active: tuple[str, ...] = ()
+        self.in_effect: tuple[Adapter, ...] = ()
+        self.merged: Tensor | None = None
+        self.is_computed = False
+        self._pauses: frozenset[object] = frozenset()
+        self._merges: Mapping[object, Tensor] = {}
+
+    def names(self) -> list[str]:
+        """Return the names of all adapters."""
+        return list(self._modules)
+
+    def adapter(self, name: str) -> Adapter:
+        """Return the adapter of a name."""
+        found = self._modules[name]
+        assert isinstance(found, Adapter)
+        return found
+
+    def activate(self, *names: str) -> None:
+        """Compute with the adapters of these names, as far as there are any, train them, and freeze the others."""
+        self.active = tuple(name for name in names if name in self._modules)
+        for name in self._modules:
+            adapter = self.adapter(name)
+            adapter.requires_grad_(name in self.active)
+            if name not in self.active:
+                drop_gradients(adapter)
+        self.update()
+
+    def pause(self, key: object) -> None:
+        """Compute with W alone until `resume` is called with the same key. The last of several pauses counts."""
+        self._pauses = self._pauses | {key}
+        self.update()
+
+    def resume(self, key: object) -> None:
+        """End a pause."""
+        self._pauses = self._pauses - {key}
+        self.update()
+
+    def merge(self, key: object, weight: Tensor) -> None:
+        """Compute with this W' until `unmerge` is called with the same key. A pause goes first."""
+        self._merges = {**self._merges, key: weight}
+        self.update()
+
+    def unmerge(self, key: object) -> None:
+        """End a merge."""
+        self._merges = {other: weight for other, weight in self._merges.items() if other is not key}
+        self.update()
+
+    @property
+    def is_paused(self) -> bool:
+        """Return whether the layer computes with W alone."""
+        return bool(self._pauses)
+
+    @property
+    def is_merged(self) -> bool:
+        """Return whether the layer computes with a W' that was formed before."""
+        return bool(self._merges)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add or replace an adapter."""
+        super().add_module(name, module)
+        self.update()
+
+    def __setattr__(self, name: str, value: object) -> None:  # by tools that replace a child
+        super().__setattr__(name, value)  # type: ignore[arg-type]
+        if name in self._modules:
+            self.update()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self.active = tuple(other for other in self.active if other != name)
+        self.update()
+
+    def __getstate__(self) -> dict[str, object]:
+        # A copy is not within the contexts of the original.
+        state = vars(self) | {"_pauses": frozenset(), "_merges": {}, "merged": None}
+        return state | {"in_effect": tuple(map(self.adapter, self.active))}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._merges = {}  # W' would be on the device of before
+        self.update()
+        return self
+
+    def update(self) -> None:
+        """Choose what the layer computes with, after a name, a context or a child has changed."""
+        merges = list(self._merges.values())
+        self.merged = merges[-1] if merges and not self._pauses else None
+        unmerged = not self._pauses and self.merged is None
+        self.in_effect = tuple(map(self.adapter, self.active)) if unmerged else ()
+
+
+def dense(weight: Tensor) -> Tensor:
+    """Return a weight as a plain tensor, dequantized if it is one of torchao's quantized tensors."""
+    if not is_quantized(weight):
+        return weight
+    # NF4Tensor has a static method `dequantize` for something else.
+    method = getattr(weight, "get_original_weight", None) or weight.dequantize
+    plain: Tensor = method()
+    return plain
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Return whether a weight is one of torchao's quantized tensors."""
+    if type(weight) in (Tensor, nn.Parameter):  # torch.compile can trace this, and not the next line
+        return False
+    return type(weight).__module__.startswith("torchao.")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether each process holds a part of a tensor."""
+    return any(not placement.is_replicate() for placement in getattr(tensor, "placements", ()))
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Return a context without autocast on the device of `tensor`."""
+    kind = tensor.device.type
+    context: AbstractContextManager[None] = torch.autocast(kind if _has_autocast(kind) else "cpu", enabled=False)
+    return context
+
+
+def drop_gradients(module: nn.Module) -> None:
+    """Drop the gradients of parameters that are not trained, so that an optimizer of before does not move them."""
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            parameter.grad = None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch 2.10 cannot trace it
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    """Return a parameter without the detour of `__getattr__`, which costs a microsecond in each step."""
+    found = module._parameters[name]
+    assert found is not None
+    return found

@@ -1,0 +1,231 @@
+"""Finds the weights that a configuration selects."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lora_lightning.lora.adapter import Adapters, Layout
+from lora_lightning.lora.bypass import bypass_target
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.layers import Adapted, Target, bare_layers, child_name, stored
+from lora_lightning.lora.matching import Names
+from lora_lightning.lora.registry import BY_NAME, KINDS_OF_OTHERS, kind_of
+from lora_lightning.lora.variants import adapter_class
+from lora_lightning.wording import some_of
+
+_log = logging.getLogger("lora_lightning.lora")
+_TAKEN = frozenset(dir(Adapters(BY_NAME, Layout(), "")))
+"""Names of attributes, which cannot be those of adapters."""
+
+
+def candidates(module: nn.Module, config: LoRAConfig) -> dict[str, Target]:
+    """Return the weights that can be adapted by name: those of supported layers and those of `target_parameters`."""
+    found: dict[str, Target] = {}
+    by_name = Names(config.target_parameters)
+    for layer_name, layer in layers_of(module):
+        if isinstance(layer, torch.jit.ScriptModule):  # its class cannot be replaced
+            continue
+        kind = kind_of(layer)
+        wanted = [key for key in _weights_of(layer) if by_name.match(f"{layer_name}.{key}".lstrip("."))]
+        own = [] if wanted and not kind.is_reader else kind.parameters(layer)
+        for key in dict.fromkeys((*own, *wanted)):
+            target = Target(layer_name, layer, key, kind if key in own else BY_NAME)
+            found[target.name] = replace(target, rank=config.rank_of(*target.names))
+    return found
+
+
+def select(module: nn.Module, config: LoRAConfig) -> list[Target]:
+    """Return the weights that `config` selects, with their ranks.
+
+    Raises:
+        ValueError: If a pattern matches nothing, or a weight cannot be adapted. The message names all of these.
+    """
+    known = candidates(module, config)
+    modules = {name: child for name, child in module.named_modules() if name}
+    by_name, saved = Names(config.target_parameters), Names(config.modules_to_save)
+    in_full = {layer for name, child in modules.items() if saved.match(name) for layer in child.modules()}
+    left_out = _left_out_of_all(module, known, config) if config.target_modules == "all" else set()
+    wanted = [target for target in known.values() if config.selects(*target.names) or by_name.match(target.name)]
+    selected = [target for target in wanted if target.layer not in in_full and target.name not in left_out]
+    if config.bypass:
+        selected.append(bypass_target(module, config))
+    missing = _unmatched(config, known, selected, modules)
+    if missing or not selected:
+        raise ValueError(_nothing_matches(missing, known))
+    check(selected, config)
+    if config.target_modules == "all":
+        _say_what_is_not_reached(module, selected, in_full)
+    return limit_ranks(selected)
+
+
+def check(selected: Iterable[Target], config: LoRAConfig) -> None:
+    """Check that these weights can be adapted.
+
+    Raises:
+        ValueError: If one cannot. The message names all of these.
+    """
+    refused = [f"Layer {target.name!r} {why}" for target in selected if (why := _refusal(target, config))]
+    if refused:
+        raise ValueError(f"{some_of(refused)}. Leave such layers out with exclude_modules.")
+
+
+def check_name(module: nn.Module, selected: Iterable[Target], name: str) -> None:
+    """Check that adapters with this name can be added.
+
+    Raises:
+        ValueError: If the name cannot be that of a module, or is in use.
+    """
+    if not name or "." in name or name in _TAKEN:
+        raise ValueError(
+            f"{name!r} cannot be the name of adapters, since these are modules with this name: use letters, digits and "
+            "underscores, for example 'digit_9'."
+        )
+    bare = [layer_name for layer_name, layer in module.named_modules() if layer in bare_layers]
+    if bare:
+        raise RuntimeError(f"The adapters of {some_of(map(repr, bare))} are set aside: attach others after bare(net).")
+    for target in selected:
+        child = child_name(target.parameter)
+        own = isinstance(target.layer, Adapted) and target.parameter in dict(target.layer.lora_kinds)
+        if not own and hasattr(target.layer, child):
+            raise ValueError(
+                f"Layer {target.name!r} has an attribute {child!r} of its own, which is the name of the adapters. "
+                "Rename it, or leave this layer out with exclude_modules."
+            )
+
+
+def limit_ranks(selected: list[Target]) -> list[Target]:
+    """Return the weights with ranks that are not larger than the weights. A log line names those that were lowered."""
+    lowered = [target for target in selected if target.rank > min(target.shape)]
+    if lowered:
+        listed = some_of(
+            f"{target.name or 'root'!r} has {min(target.shape)} instead of {target.rank}" for target in lowered
+        )
+        _log.warning("Ranks are limited by the size of the layers: %s.", listed)
+    return [replace(target, rank=min(target.rank, *target.shape)) for target in selected]
+
+
+def layers_of(module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Yield the modules by name, without adapters."""
+    adapters = {child for layer in module.modules() if isinstance(layer, Adapters) for child in layer.modules()}
+    return ((name, layer) for name, layer in module.named_modules() if layer not in adapters)
+
+
+def _weights_of(layer: nn.Module) -> list[str]:
+    """Return the names of the parameters of a layer, and of the tensors that are computed from them."""
+    names = [name for name, _ in layer.named_parameters(recurse=False)]
+    computed = [name.removesuffix("_orig") for name in names if name.endswith("_orig")]
+    parametrized = list(getattr(layer, "parametrizations", ()))
+    own = [name for name in names if not name.endswith("_orig")]
+    return [*own, *computed, *parametrized]
+
+
+def _refusal(target: Target, config: LoRAConfig) -> str | None:
+    if not target.parameter:
+        return target.kind.refusal(target.layer, "", target.outline(), config)
+    weight = stored(target.layer, target.parameter)
+    if is_lazy(weight):
+        return "has no weight yet: run a batch through the model first"
+    if weight.is_meta and hasattr(target.layer, "_hf_hook"):
+        return "is offloaded: its weight is only on a device while it computes. Load the model without offloading"
+    if not target.kind.is_packed and not _can_hold_an_update(target, weight):
+        return f"has a weight of {weight.dtype}: expected float16 or above, or one quantized by torchao or bitsandbytes"
+    if weight.dim() < 2:
+        return (
+            f"is of shape {tuple(weight.shape)}: expected two or more dimensions. Train such a module in full, "
+            "with modules_to_save"
+        )
+    variant = adapter_class(config)
+    values = target.dense_weight() if variant.reads_weight and not target.layout.experts else target.outline()
+    why = variant.refusal(values, target.layout, config)
+    return why or target.kind.refusal(target.layer, target.parameter, weight, config)
+
+
+def _can_hold_an_update(target: Target, weight: Tensor) -> bool:
+    plain = target.kind.dense(target.layer, weight) if weight.is_floating_point() else weight
+    return plain.is_floating_point() and plain.itemsize >= 2
+
+
+def _unmatched(
+    config: LoRAConfig, known: dict[str, Target], selected: list[Target], modules: dict[str, nn.Module]
+) -> list[str]:
+    """Return the patterns of a configuration that match nothing."""
+    targets = [] if config.target_modules == "all" else config.target_modules
+    missing = Names(targets).unmatched(name for target in known.values() for name in target.names)
+    missing += Names(config.target_parameters).unmatched(known) + Names(config.modules_to_save).unmatched(modules)
+    for patterns in (config.rank_pattern, config.alpha_pattern):
+        missing += Names(patterns).unmatched(name for target in selected for name in target.names)
+    return missing
+
+
+def _nothing_matches(missing: list[str], known: dict[str, Target]) -> str:
+    close = [name for key in missing for name in difflib.get_close_matches(key, known)]
+    what = f"Targets {missing} match no layer of a supported kind" if missing else "No layer is left to adapt"
+    listed = some_of(dict.fromkeys([*close, *known] if len(known) > 20 else known), 20) or "none"
+    return f"{what}. Layers that can be adapted: {listed}. For others, set target_parameters."
+
+
+def _left_out_of_all(module: nn.Module, known: dict[str, Target], config: LoRAConfig) -> set[str]:
+    """Return the weights that `target_modules="all"` excludes in models of the transformers library.
+
+    What is left are those of PEFT's `all-linear`. The excluded ones are the non-linear layers and the output head. A
+    log line names them.
+    """
+    inside: set[nn.Module] = set()
+    heads: set[nn.Module] = set()
+    for host in module.modules():
+        if any(cls.__module__.startswith("transformers.") for cls in type(host).__mro__):
+            head = getattr(host, "get_output_embeddings", None)
+            if head is not None:
+                inside |= set(host.modules())
+                heads |= {head()} - {None}
+    by_name = Names(config.target_parameters)
+    left_out = [
+        name
+        for name, target in known.items()
+        if target.layer in inside
+        and (target.layer in heads or not _is_linear(target))
+        and config.selects(*target.names)
+        and not by_name.match(name)
+    ]
+    if left_out:
+        _log.warning(
+            "target_modules='all' selects the linear layers of a transformers model and excludes %s. Name these "
+            "layers to adapt them.",
+            some_of(left_out),
+        )
+    return set(left_out)
+
+
+def _is_linear(target: Target) -> bool:
+    return isinstance(target.layer, nn.Linear) or target.kind in KINDS_OF_OTHERS.values()
+
+
+def _say_what_is_not_reached(module: nn.Module, selected: list[Target], in_full: set[nn.Module]) -> None:
+    """Name the parameters with two or more dimensions in layers that no adapter is for."""
+    reached = {target.layer for target in selected} | in_full
+    missed = [
+        f"{name}.{key}".lstrip(".")
+        for name, layer in layers_of(module)
+        if layer not in reached and kind_of(layer) is BY_NAME and not isinstance(layer, ParametrizationList)
+        for key in _weights_of(layer)
+        if _has_two_dimensions(layer, key)
+    ]
+    if missed:
+        _log.warning(
+            "target_modules='all' reaches no parameters outside the supported layers: %s stay frozen. To train "
+            "these, name them in target_parameters, or their modules in modules_to_save.",
+            some_of(missed),
+        )
+
+
+def _has_two_dimensions(layer: nn.Module, key: str) -> bool:
+    tensor = getattr(layer, key)
+    return not is_lazy(tensor) and bool(tensor.dim() > 1)
