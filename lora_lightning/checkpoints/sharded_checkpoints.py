@@ -60,7 +60,9 @@ class ShardedCheckpoints:
         if self.closed:
             return
         if self.content.applies(self.strategy):
-            names = not_finite(checkpoint["state_dict"], adapter_keys(self.content.pl_module))
+            # In the state that is written, only one process has the adapters.
+            module = self.content.pl_module
+            names = not_finite(module.state_dict(), adapter_keys(module))
             if not self.strategy.reduce_boolean_decision(not names):
                 raise NotFiniteError(not_written(filepath, names or ["adapters of another process"]))
             checkpoint[ADAPTER_KEY] = self.content.description()

@@ -14,13 +14,16 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lightning.lora.config import LoRAConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 L = TypeVar("L", bound=nn.Module)
 Forward = Callable[..., Tensor]
@@ -240,6 +243,16 @@ class Adapter(nn.Module):
         strengths = {other: value for other, value in self._strengths.items() if other is not key}
         self._strengths = strengths if factor is None else {**strengths, key: factor}
         self.strength = math.prod(self._strengths.values())
+
+    def replicate(self, mesh: DeviceMesh) -> None:
+        """Replace the tensors with distributed ones, replicated over a mesh, with the values of its first process."""
+        from torch.distributed.tensor import DTensor, Replicate
+
+        for name, value in self.named_parameters(recurse=False):
+            copy = DTensor.from_local(value.data, mesh, [Replicate()] * mesh.ndim, run_check=True)
+            self._parameters[name] = nn.Parameter(copy, requires_grad=value.requires_grad)
+        for name, value in self.named_buffers(recurse=False):
+            self._buffers[name] = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=True)
 
     def extra_repr(self) -> str:
         """Return the rank and the scale."""

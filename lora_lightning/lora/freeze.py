@@ -8,14 +8,14 @@ from typing import ClassVar
 from weakref import WeakValueDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lora_lightning.lora.layers import set_class, subclass
 
 
 class FrozenStatistics(nn.Module):
-    """Marks the class of a frozen norm layer, which is always in evaluation mode, also after `train()`.
+    """Marks the class of a frozen norm layer, which always computes as in evaluation mode, also after `train()`.
 
     Attributes:
         lora_plain: The class of the layer before.
@@ -23,14 +23,20 @@ class FrozenStatistics(nn.Module):
 
     lora_plain: ClassVar[type[nn.Module]]
 
-    @property
-    def training(self) -> bool:
-        """Return `False`. The mode that was set is kept for the time after."""
-        return False
+    def forward(self, *arguments: object, **keywords: object) -> Tensor:
+        """Return the output of evaluation mode."""
+        if torch.compiler.is_compiling():
+            return self.lora_evaluate(*arguments, **keywords)
+        with _lock:  # another thread must not see the mode of before in the middle of its forward pass
+            return self.lora_evaluate(*arguments, **keywords)
 
-    @training.setter
-    def training(self, mode: bool) -> None:
-        vars(self)["training"] = mode
+    def lora_evaluate(self, *arguments: object, **keywords: object) -> Tensor:
+        training, self.training = self.training, False
+        try:
+            output: Tensor = self.lora_plain.forward(self, *arguments, **keywords)
+            return output
+        finally:
+            self.training = training
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         return _new, (self.lora_plain,), self.__getstate__()  # type: ignore[no-untyped-call]

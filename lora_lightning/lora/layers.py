@@ -380,7 +380,7 @@ class _Held:
     def __init__(self, name: str, layer: Adapted) -> None:
         self.name, self.layer, self.kinds = name, layer, layer.lora_kinds
         self.children = {child_name(parameter): adapters_of(layer, parameter) for parameter, _ in self.kinds}
-        self.shapes = self._shapes()
+        self.shapes, self.was_distributed = self._shapes(), self._is_distributed()
 
     def set_aside(self) -> None:
         for name in self.children:
@@ -399,7 +399,19 @@ class _Held:
         set_class(layer, adapted_class(type(layer), self.kinds))
         for parameter, _ in self.kinds:
             load_base(layer, parameter)
+        if self._is_distributed() and not self.was_distributed:  # by parallelize_module
+            self._replicate()
         return True
+
+    def _is_distributed(self) -> bool:
+        return any(hasattr(stored(self.layer, name), "device_mesh") for name, _ in self.kinds if name)
+
+    def _replicate(self) -> None:
+        for adapters in self.children.values():
+            mesh = getattr(stored(self.layer, adapters.parameter), "device_mesh", None) if adapters.parameter else None
+            if mesh is not None:
+                for name in adapters.names():
+                    adapters.adapter(name).replicate(mesh)
 
     def _shapes(self) -> list[torch.Size]:
         found = []

@@ -44,17 +44,17 @@ def distribute_adapters(module: nn.Module, group: ProcessGroup | None = None) ->
         weight = found.weight
         if weight is None or not is_distributed(weight):
             continue
-        late = [name for name, value in found.adapter.named_parameters() if not is_distributed(value)]
-        for name in late:
-            value = found.adapter.get_parameter(name)
+        if any(is_distributed(value) for value in found.adapter.parameters()):
+            continue  # distributed with the weights
+        for value in found.adapter.parameters():
             torch.distributed.broadcast(value.data, 0)
-            mesh: DeviceMesh | None = weight.device_mesh  # type: ignore[attr-defined]
-            if found.layer in sharded:
-                mesh = _tensor_parallel_mesh(weight)
-            if mesh is not None:
-                value = _replicated(value, mesh)
-                found.adapter._parameters[name] = value
-            if found.layer in sharded:
+        mesh: DeviceMesh | None = weight.device_mesh  # type: ignore[attr-defined]
+        if found.layer in sharded:
+            mesh = _tensor_parallel_mesh(weight)
+        if mesh is not None:
+            found.adapter.replicate(mesh)
+        if found.layer in sharded:
+            for value in found.adapter.parameters():
                 value.register_post_accumulate_grad_hook(_Average(group))  # type: ignore[no-untyped-call]
 
 
@@ -69,13 +69,6 @@ class _Average:
             gradient = local(parameter.grad)
             gradient /= torch.distributed.get_world_size(self.group)
             torch.distributed.all_reduce(gradient, group=self.group)
-
-
-def _replicated(value: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
-    from torch.distributed.tensor import DTensor, Replicate
-
-    copy = DTensor.from_local(value.data, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return nn.Parameter(copy, requires_grad=value.requires_grad)
 
 
 def _tensor_parallel_mesh(weight: Tensor) -> DeviceMesh | None:

@@ -124,7 +124,7 @@ def test_layers_made_in_a_hook_are_adapted(
     trainer = make_trainer(LoRAFinetuning(rank=2), max_epochs=2, precision=precision)
     trainer.fit(module, data())
     assert {key for key, value in adapter_state_dict(module).items() if value.any()} == {
-        f"{name}.lora_{factor}" for name in ("body.0", "head") for factor in "AB"
+        f"{name}.lora_weight.default.lora_{factor}" for name in ("body.0", "head") for factor in "AB"
     }
     assert {value.dtype for value in adapter_state_dict(module).values()} == {torch.float32}
     assert not {"setup", "configure_model"} & vars(module).keys()
@@ -345,7 +345,7 @@ class TestCheckpointsAfterwards:
         assert same(saved, dict(module.state_dict()))
         Two().load_state_dict(saved)
         assert set(torch.load(tmp_path / "adapters.ckpt", weights_only=True)["state_dict"]) == {
-            f"{layer}.lora_{factor}" for layer in ("body.0", "head") for factor in "AB"
+            f"{layer}.lora_weight.default.lora_{factor}" for layer in ("body.0", "head") for factor in "AB"
         }
 
     def test_another_model_of_the_same_trainer_is_saved_whole(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:

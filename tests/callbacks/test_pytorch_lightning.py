@@ -84,7 +84,7 @@ def test_fit_test_and_predict_work_as_in_lightning(tmp_path: Path, capsys: pytes
     before = base_fingerprint(module.net)
     trainer.fit(module, data(), data())
     saved = torch.load(best.best_model_path, weights_only=True)["state_dict"]
-    assert set(saved) == {f"net.{layer}.lora_{factor}" for layer in (0, 3) for factor in "AB"}
+    assert set(saved) == {f"net.{layer}.lora_weight.default.lora_{factor}" for layer in (0, 3) for factor in "AB"}
     assert base_fingerprint(module.net) == before
     trainer.test(module, data(), ckpt_path="best", verbose=False)
     assert report.report is not None
