@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.adapter import Adapter, Adapters, AnyKind, CalledKind, Forward, Layout, without_autocast
+from lora_lightning.lora.adapter import Adapter, Adapters, AnyKind, CalledKind, Forward, Layout
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.fused import fused_linear
 
@@ -60,8 +60,6 @@ class ConvKind(CalledKind[Conv]):
 
     The first one has the stride, padding and dilation of the layer. All groups share A and have separate rows of B.
     """
-
-    sizes = ("in_channels", "out_channels", "kernel_size")
 
     def base(self, layer: Conv, weight: Tensor, input: Tensor) -> Tensor:
         output: Tensor = layer._conv_forward(input, weight, layer.bias)
@@ -277,13 +275,11 @@ def effective(layer: nn.Module, parameter: str) -> Tensor:
     weight = stored(layer, parameter)
     if not adapters.in_effect:
         return weight
-    plain = adapters.kind.dense(layer, weight)
-    with without_autocast(plain):
-        total = plain
-        for adapter in adapters.in_effect:
-            delta = adapter.delta_weight(plain)
-            total = total.to(delta.dtype) + delta
-        return total.to(plain.dtype)
+    plain = total = adapters.kind.dense(layer, weight)
+    for adapter in adapters.in_effect:
+        delta = adapter.delta_weight(plain)
+        total = total.to(delta.dtype) + delta
+    return total.to(plain.dtype)
 
 
 def load_base(layer: nn.Module, parameter: str) -> None:
