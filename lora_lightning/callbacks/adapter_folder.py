@@ -1,66 +1,40 @@
-"""Writes the adapter folder at the end of training, from the best checkpoint if a metric was monitored."""
+"""Writes the adapters of a run as a folder: those of the best checkpoint if a metric was monitored, else the last ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
+import fsspec
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 
 from lora_lightning.callbacks.summary import stage_metrics
 from lora_lightning.lightning_packages import is_a
-from lora_lightning.lora.state import adapter_keys, saved_keys
 from lora_lightning.peft_format.folder import AdapterFolder
 from lora_lightning.report.files import free_name, write_to
 
-
-def write_adapter_folder(
-    trainer: Trainer, pl_module: LightningModule, adapted: nn.Module
-) -> tuple[Path | str | None, str]:
-    """Write the trained adapters to the folder of the run. All devices have to call this.
-
-    Returns:
-        The folder (`None` if the run has none), and a description of the checkpoint (empty for the last state).
-    """
-    folder = None if trainer.fast_dev_run else _run_folder(trainer)  # type: ignore[attr-defined] # set from elsewhere
-    if folder is None:
-        return None, ""
-    place = trainer.strategy.broadcast(free_name(folder, "adapter"))
-    data = type(trainer.datamodule).__name__ if trainer.datamodule else None  # type: ignore[attr-defined] # likewise
-    best = _best_of(trainer) if trainer.is_global_zero else None
-    metrics = stage_metrics(trainer, "val") if best is None else best.metrics
-    with _trained_as_in(best, trainer, pl_module):
-        content = AdapterFolder(adapted, data, metrics)  # gathers distributed tensors, on all devices
-    if trainer.is_global_zero:
-        write_to(place, content.write)
-    return (place if "://" in place else Path(place)), (f", {best.in_words()}" if best else "")
-
-
-def _run_folder(trainer: Trainer) -> str | None:
-    """Return the folder of the run: the log folder, or else the folder of the checkpoints. All devices have to call this."""
-    if trainer.loggers:
-        return trainer.log_dir
-    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-    return None if folder is None else str(folder)
+BEST_ADAPTER = "lora_lightning_best_adapter"
+"""Entry of a checkpoint that describes the best checkpoint so far."""
 
 
 @dataclass(frozen=True)
-class _Best:
-    """Holds the best checkpoint and its metric.
+class BestCheckpoint:
+    """Describes the best checkpoint of a run.
 
-    Args:
+    Attributes:
         path: The checkpoint.
+        folder: The folder beside it with its adapters.
         monitor: Name of the metric.
         score: Value of the metric.
     """
 
     path: str
+    folder: str
     monitor: str
     score: float
 
@@ -71,35 +45,151 @@ class _Best:
 
     def in_words(self) -> str:
         """Return a description: `of epoch=3-step=40.ckpt, the best by val/accuracy: 0.97`."""
-        return f"of {Path(self.path).name}, the best by {self.monitor}: {self.score:.4g}"
+        return f"of {self.path.rpartition('/')[2]}, the best by {self.monitor}: {self.score:.4g}"
 
 
-def _best_of(trainer: Trainer) -> _Best | None:
-    """Return the best checkpoint of a run, or `None` if no metric was monitored, nothing was saved, or checkpoints are sharded."""
-    files = trainer.checkpoint_callback
-    if not is_a(files, ModelCheckpoint) or is_a(trainer.strategy, ModelParallelStrategy):
-        return None
-    if files.monitor is None or not files.best_model_path or files.best_model_score is None:
-        return None
-    return _Best(files.best_model_path, files.monitor, float(files.best_model_score))
+class RunAdapters:
+    """Keeps the adapters of the best checkpoint of a run, and writes the adapter folder of the run.
+
+    When a checkpoint is saved that is the best so far by a monitored metric, its adapters are copied from the state that is
+    being saved, and written to a folder beside the checkpoint. Nothing is read from a checkpoint afterwards.
+
+    Args:
+        trainer: The trainer.
+        pl_module: The adapted model.
+        adapted: The part of the model that `attach` was called with.
+    """
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, adapted: nn.Module) -> None:
+        self._trainer, self._pl_module, self._adapted = trainer, pl_module, adapted
+        self._best: BestCheckpoint | None = None
+        self._content: AdapterFolder | None = None
+
+    def saved(self, path: str, state: Mapping[str, Tensor]) -> None:
+        """Keep the adapters in the state that is saved to a checkpoint, if this is the best one so far.
+
+        Args:
+            path: The checkpoint.
+            state: The state of the model in it. If it lacks some adapters, those of the model are taken.
+        """
+        best = self._best_by_metric()
+        if best is None or best.path != path:
+            return
+        prefix = next(name for name, module in self._pl_module.named_modules() if module is self._adapted)
+        start = f"{prefix}." if prefix else ""
+        values = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+        self._content = AdapterFolder(self._adapted, self._data(), best.metrics, values)
+        self._best = best
+        if self._trainer.is_global_zero:
+            try:
+                _remove(best.folder)
+                write_to(best.folder, self._content.write)
+            except OSError as error:
+                rank_zero_warn(f"The adapters of {path} could not be written to {best.folder}: {error}.")
+
+    def removed(self, path: str) -> None:
+        """Remove the adapters beside a checkpoint that is removed."""
+        _remove(_beside(path))
+
+    def state(self) -> dict[str, object] | None:
+        """Return the description of the best checkpoint so far, including one that is about to be saved."""
+        found = self._best_by_metric() or self._best
+        return None if found is None else asdict(found)
+
+    def resume(self, state: Mapping[str, object]) -> None:
+        """Continue with the best checkpoint that `state` described in an earlier run."""
+        self._best = BestCheckpoint(
+            str(state["path"]), str(state["folder"]), str(state["monitor"]), float(str(state["score"]))
+        )
+        self._content = None
+
+    def write(self) -> tuple[Path | str | None, str]:
+        """Write the adapter folder of the run. All processes have to call this.
+
+        Returns:
+            The folder (`None` if the run has none), and a description of the checkpoint (empty for the last state).
+        """
+        trainer = self._trainer
+        folder = None if trainer.fast_dev_run else _run_folder(trainer)  # type: ignore[attr-defined] # set from elsewhere
+        if folder is None:
+            return None, ""
+        place = trainer.strategy.broadcast(free_name(folder, "adapter"))
+        best = self._chosen()
+        if best is not None and self._content is None:  # of an earlier run, and not improved since
+            if trainer.is_global_zero:
+                write_to(place, _Copy(best.folder))
+        else:
+            content = self._content if best is not None else None
+            if content is None:  # gathers distributed tensors, on all processes
+                content = AdapterFolder(self._adapted, self._data(), stage_metrics(trainer, "val"))
+            if trainer.is_global_zero:
+                write_to(place, content.write)
+        return (place if "://" in place else Path(place)), (f", {best.in_words()}" if best else "")
+
+    def _chosen(self) -> BestCheckpoint | None:
+        """Return the best checkpoint whose adapters are known. All processes return the same."""
+        best = self._best
+        if best is not None and self._content is None and self._trainer.is_global_zero and not _exists(best.folder):
+            rank_zero_warn(
+                f"The adapters of the best checkpoint, {best.folder}, do not exist. The last ones are written."
+            )
+            best = None
+        chosen: BestCheckpoint | None = self._trainer.strategy.broadcast(best)
+        return chosen
+
+    def _best_by_metric(self) -> BestCheckpoint | None:
+        """Return the best checkpoint of this run so far, unless that of an earlier run is better."""
+        files = self._trainer.checkpoint_callback
+        if not is_a(files, ModelCheckpoint) or files.monitor is None or not files.best_model_path:
+            return None
+        if files.best_model_score is None:
+            return None
+        score, path = float(files.best_model_score), str(files.best_model_path)
+        before = self._best
+        if before is not None and before.path != path and before.monitor == files.monitor:
+            better = score < before.score if files.mode == "min" else score > before.score
+            if not better:
+                return before
+        return BestCheckpoint(path, _beside(path), files.monitor, score)
+
+    def _data(self) -> str | None:
+        data = self._trainer.datamodule  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+        return type(data).__name__ if data else None
 
 
-@contextmanager
-def _trained_as_in(best: _Best | None, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Load the trained values from a checkpoint within this context."""
-    if best is None:
-        yield
+class _Copy:
+    """Copies a folder."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __call__(self, target: Path) -> None:
+        filesystem, path = fsspec.core.url_to_fs(self.source)
+        filesystem.get(path, str(target), recursive=True)
+
+
+def _beside(path: str) -> str:
+    """Return the folder with the adapters of a checkpoint."""
+    return f"{path.removesuffix('.ckpt')}.adapter"
+
+
+def _exists(folder: str) -> bool:
+    filesystem, path = fsspec.core.url_to_fs(folder)
+    return bool(filesystem.exists(path))
+
+
+def _remove(folder: str) -> None:
+    if "://" not in folder:
+        shutil.rmtree(folder, ignore_errors=True)
         return
-    loaded = trainer.strategy.checkpoint_io.load_checkpoint(best.path)["state_dict"]
-    trained = adapter_keys(pl_module) | saved_keys(pl_module)
-    own = {key: value for key, value in pl_module.state_dict().items() if key in trained}
-    kept = {key: value.clone() for key, value in own.items()}
-    with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(loaded[key])
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for key, value in own.items():
-                value.copy_(kept[key])
+    filesystem, path = fsspec.core.url_to_fs(folder)
+    if filesystem.exists(path):
+        filesystem.rm(path, recursive=True)
+
+
+def _run_folder(trainer: Trainer) -> str | None:
+    """Return the log folder, or else the folder of the checkpoints. All processes have to call this."""
+    if trainer.loggers:
+        return trainer.log_dir
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return None if folder is None else str(folder)

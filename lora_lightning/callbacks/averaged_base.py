@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import is_adapted
@@ -19,7 +20,20 @@ def average_with_adapters(trainer: Trainer, pl_module: LightningModule, stage: s
     """Let callbacks that copied the model before it was adapted copy it again."""
     for callback, averaged in _averaged(trainer):
         if not is_adapted(averaged):
-            callback.setup(trainer, pl_module, stage)
+            _copy_again(callback, trainer, pl_module, stage)
+
+
+def _copy_again(
+    callback: WeightAveraging | StochasticWeightAveraging, trainer: Trainer, pl_module: LightningModule, stage: str
+) -> None:
+    if is_a(callback, WeightAveraging):
+        # Not its setup, which would call configure_model again, and may get new layers without adapters.
+        device = callback._device or pl_module.device
+        callback._average_model = AveragedModel(
+            model=pl_module, device=device, use_buffers=callback._use_buffers, **callback._kwargs
+        )
+        return
+    callback.setup(trainer, pl_module, stage)
 
 
 @torch.no_grad()

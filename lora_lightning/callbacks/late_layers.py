@@ -46,7 +46,7 @@ class AfterLayers:
     def __init__(
         self, trainer: Trainer, pl_module: LightningModule, attach: Callable[[], None], prepare: Callable[[], None]
     ) -> None:
-        self._pl_module = pl_module
+        self._pl_module, self._is_installed = pl_module, False
         parent = own_class(pl_module, LightningModule)
         self.hook = next(
             (name for name in ("configure_model", "setup") if is_overridden(name, pl_module, parent)), None
@@ -54,7 +54,6 @@ class AfterLayers:
         distributes = is_a(trainer.strategy, ModelParallelStrategy)
         if self.hook is None:
             attach()
-        if self.hook is None:
             prepare()
             return
         self._own = vars(pl_module).get(self.hook)
@@ -67,13 +66,19 @@ class AfterLayers:
                 method(*args, **kwargs)
             attach()
             prepare()
+            self._install(then)  # since WeightAveraging calls configure_model once more
 
-        setattr(pl_module, self.hook, then)
+        self._install(then)
+
+    def _install(self, hook: Callable[..., None]) -> None:
+        assert self.hook is not None
+        self._is_installed = True
+        setattr(self._pl_module, self.hook, hook)
 
     def remove(self) -> None:
-        """Restore the hook of the module if it did not run."""
-        if self.hook is not None:
+        """Restore the hook of the module."""
+        if self.hook is not None and self._is_installed:
+            self._is_installed = False
             delattr(self._pl_module, self.hook)
             if self._own is not None:
                 setattr(self._pl_module, self.hook, self._own)
-            self.hook = None

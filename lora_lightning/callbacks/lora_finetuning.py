@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lora_lightning.callbacks.adapter_folder import write_adapter_folder
+from lora_lightning.callbacks.adapter_folder import BEST_ADAPTER, RunAdapters
 from lora_lightning.callbacks.adapters_of_run import attach_adapters, check_present_adapters
 from lora_lightning.callbacks.averaged_base import average_with_adapters, restore_averaged_base, restore_statistics
 from lora_lightning.callbacks.frozen_base import FrozenBase
-from lora_lightning.callbacks.handover import Handover
 from lora_lightning.callbacks.late_layers import AfterLayers, convert_layers
+from lora_lightning.callbacks.lora_arguments import plain_arguments
+from lora_lightning.callbacks.spawned_adapters import SpawnedAdapters
 from lora_lightning.callbacks.summary import trained_parameters, what_trains
 from lora_lightning.callbacks.training_checks import (
-    Finite,
-    Untouched,
+    FiniteAdapters,
+    UntrainedAdapters,
     check_optimizers,
     refuse_pruning,
     refuse_strategy,
@@ -38,11 +40,6 @@ from lora_lightning.lora.packed import keep_packing
 from lora_lightning.lora.sharding import distribute_adapters
 from lora_lightning.wording import some_of
 
-LR_RATIO_IS_OF_THE_OPTIMIZER = (
-    "lr_ratio (LoRA+) belongs to the optimizer. Use Classifier(lr_ratio=16) or --model.lr_ratio 16, or in a module of your own "
-    "lora.lora_plus_param_groups(module, lr, lr_ratio) in configure_optimizers."
-)
-
 
 class LoRAFinetuning(Callback):
     """Freezes a trained model, attaches adapters before the optimizer is created, and trains only the adapters.
@@ -54,12 +51,15 @@ class LoRAFinetuning(Callback):
     Checkpoints include random states, as with `RandomState`.
 
     Args:
-        base_checkpoint: Lightning checkpoint of the base: a file, or a log folder, whose newest checkpoint is used. `None` adapts
-            the model as it is.
+        config: A `LoRAConfig` or its arguments, instead of or in addition to `arguments`.
+        base_checkpoint: Checkpoint of the base, a file of Lightning or a bare state dict, or a log folder, whose newest checkpoint is used.
+            `None` adapts the model as it is.
+        weights_only: Whether to refuse objects other than tensors and plain values in `base_checkpoint`, as in `torch.load`. Reading others
+            may run code. `None` is for PyTorch's default.
         adapter: Folder of adapters to start from, written by `fit` or PEFT, or a log folder, whose newest adapter is used. The folder
             determines the adapted layers, and `config` is ignored. `None` creates new adapters.
         verify: Whether to warn after the first epoch about adapters that training has not changed.
-        config: The arguments of `LoRAConfig`. Names can be relative to the adapted child or to the whole module. New last layers of
+        arguments: The arguments of `LoRAConfig`. Names can be relative to the adapted child or to the whole module. New last layers of
             `image_backbone` and `text_backbone` are added to `modules_to_save` if this is a list.
 
     Raises:
@@ -78,16 +78,18 @@ class LoRAFinetuning(Callback):
 
     def __init__(
         self,
+        config: LoRAConfig | Mapping[str, Any] | None = None,
         *,
         base_checkpoint: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
         adapter: str | os.PathLike[str] | None = None,
         verify: bool = True,
-        **config: Any,
+        **arguments: Any,
     ) -> None:
-        if "lr_ratio" in config:
-            raise ValueError(LR_RATIO_IS_OF_THE_OPTIMIZER)
-        self.config = LoRAConfig(**config)
+        arguments = plain_arguments(config, arguments)
+        self.config = LoRAConfig(**arguments)  # which tells jsonargparse what the arguments are
         self.base_checkpoint = base_checkpoint
+        self.weights_only = weights_only
         self.base_path: Path | None = None
         self.base_fingerprint = ""
         self.base_in_words = ""
@@ -96,14 +98,16 @@ class LoRAFinetuning(Callback):
         self.adapter_folder: Path | str | None = None
         self.adapted: nn.Module | None = None
         self._random_state = RandomState()
-        self._handover = Handover()
+        self._spawned = SpawnedAdapters()
         self._after_layers: AfterLayers | None = None
         self._checkpoints: AdapterCheckpointIO | ShardedCheckpoints | None = None
         self._handles: list[RemovableHandle] = []
         self._frozen: FrozenBase | None = None
-        self._finite: Finite | None = None
-        self._untouched: Untouched | None = None
+        self._finite: FiniteAdapters | None = None
+        self._untrained: UntrainedAdapters | None = None
+        self._result: RunAdapters | None = None
         self._updated: set[str] = set()
+        self._is_trained = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -124,23 +128,34 @@ class LoRAFinetuning(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._frozen = self._finite = self._untrained = self._result = None
         if self._after_layers is not None:
             self._after_layers.remove()
+            self._after_layers = None
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._is_trained:  # another callback failed after the last epoch
+            self._write_result(trainer)
+        self.teardown(trainer, pl_module, "fit")  # which Lightning does not call after an exception
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_trained = False
+        if self._after_layers is not None:
+            self._after_layers.remove()
         refuse_pruning(trainer)
         check_optimizers(trainer, pl_module, self._network)
         # Not in setup, since a precision such as bf16-true converts the base after it.
         self._frozen = FrozenBase(self._network)
         if self._checkpoints is not None:
             self._checkpoints.content.at_start = self._frozen.updatable
-        self._finite = Finite(self._network, self._checkpoints)
+        self._finite = FiniteAdapters(self._network, self._checkpoints)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._random_state.on_train_start(trainer, pl_module)
-        self._untouched = Untouched(self._network, trainer.global_step) if self.verify else None
+        self._untrained = UntrainedAdapters(self._network, trainer.global_step) if self.verify else None
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -174,12 +189,13 @@ class LoRAFinetuning(Callback):
         self._finite.check(trainer)
         restore_averaged_base(trainer, pl_module, self._network)
         self._frozen.warn_of_changes()
-        if self._untouched is not None:
-            untouched, self._untouched = self._untouched, None
-            untouched.warn(trainer)
+        if self._untrained is not None:
+            untrained, self._untrained = self._untrained, None
+            untrained.warn(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_trained = True
         restore_averaged_base(trainer, pl_module, self._network)
 
     @override
@@ -193,18 +209,22 @@ class LoRAFinetuning(Callback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._random_state.on_save_checkpoint(trainer, pl_module, checkpoint)
+        best = None if self._result is None else self._result.state()
+        if best is not None:
+            checkpoint[BEST_ADAPTER] = best
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._random_state.on_load_checkpoint(trainer, pl_module, checkpoint)
+        if self._result is not None and BEST_ADAPTER in checkpoint:
+            self._result.resume(checkpoint[BEST_ADAPTER])
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the adapter folder and check that the base has not changed."""
-        assert self._frozen is not None
-        self.adapter_folder, of_best = write_adapter_folder(trainer, pl_module, self._network)
-        self._handover.put(trainer, self._network, self.adapter_folder)
+        """Write the adapter folder, and then check that the base has not changed."""
+        of_best = self._write_result(trainer)
         trainer.strategy.barrier("adapter folder")  # so that it exists on every device when fit returns
+        assert self._frozen is not None
         frozen, updated = self._frozen.changed()
         if frozen:
             raise RuntimeError(
@@ -216,6 +236,14 @@ class LoRAFinetuning(Callback):
         where = f"Adapter: {self.adapter_folder}{of_best}" if self.adapter_folder else "This run writes no adapter."
         self.base_in_words = f"bitwise unchanged{but} (SHA-256 {self.base_fingerprint[:12]})"
         rank_zero_info(f"The base is {self.base_in_words}. {where}")
+
+    def _write_result(self, trainer: Trainer) -> str:
+        """Write the adapter folder, and return a description of the checkpoint that it holds."""
+        self._is_trained = False
+        assert self._result is not None
+        self.adapter_folder, of_best = self._result.write()
+        self._spawned.save(trainer, self._network, self.adapter_folder)
+        return of_best
 
     @property
     def _network(self) -> nn.Module:
@@ -232,7 +260,7 @@ class LoRAFinetuning(Callback):
         if self.base_checkpoint is not None:
             self.base_path = newest_checkpoint(self.base_checkpoint)
             rank_zero_info(f"Base: {self.base_path}")
-            load_base(pl_module, self.base_path)
+            load_base(pl_module, self.base_path, self.weights_only)
 
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not is_adapted(pl_module):
@@ -241,7 +269,7 @@ class LoRAFinetuning(Callback):
             attach_adapters(pl_module, self.config, self.adapter)
         self.adapted = backbone_of(pl_module)
         self._updated = set()
-        self._handover.take(self.adapted)
+        self._spawned.load(self.adapted)
         keep_packing(self.adapted)
         # Without a seed, each process has a different base until `ddp` broadcasts that of the first one.
         digest = base_fingerprint(self.adapted)
@@ -256,12 +284,13 @@ class LoRAFinetuning(Callback):
             files = files.checkpoint_io
         base_path = str(self.base_path) if self.base_path else None
         content = AdapterContent(pl_module, self._network, self.base_fingerprint, base_path, self._updated)
+        self._result = RunAdapters(trainer, pl_module, self._network)
         if is_a(trainer.strategy, ModelParallelStrategy):
             distribute_adapters(self._network, trainer.strategy.device_mesh["data_parallel"].get_group())
-            self._checkpoints = ShardedCheckpoints(trainer.strategy, content)
+            self._checkpoints = ShardedCheckpoints(trainer.strategy, content, self._result)
             return
         self._handles.append(let_packed_keys_be_missing(pl_module))
-        self._checkpoints = AdapterCheckpointIO(write_atomically(files), trainer.strategy, content)
+        self._checkpoints = AdapterCheckpointIO(write_atomically(files), trainer.strategy, content, self._result)
         trainer.strategy.checkpoint_io = self._checkpoints
 
     def trained_parameters(self) -> str:

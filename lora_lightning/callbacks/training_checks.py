@@ -86,7 +86,7 @@ def refuse_strategy(strategy: Strategy) -> None:
         )
 
 
-class Untouched:
+class UntrainedAdapters:
     """Finds adapters that an epoch of training has not changed."""
 
     def __init__(self, adapted: nn.Module, step: int) -> None:
@@ -110,10 +110,12 @@ class Untouched:
             )
 
 
-class Finite:
-    """Stops training if the adapters are no longer finite, before `ModelCheckpoint` replaces the last finite checkpoint.
+class FiniteAdapters:
+    """Stops training if what is trained is no longer finite.
 
-    The adapters are only checked after a loss that is not finite. Mixed precision may skip such a step without any harm.
+    Checkpoints refuse such values as well, so the last finite checkpoint is kept. On one device, the values are checked after a loss that
+    is not finite; mixed precision may skip such a step without any harm. On several, they are checked at each logged step, since all
+    devices then find the same.
 
     Args:
         adapted: The model with the adapters.
@@ -127,16 +129,20 @@ class Finite:
 
     def look(self, trainer: Trainer, outputs: Any) -> None:
         """Check the loss after each batch, or on an accelerator after each logged step to avoid synchronization."""
+        step = trainer.fit_loop.total_batch_idx
+        every = trainer.log_every_n_steps or 50  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+        if trainer.world_size > 1:
+            if (step + 1) % every == 0:
+                self.check(trainer)
+            return
         found = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         loss = found if isinstance(found, Tensor) and found.numel() == 1 else None
         if loss is not None and loss.device.type == "cpu":
             if not math.isfinite(loss.item()):
                 self.check(trainer, trainer.fit_loop.total_batch_idx)
             return
-        step = trainer.fit_loop.total_batch_idx
         if loss is not None:
             self.losses.append((step, loss.detach()))
-        every = trainer.log_every_n_steps or 50  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         if (step + 1) % every == 0:
             self._check_losses(trainer)
 
@@ -149,6 +155,8 @@ class Finite:
         names = [
             key for key, value in adapter_state_dict(self.adapted).items() if not bool(local(value).isfinite().all())
         ]
+        if trainer.world_size > 1 and not trainer.strategy.reduce_boolean_decision(not names):
+            names = names or ["the adapters of another process"]  # all devices stop together
         if not names:
             return
         if self.checkpoints is not None:

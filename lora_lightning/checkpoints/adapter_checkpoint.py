@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule
@@ -22,6 +22,8 @@ from lora_lightning.lora.sharding import local
 from lora_lightning.lora.state import adapter_keys, saved_keys
 from lora_lightning.wording import some_of
 
+_LEFT_OUT = "left_out"
+"""Entry of the description with trained tensors that the model's own code has removed from its state."""
 _WITHOUT_FILE = "the model as it was created"
 _STATES = ("state_dict", "current_model_state", "average_model_state")
 """Entries that hold the model's state.
@@ -33,6 +35,16 @@ averaged state under the third key, among the states of callbacks.
 
 class NotFiniteError(RuntimeError):
     """Raised if adapters contain NaN or infinity, from which training cannot recover."""
+
+
+class CheckpointListener(Protocol):
+    """Is told which checkpoints are saved and removed."""
+
+    def saved(self, path: str, state: Mapping[str, Tensor]) -> None:
+        """Take note of a checkpoint that is about to be saved with this state of the model."""
+
+    def removed(self, path: str) -> None:
+        """Take note of a checkpoint that was removed."""
 
 
 class AdapterContent:
@@ -110,6 +122,16 @@ class AdapterContent:
                 f"({self.base_fingerprint[:12]}). {advice}"
             )
 
+    def trained_keys(self) -> set[str]:
+        """Return the names of the tensors of adapters and of modules that are trained in full."""
+        return adapter_keys(self.pl_module) | saved_keys(self.pl_module)
+
+    def left_out(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the trained tensors that are missing in a state of the model, since its own code filters it."""
+        missing = self.trained_keys() - state.keys()
+        own = nn.Module.state_dict(self.pl_module) if missing else {}
+        return {key: own[key] for key in missing}
+
     def base_keys(self) -> set[str]:
         """Return the names of the parameters and buffers of the frozen base, which checkpoints omit.
 
@@ -126,8 +148,7 @@ class AdapterContent:
             f"{prefix}.{key}".lstrip(".") for key, digest in self.at_start.items() if now.get(key) != digest
         }
         buffers = {name for name, _ in self.adapted.named_buffers(prefix=prefix, remove_duplicate=False)}
-        trained = adapter_keys(self.pl_module) | saved_keys(self.pl_module)
-        return (frozen | buffers | packed_keys(self.pl_module)) - trained - self.updated
+        return (frozen | buffers | packed_keys(self.pl_module)) - self.trained_keys() - self.updated
 
     def keep(self, keys: Iterable[str]) -> None:
         """Include these tensors of the base in checkpoints, since a checkpoint that was loaded includes them."""
@@ -161,13 +182,17 @@ class AdapterCheckpointIO(CheckpointIO):
         checkpoint_io: The CheckpointIO that reads and writes the files.
         strategy: The strategy, which knows the model of the trainer.
         content: The content of a checkpoint of the adapted model.
+        listener: Is told which checkpoints are saved and removed.
 
     Attributes:
         closed: Whether saving and removing are disabled because the adapters are not finite.
     """
 
-    def __init__(self, checkpoint_io: CheckpointIO, strategy: Strategy, content: AdapterContent) -> None:
+    def __init__(
+        self, checkpoint_io: CheckpointIO, strategy: Strategy, content: AdapterContent, listener: CheckpointListener
+    ) -> None:
         super().__init__()
+        self.listener = listener
         self.checkpoint_io = checkpoint_io
         self.strategy = strategy
         self.content = content
@@ -181,14 +206,16 @@ class AdapterCheckpointIO(CheckpointIO):
         if "state_dict" not in checkpoint or not self.content.applies(self.strategy):
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
             return
-        if names := not_finite(checkpoint["state_dict"], adapter_keys(self.content.pl_module)):
+        if names := not_finite(checkpoint["state_dict"], self.content.trained_keys()):
             raise NotFiniteError(not_written(path, names))
+        self.listener.saved(str(path), checkpoint["state_dict"])
         base_keys = self.content.base_keys()
 
         def without_base(state: dict[str, Any]) -> dict[str, Any]:
             return {key: value for key, value in state.items() if key not in base_keys}
 
-        content = {**_with_states(checkpoint, without_base), ADAPTER_KEY: self.content.description()}
+        description = self.content.description() | {_LEFT_OUT: self.content.left_out(checkpoint["state_dict"])}
+        content = {**_with_states(checkpoint, without_base), ADAPTER_KEY: description}
         self.checkpoint_io.save_checkpoint(content, path, storage_options)
 
     @override
@@ -201,12 +228,14 @@ class AdapterCheckpointIO(CheckpointIO):
         live = self.content.pl_module.state_dict()
         filled_in = self.content.base_keys() - packed_keys(self.content.pl_module)
         base = {key: live[key] for key in filled_in if key in live}
-        return _with_states(checkpoint, lambda state: {**base, **state})
+        left_out = checkpoint[ADAPTER_KEY].get(_LEFT_OUT, {})
+        return _with_states(checkpoint, lambda state: {**base, **left_out, **state})
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
         if not self.closed:
             self.checkpoint_io.remove_checkpoint(path)
+            self.listener.removed(str(path))
 
     @override
     def teardown(self) -> None:
@@ -223,9 +252,9 @@ def _with_states(checkpoint: dict[str, Any], change: Callable[[dict[str, Any]], 
     return {**checkpoint, **changed}
 
 
-def not_finite(state: Mapping[str, Tensor], adapters: Container[str]) -> list[str]:
-    """Return the keys of adapters in a state dict that contain NaN or infinity, in this process's part of sharded ones."""
-    return [key for key, value in state.items() if key in adapters and not bool(local(value).isfinite().all())]
+def not_finite(state: Mapping[str, Tensor], trained: Container[str]) -> list[str]:
+    """Return the keys of trained tensors that contain NaN or infinity, in this process's part of sharded ones."""
+    return [key for key, value in state.items() if key in trained and not bool(local(value).isfinite().all())]
 
 
 def not_written(path: object, names: list[str]) -> str:

@@ -80,8 +80,9 @@ class AtomicCheckpointIO(CheckpointIO):
         if "://" not in str(path) and not Path(path).is_dir():
             check_file(Path(path))
         with explain_damage(path), paths_are_safe():
-            # By default, Lightning leaves this to PyTorch for a local file, and would run code from a remote one.
-            loaded: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, map_location, weights_only is not False)
+            if weights_only is None and "://" in str(path) and not _all_is_trusted():
+                weights_only = True  # by default, Lightning would run code from a remote file
+            loaded: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, map_location, weights_only)
         return loaded
 
     @override
@@ -91,6 +92,11 @@ class AtomicCheckpointIO(CheckpointIO):
     @override
     def teardown(self) -> None:
         self.checkpoint_io.teardown()
+
+
+def _all_is_trusted() -> bool:
+    """Return whether PyTorch is told to read any object from any file."""
+    return os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true")
 
 
 def _remove(path: Path) -> None:

@@ -80,15 +80,20 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint on the CPU without running code from it.
+def read_checkpoint(path: Path, weights_only: bool | None = True) -> dict[str, Any]:
+    """Read a Lightning checkpoint on the CPU.
+
+    Args:
+        path: The file.
+        weights_only: Whether to refuse objects other than tensors and plain values, since reading others may run code. `None` leaves this
+            to PyTorch, which refuses them unless the environment variable `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD` is set.
 
     Raises:
         ValueError: If the file is damaged, or not a Lightning checkpoint.
     """
     check_file(path)
     with explain_damage(path), paths_are_safe():
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"{path} is not a Lightning checkpoint: it has no 'state_dict'. Choose another one.")
     return checkpoint
@@ -127,7 +132,7 @@ def explain_damage(path: str | os.PathLike[str]) -> Iterator[None]:
     """Convert the errors of a damaged checkpoint to one clear message."""
     try:
         yield
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
+    except (FileNotFoundError, PermissionError, IsADirectoryError, torch.OutOfMemoryError):
         raise
     except (
         OSError,  # such as an invalid position in the file
@@ -146,21 +151,26 @@ def explain_damage(path: str | os.PathLike[str]) -> Iterator[None]:
     ) as error:
         if kind := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
             raise ValueError(
-                f"{path} refers to {kind[1]}, which is not read with weights_only=True, as reading it may run code. Save "
-                "plain numbers, strings and paths as hyper-parameters; or, if you trust the file, load it with "
-                "weights_only=False."
+                f"{path} refers to {kind[1]}, which is not read with weights_only=True, as reading it may run code. If you "
+                "trust the file, pass weights_only=False to fit, test or LoRAFinetuning, or set the environment variable "
+                "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1; or save plain numbers, strings and paths as hyper-parameters."
             ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason}). Choose another one.") from None
 
 
-def load_base(pl_module: LightningModule, path: Path) -> None:
-    """Load a full checkpoint into the model strictly.
+def load_base(pl_module: LightningModule, path: Path, weights_only: bool | None = None) -> None:
+    """Load a full checkpoint, or a bare state dict, into the model strictly.
+
+    Args:
+        pl_module: The model.
+        path: The file.
+        weights_only: As in `read_checkpoint`.
 
     Raises:
         ValueError: If the file is damaged, contains adapters, or does not fit. The model is then unchanged.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = _read_base(path, weights_only)
     if ADAPTER_KEY in checkpoint:
         base = checkpoint[ADAPTER_KEY].get("base_path")
         raise ValueError(
@@ -174,6 +184,21 @@ def load_base(pl_module: LightningModule, path: Path) -> None:
             "another base_checkpoint."
         )
     pl_module.load_state_dict(saved)
+
+
+def _read_base(path: Path, weights_only: bool | None) -> dict[str, Any]:
+    """Read a checkpoint, or a file that holds a state dict alone."""
+    check_file(path)
+    with explain_damage(path), paths_are_safe():
+        found = torch.load(path, map_location="cpu", weights_only=weights_only)
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        return found
+    if isinstance(found, dict) and found and all(isinstance(value, torch.Tensor) for value in found.values()):
+        return {"state_dict": found}
+    raise ValueError(
+        f"{path} holds neither a Lightning checkpoint nor a state dict: it has no 'state_dict', and is not a mapping of names to tensors. "
+        "Choose another one."
+    )
 
 
 def misfits(found: dict[str, Any], expected: dict[str, Any]) -> str:

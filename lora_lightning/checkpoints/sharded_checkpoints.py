@@ -11,9 +11,14 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
-from lora_lightning.checkpoints.adapter_checkpoint import AdapterContent, NotFiniteError, not_finite, not_written
+from lora_lightning.checkpoints.adapter_checkpoint import (
+    AdapterContent,
+    CheckpointListener,
+    NotFiniteError,
+    not_finite,
+    not_written,
+)
 from lora_lightning.checkpoints.checkpoints import ADAPTER_KEY
-from lora_lightning.lora.state import adapter_keys
 
 
 class ShardedCheckpoints:
@@ -26,12 +31,14 @@ class ShardedCheckpoints:
     Args:
         strategy: The strategy.
         content: The content of a checkpoint of the adapted model.
+        listener: Is told, in all processes, which checkpoints are saved and removed.
 
     Attributes:
         closed: Whether saving and removing are disabled because the adapters are not finite.
     """
 
-    def __init__(self, strategy: ModelParallelStrategy, content: AdapterContent) -> None:
+    def __init__(self, strategy: ModelParallelStrategy, content: AdapterContent, listener: CheckpointListener) -> None:
+        self.listener = listener
         self.strategy = strategy
         self.content = content
         self.closed = False
@@ -61,11 +68,11 @@ class ShardedCheckpoints:
             return
         if self.content.applies(self.strategy):
             # In the state that is written, only one process has the adapters.
-            module = self.content.pl_module
-            names = not_finite(module.state_dict(), adapter_keys(module))
+            names = not_finite(self.content.pl_module.state_dict(), self.content.trained_keys())
             if not self.strategy.reduce_boolean_decision(not names):
                 raise NotFiniteError(not_written(filepath, names or ["adapters of another process"]))
             checkpoint[ADAPTER_KEY] = self.content.description()
+            self.listener.saved(str(filepath), {})
         self._save(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -92,6 +99,7 @@ class ShardedCheckpoints:
         """Remove a checkpoint."""
         if not self.closed:
             self._remove(filepath)
+            self.listener.removed(str(filepath))
 
     @contextmanager
     def _without_base(self) -> Iterator[None]:

@@ -10,12 +10,13 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lora_lightning.callbacks import LoRAFinetuning
-from lora_lightning.callbacks.lora_finetuning import LR_RATIO_IS_OF_THE_OPTIMIZER
+from lora_lightning.callbacks.lora_arguments import LR_RATIO_IS_OF_THE_OPTIMIZER
 from lora_lightning.checkpoints import newest_adapter, newest_checkpoint
 from lora_lightning.lora import LoRAConfig
 
 _OWN = {
     "base_checkpoint": str | None,
+    "weights_only": bool | None,
     "adapter": str | None,
     "verify": bool | None,
 }

@@ -90,12 +90,22 @@ def is_in_another_precision(module: nn.Module, sample: str, but: Container[str] 
 
 
 def base_tensors(module: nn.Module, but: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and persistent buffers of the base, by state-dict key."""
+    """Yield the parameters and persistent buffers of the base, by state-dict key, and what a quantized weight needs.
+
+    Other entries of the state dict, such as the states of a metric, belong to the user's code.
+    """
     module = unwrapped(module)
     others = adapter_keys(module) | saved_keys(module)
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    registered = {key for key, _ in named}
     for key, value in module.state_dict().items():
-        if isinstance(value, Tensor) and key not in others and key not in but:
+        if isinstance(value, Tensor) and key not in others and key not in but and _belongs_to(key, registered):
             yield key, value
+
+
+def _belongs_to(key: str, registered: set[str]) -> bool:
+    """Return whether a key is that of a registered tensor or of a part of it, as `weight.absmax` of bitsandbytes."""
+    return key in registered or ("." in key and _belongs_to(key.rpartition(".")[0], registered))
 
 
 def _bytes(value: Tensor) -> Iterator[memoryview]:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_lightning.lora import LoRAConfig, adapted_weights, adapter_names, is_adapted, set_adapter
+from lora_lightning.lora import (
+    LoRAConfig,
+    adapted_weights,
+    adapter_names,
+    adapter_state_dict,
+    is_adapted,
+    set_adapter,
+)
 from lora_lightning.lora.adaptation import attach_to, attachment_of, config_of, unwrapped
 from lora_lightning.lora.bypass import bypass_target
 from lora_lightning.lora.layers import Target
@@ -75,12 +83,21 @@ class AdapterFolder:
         module: The module that `attach` was called with.
         data: Name of the data that `metrics` were measured on, for the README.md in the folder.
         metrics: Metrics for this file, by name.
+        values: Values to write instead of those of the module, by state-dict key. They are used if no adapter is
+            missing.
     """
 
-    def __init__(self, module: nn.Module, data: str | None = None, metrics: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        data: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
         module = unwrapped(module)
         attachment_of(module)
-        description, tensors = describe(module), exported(module)
+        with _with_values(module, values or {}):
+            description, tensors = describe(module), exported(module)
         self._files = description, tensors, base_metadata(module)
         self._card = model_card(description, sum(tensor.numel() for tensor in tensors.values()), data, metrics)
 
@@ -96,6 +113,26 @@ class AdapterFolder:
         write_files(folder, *self._files)
         if not (folder / CARD_NAME).exists():
             (folder / CARD_NAME).write_text(self._card, encoding="utf-8")
+
+
+@contextmanager
+def _with_values(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give the trained tensors of `module` these values within this context, if there is one for each."""
+    own = adapter_state_dict(module)
+    differing = [key for key, value in own.items() if key in values and values[key].data_ptr() != value.data_ptr()]
+    if not differing or not own.keys() <= values.keys():
+        yield
+        return
+    kept = {key: own[key].clone() for key in differing}
+    with torch.no_grad():
+        for key in differing:
+            own[key].copy_(values[key])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for key in differing:
+                own[key].copy_(kept[key])
 
 
 def load_adapter(

@@ -8,7 +8,6 @@ import uuid
 import weakref
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -20,40 +19,41 @@ from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import adapter_state_dict
 
 
-class Handover:
+class SpawnedAdapters:
     """Passes the trained adapters from `fit` to a later `test` or `predict` of the same trainer.
 
-    With `ddp_spawn`, `ddp_fork` and `ddp_notebook`, each of these runs in separate processes. Lightning returns the weights to the main
-    process, but the model there has no adapters. The adapters are therefore kept in a temporary file, whose name all processes know, as
-    long as the callback exists in the main process.
+    With `ddp_spawn`, `ddp_fork` and `ddp_notebook`, each of these runs in separate processes. Lightning returns the
+    weights to the main process, but the model there has no adapters. The adapters are therefore kept in a temporary
+    file, whose name all processes know, as long as the callback exists in the main process.
     """
 
     def __init__(self) -> None:
         self.path = Path(tempfile.gettempdir()) / f"lora_lightning-{uuid.uuid4().hex}.pt"
         weakref.finalize(self, _remove, self.path, os.getpid())
 
-    def put(self, trainer: Trainer, adapted: nn.Module, folder: object) -> None:
-        """Write the adapters to the temporary file at the end of `fit`."""
+    def save(self, trainer: Trainer, adapted: nn.Module, folder: object) -> None:
+        """Write the adapters to the temporary file, at the end of `fit` in separate processes."""
         if not is_a(trainer.strategy.launcher, _MultiProcessingLauncher) or not trainer.is_global_zero:
             return
         torch.save({key: value.detach().cpu() for key, value in adapter_state_dict(adapted).items()}, self.path)
         rank_zero_info(
-            "The adapters were trained in separate processes. The model in the main process has none, but test, predict and validate of "
-            f"this trainer use them. load_adapter(model, {str(folder)!r}) attaches them in the main process."
+            "The adapters were trained in separate processes. The model in the main process has none, but test, "
+            "predict and validate of this trainer use them. "
+            f"load_adapter(model, {str(folder)!r}) attaches them in the main process."
         )
 
-    def take(self, adapted: nn.Module) -> None:
-        """Read the adapters from the temporary file after new ones were attached."""
+    def load(self, adapted: nn.Module) -> None:
+        """Read the adapters from the temporary file, if there is one, into adapters that were just attached."""
         if self.path.exists():
             state = adapted.state_dict(keep_vars=True)
             with torch.no_grad():
                 for key, value in torch.load(self.path, weights_only=True).items():
                     state[key].copy_(value)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Path]:
         return {"path": self.path}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Path]) -> None:
         self.path = state["path"]
 
 
