@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_lightning.lora import LoRAConfig, adapted_weights, adapter_names, is_adapted, set_adapter
-from lora_lightning.lora.adaptation import attach_to, attachment_of, config_of, unwrapped
+from lora_lightning.lora.adaptation import attach_to, config_of, unwrapped
 from lora_lightning.lora.bypass import bypass_target
 from lora_lightning.lora.layers import Target
 from lora_lightning.lora.matching import Names
@@ -79,7 +79,6 @@ class AdapterFolder:
 
     def __init__(self, module: nn.Module, data: str | None = None, metrics: Mapping[str, float] | None = None) -> None:
         module = unwrapped(module)
-        attachment_of(module)
         description, tensors = describe(module), exported(module)
         self._files = description, tensors, base_metadata(module)
         self._card = model_card(description, sum(tensor.numel() for tensor in tensors.values()), data, metrics)
