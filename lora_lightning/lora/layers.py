@@ -34,7 +34,7 @@ Kinds: TypeAlias = tuple[tuple[str, AnyKind], ...]
 
 
 class LinearKind(CalledKind[nn.Linear]):
-    """`nn.Linear`: `y = x Wᵀ + b + s (x Aᵀ) Bᵀ` for x of shape (..., in)."""
+    """A linear layer: `y = x Wᵀ + b + s (x Aᵀ) Bᵀ` for x of shape (..., in)."""
 
     sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features")
 
@@ -43,6 +43,10 @@ class LinearKind(CalledKind[nn.Linear]):
 
     def low_rank(self, layer: nn.Linear, input: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return F.linear(F.linear(input, a), b)
+
+
+class FusedLinearKind(LinearKind):
+    """`nn.Linear`, the same in fewer operations. For a layer with another `base`, extend `LinearKind`."""
 
     def adapted(self, layer: nn.Linear, weight: Tensor, input: Tensor, adapters: tuple[Adapter, ...]) -> Tensor:
         if len(adapters) == 1:
