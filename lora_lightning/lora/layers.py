@@ -22,6 +22,7 @@ from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from lora_lightning.lora.adapter import Adapter, Adapters, AnyKind, CalledKind, Forward, Layout
@@ -462,10 +463,9 @@ def _make_class(plain: type[nn.Module], kinds: Kinds) -> type[nn.Module]:
         forward = _called_forward(kind) if isinstance(kind, CalledKind) else kind.forward(plain)
         if forward is not None:
             members["forward"] = forward
-    # torch.fx takes layers of torch.nn as they are. Tracing into others would adapt them twice, since it copies what it
-    # reads.
-    is_called = any(isinstance(kind, CalledKind) for _, kind in kinds)
-    members["__module__"] = plain.__module__ if plain.__module__.startswith("torch.nn") or not is_called else "torch.nn"
+    # torch.fx takes layers of torch.nn as they are. From others it would copy the weights that it reads, W + ΔW.
+    is_leaf = any(kind.is_leaf for _, kind in kinds) and not plain.__module__.startswith("torch.nn")
+    members["__module__"] = "torch.nn" if is_leaf else plain.__module__
     members["__doc__"] = plain.__doc__
     mixins = tuple(dict.fromkeys(kind.mixin for _, kind in kinds if kind.mixin is not None))
     return subclass(f"LoRA{plain.__name__}", plain, (*mixins, Adapted), members)
@@ -498,6 +498,8 @@ def _called_forward(kind: CalledKind[nn.Module]) -> Forward:
         weight = self._parameters.get("weight")
         if weight is None:
             weight = stored(self, "weight")
+        if isinstance(input, Proxy) and adapters.in_effect:
+            raise RuntimeError(_is_traced(self))
         return kind.adapted(self, weight, input, adapters.in_effect)
 
     return forward
@@ -585,6 +587,14 @@ def _reset(method: str) -> Callable[..., None]:
                 adapters.adapter(name).start(kind.dense(self, stored(self, parameter)))
 
     return reset
+
+
+def _is_traced(layer: nn.Module) -> str:
+    """Return the error message for torch.fx, which reads W and then copies `layer.weight`, where ΔW counts twice."""
+    return (
+        f"torch.fx cannot trace into this {type(layer).__name__}, which has adapters. Trace a module that contains it "
+        "and keeps it as a leaf, trace inside lora.merged(net), or merge the adapters first."
+    )
 
 
 def _is_read_only(layer: Adapted, parameter: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from time import monotonic
 
@@ -41,9 +42,8 @@ def folder_with(pattern: str, key: str, net: nn.Module, path: Path) -> Path:
 def test_a_pattern_that_backtracks_for_ever_is_refused_by_name(key: str, tmp_path: Path) -> None:
     folder = folder_with(BACKTRACKS, key, nn.Sequential(Block()), tmp_path / "adapter")
     net, start = nn.Sequential(Block()), monotonic()
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(repr(BACKTRACKS))):
         load_adapter(net, folder)
-    assert repr(BACKTRACKS) in str(error.value)
     assert monotonic() - start < 30
     assert not is_adapted(net)
 
@@ -52,9 +52,8 @@ def test_a_pattern_that_takes_a_while_for_each_of_many_layers_is_refused(tmp_pat
     blocks = nn.Sequential(*(ShortBlock() for _ in range(200)))
     folder = folder_with(BACKTRACKS, "rank_pattern", blocks, tmp_path / "adapter")
     start = monotonic()
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(repr(BACKTRACKS))):
         load_adapter(nn.Sequential(*(ShortBlock() for _ in range(200))), folder)
-    assert repr(BACKTRACKS) in str(error.value)
     assert monotonic() - start < 30
 
 
