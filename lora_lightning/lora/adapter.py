@@ -378,8 +378,8 @@ class Adapters(nn.Module):
         super().add_module(name, module)
         self.update()
 
-    def __setattr__(self, name: str, value: object) -> None:  # by tools that replace a child
-        super().__setattr__(name, value)  # type: ignore[arg-type]
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:  # by tools that replace a child
+        super().__setattr__(name, value)
         if name in self._modules:
             self.update()
 

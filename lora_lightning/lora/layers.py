@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
-from lora_lightning.lora.adapter import Adapter, Adapters, AnyKind, CalledKind, Forward, Layout
+from lora_lightning.lora.adapter import Adapter, Adapters, AnyKind, CalledKind, Forward, Layout, is_sharded
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.fused import fused_linear
 
@@ -540,10 +540,7 @@ def _can_be_added(weight: Tensor, adapters: Adapters) -> bool:
     if mesh is None:
         return True
     factors = [adapter.lora_A for adapter in adapters.in_effect]
-    return all(
-        getattr(factor, "device_mesh", None) == mesh and all(place.is_replicate() for place in factor.placements)  # type: ignore[attr-defined]
-        for factor in factors
-    )
+    return all(getattr(factor, "device_mesh", None) == mesh and not is_sharded(factor) for factor in factors)
 
 
 def _start_again(layer: nn.Module, parameter: str, weight: Tensor) -> None:
