@@ -253,8 +253,8 @@ class Adapter(nn.Module):
         for name, value in self.named_parameters(recurse=False):
             copy = DTensor.from_local(value.data, mesh, [Replicate()] * mesh.ndim, run_check=True)
             self._parameters[name] = nn.Parameter(copy, requires_grad=value.requires_grad)
-        for name, value in self.named_buffers(recurse=False):
-            self._buffers[name] = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=True)
+        for name, buffer in self.named_buffers(recurse=False):
+            self._buffers[name] = DTensor.from_local(buffer, mesh, [Replicate()] * mesh.ndim, run_check=True)
 
     def extra_repr(self) -> str:
         """Return the rank and the scale."""
