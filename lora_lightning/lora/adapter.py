@@ -64,12 +64,14 @@ class Kind(Generic[L]):
     Attributes:
         is_reader: Whether the module reads the weight in effect, W + ΔW. Otherwise the adapter has a path of its own.
         is_packed: Whether only the layer itself can compute with the stored weight.
+        is_leaf: Whether torch.fx takes the layer as it is, since the module is one layer and not a network.
         sizes: Attributes of the layer that state the shape of the weight.
         mixin: Further methods of the class of adapted layers, if any.
     """
 
     is_reader: ClassVar[bool] = True
     is_packed: ClassVar[bool] = False
+    is_leaf: ClassVar[bool] = True
     sizes: ClassVar[tuple[str, ...]] = ()
     mixin: ClassVar[type | None] = None
 
@@ -376,8 +378,8 @@ class Adapters(nn.Module):
         super().add_module(name, module)
         self.update()
 
-    def __setattr__(self, name: str, value: object) -> None:  # by tools that replace a child
-        super().__setattr__(name, value)  # type: ignore[arg-type]
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:  # by tools that replace a child
+        super().__setattr__(name, value)
         if name in self._modules:
             self.update()
 

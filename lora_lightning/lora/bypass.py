@@ -21,6 +21,7 @@ class BypassKind(Kind[nn.Module]):
     """
 
     is_reader = False
+    is_leaf = False
 
     def parameters(self, layer: nn.Module) -> list[str]:
         return []

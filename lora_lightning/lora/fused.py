@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ def fused_linear(adapter: Adapter, input: Tensor, weight: Tensor, bias: Tensor |
     dropout = adapter.config.dropout if adapter.training else 0.0
     a, b = adapter.factors()
     if _applies(input, weight, bias, a, b):
-        return cast(Tensor, _Fused.apply(input, weight, bias, a, b, scaling, dropout))
+        fused: Tensor = _Fused.apply(input, weight, bias, a, b, scaling, dropout)
+        return fused
     if dropout or torch.is_grad_enabled() or is_transformed():
         return None
     if a.dtype != input.dtype:
@@ -54,6 +55,17 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+class _Context(Protocol):
+    """What the forward pass keeps for the backward pass."""
+
+    scaling: float
+    dropout: float
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
 class _Fused(torch.autograd.Function):
     """Computes `y = x Wᵀ + b + s (d(x) Aᵀ) Bᵀ`, where d is dropout.
 
@@ -71,7 +83,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -88,10 +100,11 @@ class _Fused(torch.autograd.Function):
         y = _add_product(F.linear(input, weight, bias), low, cast_b, scaling)
         # With more dimensions, y is a view, and autograd would refuse later in-place operations (nn.ReLU(inplace=True),
         # y += x) on a view from a custom function.
-        return y if y.dim() == 2 else cast(Tensor, torch.ops.aten._unsafe_view(y, y.shape))
+        result: Tensor = y if y.dim() == 2 else torch.ops.aten._unsafe_view(y, y.shape)
+        return result
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
+    def backward(ctx: _Context, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, full_a, full_b, a, b, low, mask = ctx.saved_tensors
         gradient, x, scaling = _rows(grad_output), _rows(input), ctx.scaling
         is_differentiated = torch.is_grad_enabled()  # by a second derivative (create_graph=True)

@@ -22,9 +22,10 @@ from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
-from lora_lightning.lora.adapter import Adapter, Adapters, AnyKind, CalledKind, Forward, Layout
+from lora_lightning.lora.adapter import Adapter, Adapters, AnyKind, CalledKind, Forward, Layout, is_sharded
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.fused import fused_linear
 
@@ -34,7 +35,7 @@ Kinds: TypeAlias = tuple[tuple[str, AnyKind], ...]
 
 
 class LinearKind(CalledKind[nn.Linear]):
-    """`nn.Linear`: `y = x Wᵀ + b + s (x Aᵀ) Bᵀ` for x of shape (..., in)."""
+    """A linear layer: `y = x Wᵀ + b + s (x Aᵀ) Bᵀ` for x of shape (..., in)."""
 
     sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features")
 
@@ -43,6 +44,10 @@ class LinearKind(CalledKind[nn.Linear]):
 
     def low_rank(self, layer: nn.Linear, input: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return F.linear(F.linear(input, a), b)
+
+
+class FusedLinearKind(LinearKind):
+    """`nn.Linear`, the same in fewer operations. For a layer with another `base`, extend `LinearKind`."""
 
     def adapted(self, layer: nn.Linear, weight: Tensor, input: Tensor, adapters: tuple[Adapter, ...]) -> Tensor:
         if len(adapters) == 1:
@@ -458,10 +463,9 @@ def _make_class(plain: type[nn.Module], kinds: Kinds) -> type[nn.Module]:
         forward = _called_forward(kind) if isinstance(kind, CalledKind) else kind.forward(plain)
         if forward is not None:
             members["forward"] = forward
-    # torch.fx takes layers of torch.nn as they are. Tracing into others would adapt them twice, since it copies what it
-    # reads.
-    is_called = any(isinstance(kind, CalledKind) for _, kind in kinds)
-    members["__module__"] = plain.__module__ if plain.__module__.startswith("torch.nn") or not is_called else "torch.nn"
+    # torch.fx takes layers of torch.nn as they are. From others it would copy the weights that it reads, W + ΔW.
+    is_leaf = any(kind.is_leaf for _, kind in kinds) and not plain.__module__.startswith("torch.nn")
+    members["__module__"] = "torch.nn" if is_leaf else plain.__module__
     members["__doc__"] = plain.__doc__
     mixins = tuple(dict.fromkeys(kind.mixin for _, kind in kinds if kind.mixin is not None))
     return subclass(f"LoRA{plain.__name__}", plain, (*mixins, Adapted), members)
@@ -494,6 +498,8 @@ def _called_forward(kind: CalledKind[nn.Module]) -> Forward:
         weight = self._parameters.get("weight")
         if weight is None:
             weight = stored(self, "weight")
+        if isinstance(input, Proxy) and adapters.in_effect:
+            raise RuntimeError(_is_traced(self))
         return kind.adapted(self, weight, input, adapters.in_effect)
 
     return forward
@@ -534,10 +540,7 @@ def _can_be_added(weight: Tensor, adapters: Adapters) -> bool:
     if mesh is None:
         return True
     factors = [adapter.lora_A for adapter in adapters.in_effect]
-    return all(
-        getattr(factor, "device_mesh", None) == mesh and all(place.is_replicate() for place in factor.placements)  # type: ignore[attr-defined]
-        for factor in factors
-    )
+    return all(getattr(factor, "device_mesh", None) == mesh and not is_sharded(factor) for factor in factors)
 
 
 def _start_again(layer: nn.Module, parameter: str, weight: Tensor) -> None:
@@ -581,6 +584,14 @@ def _reset(method: str) -> Callable[..., None]:
                 adapters.adapter(name).start(kind.dense(self, stored(self, parameter)))
 
     return reset
+
+
+def _is_traced(layer: nn.Module) -> str:
+    """Return the error message for torch.fx, which reads W and then copies `layer.weight`, where ΔW counts twice."""
+    return (
+        f"torch.fx cannot trace into this {type(layer).__name__}, which has adapters. Trace a module that contains it "
+        "and keeps it as a leaf, trace inside lora.merged(net), or merge the adapters first."
+    )
 
 
 def _is_read_only(layer: Adapted, parameter: str) -> str:

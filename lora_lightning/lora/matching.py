@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from time import perf_counter
 
 import regex
 
 _SECONDS = 1.0
-"""Time after which a match is given up. Patterns may come from an adapter folder of a stranger."""
+"""Time after which matching is given up. Patterns may come from an adapter folder of a stranger."""
+_SLOW = 0.01
+"""Time of a match that counts towards this. A match takes microseconds, and there may be thousands of names."""
 
 
 class Names:
@@ -30,6 +33,7 @@ class Names:
         self._by_end = isinstance(patterns, Mapping)
         self._literals: dict[str, int] = {}  # a look-up for literal names, of which there may be thousands
         self._expressions: list[tuple[int, regex.Pattern[str]]] = []
+        self._seconds = 0.0
         for index, pattern in enumerate(self._patterns):
             name = re.sub(r"\\(.)", r"\1", pattern) if self._by_end else pattern
             if isinstance(patterns, list) or (name and self._by_end and re.escape(name) == pattern):
@@ -44,7 +48,7 @@ class Names:
     def first(self, *names: str) -> str | None:
         """Return the first pattern that matches one of these names."""
         ends = [end for name in names for end in (endings(name) if self._by_end else (name,))]
-        found = [index for index, expression in self._expressions if _any_matches(expression, ends)][:1]
+        found = [index for index, expression in self._expressions if self._any_matches(expression, ends)][:1]
         found += [self._literals[end] for name in names for end in endings(name) if end in self._literals]
         return self._patterns[min(found)] if found else None
 
@@ -54,8 +58,27 @@ class Names:
         ends = {end for name in names for end in endings(name)}
         missing = [index for name, index in self._literals.items() if name not in ends]
         ends = ends if self._by_end else names
-        missing += [index for index, expression in self._expressions if not _any_matches(expression, ends)]
+        missing += [index for index, expression in self._expressions if not self._any_matches(expression, ends)]
         return [self._patterns[index] for index in sorted(missing)]
+
+    def _any_matches(self, expression: regex.Pattern[str], names: Iterable[str]) -> bool:
+        try:
+            return any(self._matches(expression, name) for name in names)
+        except TimeoutError:
+            raise ValueError(
+                f"The pattern {expression.pattern!r} takes more than {_SECONDS:g} s to match the names. Write it "
+                "without repetitions inside repetitions, or list the names."
+            ) from None
+
+    def _matches(self, expression: regex.Pattern[str], name: str) -> bool:
+        start = perf_counter()
+        found = expression.fullmatch(name, timeout=_SECONDS) is not None
+        took = perf_counter() - start
+        if took > _SLOW:
+            self._seconds += took
+        if self._seconds > _SECONDS:
+            raise TimeoutError
+        return found
 
 
 def endings(name: str) -> list[str]:
@@ -83,13 +106,3 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
         return regex.compile(pattern)
     except regex.error as error:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}.") from None
-
-
-def _any_matches(expression: regex.Pattern[str], names: Iterable[str]) -> bool:
-    try:
-        return any(expression.fullmatch(name, timeout=_SECONDS) is not None for name in names)
-    except TimeoutError:
-        raise ValueError(
-            f"The pattern {expression.pattern!r} takes more than {_SECONDS:g} s to match a name. Write it without "
-            "repetitions inside repetitions, or list the names."
-        ) from None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lightning.lora.adapter import CalledKind, Layout
-from lora_lightning.lora.layers import EmbeddingKind, LinearKind, stored
+from lora_lightning.lora.layers import EmbeddingKind, FusedLinearKind, LinearKind, stored
 
 
 class TransposedLinearKind(CalledKind[nn.Linear]):
@@ -24,20 +24,15 @@ class TransposedLinearKind(CalledKind[nn.Linear]):
         return F.linear(F.linear(input, a), b)
 
 
-class FalconLinearKind(CalledKind[nn.Linear]):
+class FalconLinearKind(LinearKind):
     """The linear layer of Falcon, which adds the bias in a separate operation."""
-
-    sizes = ("in_features", "out_features")
 
     def base(self, layer: nn.Linear, weight: Tensor, input: Tensor) -> Tensor:
         y = input @ weight.T
         return y if layer.bias is None else y + layer.bias
 
-    def low_rank(self, layer: nn.Linear, input: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return F.linear(F.linear(input, a), b)
 
-
-class GeometricLinearKind(LinearKind):
+class GeometricLinearKind(FusedLinearKind):
     """The linear layer of PyTorch Geometric."""
 
     sizes = ()

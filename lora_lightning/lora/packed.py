@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.adapter import Adapter
 from lora_lightning.lora.layers import Adapted, LinearKind
 
 
@@ -57,10 +56,6 @@ class PackedLinearKind(LinearKind):
             return output
         finally:
             parameters["bias"] = bias
-
-    def adapted(self, layer: nn.Linear, weight: Tensor, input: Tensor, adapters: tuple[Adapter, ...]) -> Tensor:
-        # The fused pass multiplies by W itself.
-        return super(LinearKind, self).adapted(layer, weight, input, adapters)
 
 
 def keep_packing(module: nn.Module) -> None:

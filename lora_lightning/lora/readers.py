@@ -98,6 +98,8 @@ class ParameterKind(ReaderKind[nn.Module]):
     parameter once per expert.
     """
 
+    is_leaf = False
+
     def layout(self, layer: nn.Module, parameter: str) -> Layout:
         if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d) or stored(layer, parameter).dim() != 3:
             return Layout()

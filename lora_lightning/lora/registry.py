@@ -7,7 +7,7 @@ from types import MethodType
 from torch import nn
 
 from lora_lightning.lora.adapter import AnyKind
-from lora_lightning.lora.layers import Adapted, ConvKind, EmbeddingKind, LinearKind
+from lora_lightning.lora.layers import Adapted, ConvKind, EmbeddingKind, FusedLinearKind
 from lora_lightning.lora.other_layers import (
     FalconLinearKind,
     GeometricLinearKind,
@@ -19,7 +19,7 @@ from lora_lightning.lora.packed import PackedLinearKind
 from lora_lightning.lora.readers import AttentionKind, CellKind, OwnForwardKind, ParameterKind, RecurrentKind
 
 KINDS: dict[type[nn.Module], AnyKind] = {
-    nn.Linear: LinearKind(),
+    nn.Linear: FusedLinearKind(),
     nn.Conv1d: ConvKind(),
     nn.Conv2d: ConvKind(),
     nn.Conv3d: ConvKind(),

@@ -74,7 +74,7 @@ def check(selected: Iterable[Target], config: LoRAConfig) -> None:
     """
     refused = [f"Layer {target.name!r} {why}" for target in selected if (why := _refusal(target, config))]
     if refused:
-        raise ValueError(f"{some_of(refused)}. Leave such layers out with exclude_modules.")
+        raise ValueError(f"{some_of(refused)}. Leave such layers out with exclude_modules, or do not name them.")
 
 
 def check_name(module: nn.Module, selected: Iterable[Target], name: str) -> None:
@@ -209,23 +209,34 @@ def _is_linear(target: Target) -> bool:
 
 
 def _say_what_is_not_reached(module: nn.Module, selected: list[Target], in_full: set[nn.Module]) -> None:
-    """Name the parameters with two or more dimensions in layers that no adapter is for."""
+    """Name the weights of layers that no adapter is for."""
     reached = {target.layer for target in selected} | in_full
-    missed = [
-        f"{name}.{key}".lstrip(".")
-        for name, layer in layers_of(module)
-        if layer not in reached and kind_of(layer) is BY_NAME and not isinstance(layer, ParametrizationList)
-        for key in _weights_of(layer)
-        if _has_two_dimensions(layer, key)
-    ]
+    missed, flat = [], []
+    for name, layer in layers_of(module):
+        if layer in reached or kind_of(layer) is not BY_NAME or isinstance(layer, ParametrizationList):
+            continue
+        for key in _weights_of(layer):
+            tensor = getattr(layer, key)
+            if is_lazy(tensor):
+                continue
+            if tensor.dim() > 1:
+                missed.append(f"{name}.{key}".lstrip("."))
+            elif key == "weight" and not _is_norm(layer):
+                flat.append(f"{name}.{key}".lstrip("."))
     if missed:
         _log.warning(
             "target_modules='all' reaches no parameters outside the supported layers: %s stay frozen. To train "
             "these, name them in target_parameters, or their modules in modules_to_save.",
             some_of(missed),
         )
+    if flat:
+        _log.warning(
+            "target_modules='all' reaches no weights of one dimension: %s stay frozen. To train these, name their "
+            "modules in modules_to_save.",
+            some_of(flat),
+        )
 
 
-def _has_two_dimensions(layer: nn.Module, key: str) -> bool:
-    tensor = getattr(layer, key)
-    return not is_lazy(tensor) and bool(tensor.dim() > 1)
+def _is_norm(layer: nn.Module) -> bool:
+    """Return whether a layer seems to be a norm, whose weight is a vector of scales. Libraries have their own norms."""
+    return "norm" in type(layer).__name__.lower() or type(layer).__module__.startswith("torch.nn")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -9,22 +11,23 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lora_lightning.lora.adaptation import adapted_weights
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 
 def full(value: Tensor) -> Tensor:
     """Gather a distributed tensor, and return any other tensor as it is. All processes have to call this."""
-    gathered: Tensor = value.full_tensor() if is_distributed(value) else value  # type: ignore[attr-defined]
-    return gathered
+    return value.full_tensor() if is_distributed(value) else value
 
 
-def is_distributed(value: Tensor | None) -> bool:
+def is_distributed(value: Tensor | None) -> TypeGuard[DTensor]:
     """Return whether a tensor is a `DTensor`."""
     return hasattr(value, "full_tensor")
 
 
 def local(value: Tensor) -> Tensor:
     """Return the local shard of a tensor."""
-    part: Tensor = value.to_local() if is_distributed(value) else value  # type: ignore[attr-defined]
-    return part
+    return value.to_local() if is_distributed(value) else value
 
 
 def distribute_adapters(module: nn.Module, group: ProcessGroup | None = None) -> None:
@@ -48,9 +51,7 @@ def distribute_adapters(module: nn.Module, group: ProcessGroup | None = None) ->
             continue  # distributed with the weights
         for value in found.adapter.parameters():
             torch.distributed.broadcast(value.data, 0)
-        mesh: DeviceMesh | None = weight.device_mesh  # type: ignore[attr-defined]
-        if found.layer in sharded:
-            mesh = _tensor_parallel_mesh(weight)
+        mesh = _tensor_parallel_mesh(weight) if found.layer in sharded else weight.device_mesh
         if mesh is not None:
             found.adapter.replicate(mesh)
         if found.layer in sharded:
@@ -71,9 +72,9 @@ class _Average:
             torch.distributed.all_reduce(gradient, group=self.group)
 
 
-def _tensor_parallel_mesh(weight: Tensor) -> DeviceMesh | None:
+def _tensor_parallel_mesh(weight: DTensor) -> DeviceMesh | None:
     """Return the dimension of the mesh that `fully_shard` does not distribute over: the last of two."""
-    mesh: DeviceMesh = weight.device_mesh  # type: ignore[attr-defined]
+    mesh = weight.device_mesh
     if mesh.ndim == 1:
         return None
     assert mesh.mesh_dim_names is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ class InertAdapterError(RuntimeError):
     """Raised for adapters that have no effect on the output."""
 
 
-def verify_adapters(module: nn.Module, *inputs: Any, **keywords: Any) -> None:
+def verify_adapters(module: nn.Module, *inputs: object, **keywords: object) -> None:
     """Check that every adapter has an effect on the output: in training, in evaluation, and without gradients.
 
     An adapter is inert if no value of B changes the output, for example because code reads the weight of the layer in a
@@ -111,8 +110,9 @@ def _gradients(call: Callable[[], list[Tensor]], among: list[AdaptedWeight], see
     outputs = [output for output in call() if output.requires_grad]
     if not outputs:
         return [None] * len(among)
-    loss = sum((output.double() * torch.randn_like(output, dtype=torch.double)).sum() for output in outputs)
-    return list(torch.autograd.grad(loss, [_b(weight) for weight in among], allow_unused=True))  # type: ignore[arg-type]
+    doubles = [output.double() for output in outputs]
+    random = [torch.randn_like(output) for output in doubles]
+    return list(torch.autograd.grad(doubles, [_b(weight) for weight in among], random, allow_unused=True))
 
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
             layer.training = mode
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def _tensors(output: object) -> Iterator[Tensor]:
     """Return the floating-point tensors in an output."""
     if isinstance(output, Tensor):
         if output.is_floating_point():

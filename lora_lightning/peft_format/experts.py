@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from lora_lightning.lora.layers import AdaptedWeight, Target, child_name
+from lora_lightning.lora import AdaptedWeight, adapted_weights
+from lora_lightning.lora.layers import Target
 from lora_lightning.lora.selection import layers_of
 
 _INSIDE = ".base_layer"
@@ -24,7 +25,8 @@ def is_experts(target: Target) -> bool:
 
 def experts_to_peft(adapted: AdaptedWeight, prefix: str) -> dict[str, Tensor]:
     """Return the tensors of the adapters by PEFT's keys."""
-    adapted_keys = [key for key in adapted.layer._parameters if child_name(key) in adapted.layer._modules]
+    together = {found.parameter for found in adapted_weights(adapted.layer) if found.layer is adapted.layer}
+    adapted_keys = [key for key in adapted.layer._parameters if key in together]
     name = prefix + adapted.layer_name + _INSIDE * (len(adapted_keys) - 1 - adapted_keys.index(adapted.parameter))
     a, b = adapted.adapter.factors()
     return {f"{name}.lora_A.weight": a.flatten(0, 1), f"{name}.lora_B.weight": b.permute(1, 2, 0).flatten(1)}

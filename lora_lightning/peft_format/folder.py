@@ -21,7 +21,7 @@ from lora_lightning.lora import (
     is_adapted,
     set_adapter,
 )
-from lora_lightning.lora.adaptation import attach_to, attachment_of, config_of, unwrapped
+from lora_lightning.lora.adaptation import attach_to, config_of, unwrapped
 from lora_lightning.lora.bypass import bypass_target
 from lora_lightning.lora.layers import Target
 from lora_lightning.lora.matching import Names
@@ -95,7 +95,6 @@ class AdapterFolder:
         values: Mapping[str, Tensor] | None = None,
     ) -> None:
         module = unwrapped(module)
-        attachment_of(module)
         with _with_values(module, values or {}):
             description, tensors = describe(module), exported(module)
         self._files = description, tensors, base_metadata(module)

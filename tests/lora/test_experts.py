@@ -212,3 +212,24 @@ def test_mixtral_gets_half_a_million_numbers_and_not_a_matrix_of_all_experts() -
     (each,) = select(net, LoRAConfig(rank=4, target_modules=[], target_parameters=["down_proj"]))
     assert each.shape == (4096, 14336)
     assert 4 * 8 * sum(each.shape) == 589_824
+
+
+class TwoParameters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.Module()
+        self.experts.up = nn.Parameter(torch.randn(2, 6, 5))
+        self.experts.down = nn.Parameter(torch.randn(2, 5, 6))
+
+
+def test_a_folder_knows_nothing_of_other_adapters_of_the_same_experts(tmp_path: Path) -> None:
+    net = TwoParameters()
+    attach(net, LoRAConfig(rank=1, target_modules=[], target_parameters=["experts.down"]), name="other")
+    attach(net, LoRAConfig(rank=1, target_modules=[], target_parameters=["experts.up"]))
+    stir(net, 0.3)
+    save_adapter(net, tmp_path / "adapter")
+    fresh = TwoParameters()
+    load_adapter(fresh, tmp_path / "adapter")
+    assert torch.equal(fresh.experts.up, net.experts.up)
+    assert torch.equal(fresh.experts.down, net.experts.down)
