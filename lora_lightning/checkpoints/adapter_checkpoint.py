@@ -88,6 +88,8 @@ class AdapterContent:
         return {
             "config": asdict(config_of(self.adapted)),
             "adapters": self._adapters(),
+            "active": adapter_names(self.adapted)[0],
+            "part": self.part(),
             "base_fingerprint": self.base_fingerprint,
             "base_path": self.base_path,
         }
@@ -122,6 +124,11 @@ class AdapterContent:
                 f"({self.base_fingerprint[:12]}). {advice}"
             )
 
+    def part(self) -> str:
+        """Return the name of the adapted part of the model, `""` for the model itself."""
+        found: str = next(name for name, module in self.pl_module.named_modules() if module is self.adapted)
+        return found
+
     def trained_keys(self) -> set[str]:
         """Return the names of the tensors of adapters and of modules that are trained in full."""
         return adapter_keys(self.pl_module) | saved_keys(self.pl_module)
@@ -137,7 +144,7 @@ class AdapterContent:
 
         Checkpoints include trained parameters, buffers outside the adapted part, and tensors inside it that the user's code has updated.
         """
-        prefix = next(name for name, module in self.pl_module.named_modules() if module is self.adapted)
+        prefix = self.part()
         frozen = {
             name
             for name, parameter in self.pl_module.named_parameters(remove_duplicate=False)

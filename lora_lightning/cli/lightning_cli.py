@@ -10,7 +10,14 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+    RichProgressBar,
+    TQDMProgressBar,
+)
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
@@ -168,6 +175,7 @@ class LoRALightningCLI(LightningCLI):
         if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in of_trainer):
             of_trainer.append(PredictionWriter())
         trainer.strategy.checkpoint_io = write_atomically(trainer.strategy.checkpoint_io)
+        _save_no_exceptions_of_one_device(trainer)
         return trainer
 
     @override
@@ -200,6 +208,16 @@ class LoRALightningCLI(LightningCLI):
         settings.ckpt_path = str(newest_checkpoint(path))
         if settings.ckpt_path != str(path):
             rank_zero_info(f"Checkpoint: {settings.ckpt_path}")
+
+
+def _save_no_exceptions_of_one_device(trainer: Trainer) -> None:
+    """Switch `save_on_exception` off on several devices, where one that fails would wait for the others for ever.
+
+    A checkpoint is saved by all devices together (https://github.com/Lightning-AI/pytorch-lightning/issues/20187).
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined] # Trainer sets it from elsewhere
+        if trainer.world_size > 1 and isinstance(callback, ModelCheckpoint):
+            callback.save_on_exception = False
 
 
 def _is_local_file(path: str | Path | None) -> bool:

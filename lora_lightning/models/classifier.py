@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from lora_lightning.checkpoints.checkpoints import ADAPTER_KEY, holds_adapters_a
 from lora_lightning.lora import is_adapted, lora_plus_param_groups
 from lora_lightning.lora.lora_plus import check_lr_ratio
 from lora_lightning.models.one_cycle import OneCycle
+
+
+def adam(parameters: Iterable[nn.Parameter] | list[dict[str, Any]]) -> Optimizer:
+    """Return the default optimizer of `Classifier`."""
+    return torch.optim.Adam(parameters, lr=1e-3, fused=True)
 
 
 class Classifier(LightningModule):
@@ -60,7 +66,8 @@ class Classifier(LightningModule):
         if num_classes is not None and num_classes < 2:
             raise ValueError(f"num_classes={num_classes}: expected at least 2.")
         self.backbone = backbone
-        self.optimizer = optimizer
+        # jsonargparse reads the settings in the default, a lambda. A strategy that starts processes needs a function.
+        self.optimizer = adam if optimizer is _DEFAULT_OPTIMIZER else optimizer
         self.lr_scheduler = lr_scheduler
         self.num_classes = num_classes
         self.lr_ratio = check_lr_ratio(lr_ratio)
@@ -191,3 +198,6 @@ class Classifier(LightningModule):
 def _fraction_correct(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the fraction of correct predictions among the samples with a target, which is -100 for others."""
     return (logits.detach().argmax(1) == targets).sum() / (targets != -100).sum()
+
+
+_DEFAULT_OPTIMIZER = signature(Classifier).parameters["optimizer"].default

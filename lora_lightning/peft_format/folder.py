@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.checkpoints import newest_adapter
 from lora_lightning.lora import (
     LoRAConfig,
     adapted_weights,
@@ -41,6 +42,7 @@ from lora_lightning.peft_format.files import (
     read_metadata,
     write_files,
 )
+from lora_lightning.peft_format.from_checkpoint import load_from_checkpoint
 from lora_lightning.peft_format.mapping import (
     OWN_TYPE,
     check_method,
@@ -137,13 +139,14 @@ def _with_values(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[No
 def load_adapter(
     module: nn.Module, folder: str | os.PathLike[str], name: str = "default", *, strict: bool = False
 ) -> list[str]:
-    """Load the adapters in `folder`, which `save_adapter` or PEFT wrote. They are attached if `module` has none.
+    """Load the adapters that `save_adapter`, PEFT or a run wrote. They are attached if `module` has none.
 
     A warning says if they were trained on another base.
 
     Args:
         module: The base, plain or adapted.
-        folder: The folder with `adapter_config.json` and `adapter_model.safetensors`.
+        folder: The folder with `adapter_config.json` and `adapter_model.safetensors`; or a log folder, whose newest
+            adapter is used; or a checkpoint of a run with `LoRAFinetuning`.
         name: Name of the adapters. If adapters with this name exist, they get the values in the folder, and must have
             the same layers, ranks and scales. Adapters with other names become inactive until `set_adapter`.
         strict: Whether to refuse adapters of another base. The same base in another precision is accepted.
@@ -157,6 +160,10 @@ def load_adapter(
             `strict`. `module` is then unchanged.
     """
     module, folder = unwrapped(module), Path(folder)
+    if folder.is_file():
+        return load_from_checkpoint(module, folder, name, strict)
+    if folder.is_dir() and not (folder / CONFIG_NAME).exists() and any(True for _ in folder.rglob(CONFIG_NAME)):
+        folder = newest_adapter(folder)
     description = read_description(folder / CONFIG_NAME)
     check_method(description, folder / CONFIG_NAME)
     content = read_content(folder / WEIGHTS_NAME, description, module)
