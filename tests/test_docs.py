@@ -20,11 +20,11 @@ PACKAGE = ROOT / "lora_lightning"
 ORDER = (
     "wording",
     "lora",
-    "peft_format",
-    "report",
     "lightning_packages",
     "backbone_facts",
     "checkpoints",
+    "peft_format",
+    "report",
     "data",
     "models",
     "callbacks",

@@ -154,7 +154,7 @@ SHARED = {
         "data.text_files.read_texts",
     },
     "the command line merges, and ends with what the callback knows": {
-        "callbacks.lora_finetuning.LR_RATIO_IS_OF_THE_OPTIMIZER",
+        "callbacks.lora_arguments.LR_RATIO_IS_OF_THE_OPTIMIZER",
         "callbacks.merging.finetuning_of",
         "callbacks.merging.load_merged",
         "callbacks.merging.save_merged",

@@ -29,7 +29,7 @@ from lora_lightning.callbacks.training_checks import (
     refuse_pruning,
     refuse_strategy,
 )
-from lora_lightning.checkpoints import RandomState, load_base, newest_checkpoint
+from lora_lightning.checkpoints import NotFiniteError, RandomState, load_base, newest_checkpoint
 from lora_lightning.checkpoints.adapter_checkpoint import AdapterCheckpointIO, AdapterContent
 from lora_lightning.checkpoints.atomic_checkpoint import write_atomically
 from lora_lightning.checkpoints.packed_layers import let_packed_keys_be_missing
@@ -107,7 +107,7 @@ class LoRAFinetuning(Callback):
         self._untrained: UntrainedAdapters | None = None
         self._result: RunAdapters | None = None
         self._updated: set[str] = set()
-        self._is_trained = False
+        self._is_written = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -128,20 +128,27 @@ class LoRAFinetuning(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._frozen = self._finite = self._untrained = self._result = None
+        self._frozen = self._finite = self._untrained = self._result = self._checkpoints = None
         if self._after_layers is not None:
             self._after_layers.remove()
             self._after_layers = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._is_trained:  # another callback failed after the last epoch
+        # Another callback may have failed after the last epoch. Several processes would wait for each other.
+        is_trained = self._result is not None and trainer.state.fn == "fit" and trainer.fit_loop.done
+        if (
+            is_trained
+            and not self._is_written
+            and trainer.world_size == 1
+            and not isinstance(exception, NotFiniteError)
+        ):
             self._write_result(trainer)
         self.teardown(trainer, pl_module, "fit")  # which Lightning does not call after an exception
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_trained = False
+        self._is_written = False
         if self._after_layers is not None:
             self._after_layers.remove()
         refuse_pruning(trainer)
@@ -195,7 +202,6 @@ class LoRAFinetuning(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_trained = True
         restore_averaged_base(trainer, pl_module, self._network)
 
     @override
@@ -239,7 +245,7 @@ class LoRAFinetuning(Callback):
 
     def _write_result(self, trainer: Trainer) -> str:
         """Write the adapter folder, and return a description of the checkpoint that it holds."""
-        self._is_trained = False
+        self._is_written = True
         assert self._result is not None
         self.adapter_folder, of_best = self._result.write()
         self._spawned.save(trainer, self._network, self.adapter_folder)
@@ -261,6 +267,8 @@ class LoRAFinetuning(Callback):
             self.base_path = newest_checkpoint(self.base_checkpoint)
             rank_zero_info(f"Base: {self.base_path}")
             load_base(pl_module, self.base_path, self.weights_only)
+        elif self.adapter is None:
+            rank_zero_info("Base: the weights that the model has now, since no base_checkpoint is given.")
 
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not is_adapted(pl_module):

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Sequence
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
 from lora_lightning.cli.init import how_to_get
+from lora_lightning.lora import LoRAConfig
 
 _NO_NAME = '"<unicode string>"'
 _UNION = "Does not validate against any of the Union subtypes"
@@ -61,9 +63,21 @@ def _with_settings(text: str) -> str:
             text += (
                 f" `lora-lightning fit --config {config}` creates it; base_checkpoint and --ckpt_path select another."
             )
+    if match := re.match(r"unrecognized arguments: --(\w+)\b", text):
+        text += (
+            f". Options have the name of their part in front (lora, model, data, trainer), for example "
+            f"--{_part_of(match[1])}.{match[1]}."
+        )
     if (match := re.search(r"File does not exist: '([^']+)'", text)) and (hint := how_to_get(match[1])):
         text += f". {hint}"
     return text
+
+
+def _part_of(option: str) -> str:
+    """Return the part that an option is likely to belong to."""
+    if option in LoRAConfig.__dataclass_fields__:
+        return "lora"
+    return "trainer" if option in signature(Trainer).parameters else "model"
 
 
 def _with_file(text: str, words: Sequence[str]) -> str:

@@ -53,6 +53,12 @@ def apply_lora_options(settings: Namespace) -> None:
     given = {name: value for name, value in options.as_dict().items() if value is not None}
     if "lr_ratio" in given:
         raise ValueError(LR_RATIO_IS_OF_THE_OPTIMIZER)
+    of_config = [f"--lora.{name}" for name in given if name in LoRAConfig.__dataclass_fields__]
+    if "adapter" in given and of_config:
+        raise ValueError(
+            f"--lora.adapter {given['adapter']} starts from adapters that have their configuration: "
+            f"{', '.join(of_config)} would have no effect. Leave one of them out."
+        )
     callbacks = configured_callbacks(settings.trainer)
     ours = [callback for callback in callbacks if is_lora_finetuning(callback)]
     if given and not ours:

@@ -57,9 +57,12 @@ def select(module: nn.Module, config: LoRAConfig) -> list[Target]:
     selected = [target for target in wanted if target.layer not in in_full and target.name not in left_out]
     if config.bypass:
         selected.append(bypass_target(module, config))
-    missing = _unmatched(config, known, selected, modules)
-    if missing or not selected:
+    missing = _unmatched_targets(config, known)
+    if missing:
         raise ValueError(_nothing_matches(missing, known))
+    _check_patterns(config, selected, modules)
+    if not selected:
+        raise ValueError(_nothing_matches([], known))
     check(selected, config)
     if config.target_modules == "all":
         _say_what_is_not_reached(module, selected, in_full)
@@ -153,16 +156,31 @@ def _can_hold_an_update(target: Target, weight: Tensor) -> bool:
     return plain.is_floating_point() and plain.itemsize >= 2
 
 
-def _unmatched(
-    config: LoRAConfig, known: dict[str, Target], selected: list[Target], modules: dict[str, nn.Module]
-) -> list[str]:
-    """Return the patterns of a configuration that match nothing."""
+def _unmatched_targets(config: LoRAConfig, known: dict[str, Target]) -> list[str]:
+    """Return the targets of a configuration that match nothing."""
     targets = [] if config.target_modules == "all" else config.target_modules
     missing = Names(targets).unmatched(name for target in known.values() for name in target.names)
-    missing += Names(config.target_parameters).unmatched(known) + Names(config.modules_to_save).unmatched(modules)
-    for patterns in (config.rank_pattern, config.alpha_pattern):
-        missing += Names(patterns).unmatched(name for target in selected for name in target.names)
-    return missing
+    return missing + Names(config.target_parameters).unmatched(known)
+
+
+def _check_patterns(config: LoRAConfig, selected: list[Target], modules: dict[str, nn.Module]) -> None:
+    """Check that the other patterns of a configuration match something.
+
+    Raises:
+        ValueError: If one does not. The message names the option and close names.
+    """
+    names = [name for target in selected for name in target.names]
+    options: dict[str, tuple[str | list[str] | dict[str, int] | dict[str, float], str, list[str]]] = {
+        "modules_to_save": (config.modules_to_save, "no module", list(modules)),
+        "rank_pattern": (config.rank_pattern, "no adapted layer", names),
+        "alpha_pattern": (config.alpha_pattern, "no adapted layer", names),
+    }
+    for option, (patterns, what, among) in options.items():
+        missing = Names(patterns).unmatched(among)
+        if missing:
+            close = [name for key in missing for name in difflib.get_close_matches(key, among)]
+            listed = some_of(dict.fromkeys([*close, *among]), 20) or "none"
+            raise ValueError(f"{option}: {missing} match {what}. There are: {listed}.")
 
 
 def _nothing_matches(missing: list[str], known: dict[str, Target]) -> str:

@@ -105,6 +105,8 @@ class AdapterFolder:
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write the folder as `save_adapter` does."""
         folder = Path(folder)
+        if folder.is_file():
+            raise FileExistsError(f"{folder} is a file; expected a folder for the adapter. Choose another path.")
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if (folder / name).exists():
                 raise FileExistsError(

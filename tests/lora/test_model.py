@@ -243,7 +243,10 @@ class TestRefusals:
             (LoRAConfig(target_modules=["1"]), r"Targets \['1'\] match no layer"),
             (LoRAConfig(target_modules=["0", "no"]), r"Targets \['no'\] match no layer"),
             (LoRAConfig(target_modules="conv.*"), r"Targets \['conv.\*'\] match no layer"),
-            (LoRAConfig(rank=1, rank_pattern={"7": 2}), r"Targets \['7'\] match no layer"),
+            (
+                LoRAConfig(rank=1, rank_pattern={"7": 2}),
+                r"rank_pattern: \['7'\] match no adapted layer. There are: 0, 3\.",
+            ),
             (LoRAConfig(exclude_modules=["0", "3"]), r"No layer is left to adapt"),
         ],
     )

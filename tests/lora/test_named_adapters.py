@@ -238,5 +238,5 @@ class TestTrainable:
         assert torch.equal(net(x), b)
 
     def test_one_that_is_not_there_is_refused(self, net: Net) -> None:
-        with pytest.raises(ValueError, match=r"Targets \['tail'\] match no layer"):
+        with pytest.raises(ValueError, match=r"modules_to_save: \['tail'\] match no module. There are: conv"):
             attach(net, LoRAConfig(rank=1, modules_to_save=["tail"]))

@@ -1,0 +1,362 @@
+"""What a run leaves behind, whatever else happens: the adapters of the best epoch, from memory."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lora_lightning import LoRAConfig, LoRAFinetuning, load_adapter
+from lora_lightning.checkpoints import NotFiniteError
+from lora_lightning.lora import adapter_names, adapter_state_dict, base_fingerprint
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.filterwarnings(
+    # Small data in the process of the test: https://github.com/Lightning-AI/pytorch-lightning/issues/19223
+    "ignore:.*does not have many workers.*",
+    "ignore:The number of training batches",
+    # The Trainer's own: https://github.com/Lightning-AI/pytorch-lightning/issues/15340
+    "ignore:Checkpoint directory .* exists and is not empty",
+)
+
+
+def loader() -> DataLoader[Any]:
+    x = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(x, x.argmax(1) % 3), batch_size=8, generator=torch.Generator())
+
+
+class Module(LightningModule):
+    """Two layers, whose validation score is given for each epoch: the lowest is the best."""
+
+    def __init__(self, scores: tuple[float, ...] = (1.0, 0.5, 2.0), extra: object = None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.save_hyperparameters()
+        self.encoder, self.decoder = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.scores = scores
+        self.seen: list[dict[str, Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x).relu())
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        self.log("score", self.scores[self.current_epoch])
+
+    def on_validation_end(self) -> None:
+        state = nn.Module.state_dict(self)
+        self.seen.append({key: value.clone() for key, value in state.items() if "lora_" in key})
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+class Filtered(Module):
+    """Leaves its encoder out of checkpoints, as an answer in Lightning's issue 19514 says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False
+
+    def state_dict(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        state = super().state_dict(*arguments, **keywords)
+        return {key: value for key, value in state.items() if not key.startswith("encoder")}
+
+
+def fit(
+    module: LightningModule, folder: Path, *callbacks: Callback, epochs: int = 3, **options: Any
+) -> tuple[Trainer, LoRAFinetuning]:
+    torch.manual_seed(2)
+    ours = LoRAFinetuning(rank=2)
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=CSVLogger(folder),
+        callbacks=[ours, *callbacks],
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader(), loader(), **options)
+    return trainer, ours
+
+
+def in_folder(folder: object) -> dict[str, Tensor]:
+    found = load_file(Path(str(folder)) / "adapter_model.safetensors")
+    return {key.removeprefix("base_model.model.").removesuffix(".weight"): value for key, value in found.items()}
+
+
+def of_epoch(module: Module, epoch: int) -> dict[str, Tensor]:
+    return {key.replace(".lora_weight.default.", "."): value for key, value in module.seen[epoch].items()}
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("weights_only", [False, True], ids=["full", "weights only"])
+def test_the_folder_holds_the_best_epoch_and_another_lies_beside_its_checkpoint(
+    weights_only: bool, tmp_path: Path
+) -> None:
+    module = Module()
+    files = ModelCheckpoint(tmp_path / "c", monitor="score", save_weights_only=weights_only)
+    _, ours = fit(module, tmp_path, files)
+    assert equal(in_folder(ours.adapter_folder), of_epoch(module, 1))
+    (beside,) = (tmp_path / "c").glob("*.adapter")  # that of the first epoch went with its checkpoint
+    assert beside.stem == Path(files.best_model_path).stem
+    assert equal(in_folder(beside), of_epoch(module, 1))
+
+
+def test_a_checkpoint_with_any_objects_does_not_end_a_run(tmp_path: Path) -> None:
+    module = Module(extra=[functools.partial(torch.optim.SGD, lr=0.1), nn.Linear(2, 2), Module])
+    _, ours = fit(module, tmp_path, ModelCheckpoint(tmp_path / "c", monitor="score"))
+    assert equal(in_folder(ours.adapter_folder), of_epoch(module, 1))
+
+
+def test_a_module_that_filters_its_state_gets_the_adapters_of_one_epoch_and_resumes_with_all(tmp_path: Path) -> None:
+    whole, half, resumed = Filtered(), Filtered(), Filtered()
+    _, ours = fit(whole, tmp_path / "a", ModelCheckpoint(tmp_path / "a", monitor="score"))
+    assert equal(in_folder(ours.adapter_folder), of_epoch(whole, 1))
+    fit(half, tmp_path / "b", ModelCheckpoint(tmp_path / "b", save_last=True), epochs=2)
+    fit(resumed, tmp_path / "c", epochs=3, ckpt_path=str(tmp_path / "b" / "last.ckpt"))
+    assert equal(nn.Module.state_dict(resumed), nn.Module.state_dict(whole))
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_needed(tmp_path: Path) -> None:
+    class Removes(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            for path in (tmp_path / "c").rglob("*.ckpt"):
+                path.unlink()
+
+    module = Module()
+    _, ours = fit(module, tmp_path, ModelCheckpoint(tmp_path / "c", monitor="score"), Removes())
+    assert equal(in_folder(ours.adapter_folder), of_epoch(module, 1))
+
+
+def test_a_resumed_run_knows_the_best_epoch_of_before(tmp_path: Path) -> None:
+    first, second = Module((0.5, 1.0, 2.0)), Module((9.0, 1.0, 2.0))
+    fit(first, tmp_path / "a", ModelCheckpoint(tmp_path / "a", monitor="score", save_last=True), epochs=2)
+    last = str(tmp_path / "a" / "last.ckpt")
+    # Lightning forgets the best of a run that saves its checkpoints elsewhere, with a warning.
+    with pytest.warns(UserWarning, match="dirpath has changed"):
+        _, ours = fit(second, tmp_path / "b", ModelCheckpoint(tmp_path / "b", monitor="score"), ckpt_path=last)
+    assert equal(in_folder(ours.adapter_folder), of_epoch(first, 0))
+
+
+@pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])
+def test_a_callback_that_fails_afterwards_does_not_cost_the_result(hook: str, tmp_path: Path) -> None:
+    class Fails(Callback):
+        def fail(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            raise RuntimeError("no space for a figure")
+
+    failing = Fails()
+    setattr(failing, hook, failing.fail)
+    module, ours = Module(), LoRAFinetuning(rank=2)
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=CSVLogger(tmp_path),
+        callbacks=[failing, ours],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    with pytest.raises(RuntimeError, match="no space for a figure"):
+        trainer.fit(module, loader(), loader())
+    (folder,) = tmp_path.rglob("adapter")
+    assert equal(in_folder(folder), of_epoch(module, -1))
+    pickle.dumps(ours)
+
+
+class Stops(Module):
+    """Fails in its first step."""
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        raise KeyError("a mistake of the user")
+
+
+def test_after_an_exception_the_module_and_the_callback_are_as_before(tmp_path: Path) -> None:
+    module, ours = Stops(), LoRAFinetuning(rank=2)
+    attributes = set(vars(module))
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, callbacks=[ours], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(KeyError, match="a mistake of the user"):
+        trainer.fit(module, loader(), loader())
+    assert {"configure_model", "setup", "forward"}.isdisjoint(set(vars(module)) - attributes)
+    pickle.dumps(ours)
+
+
+def test_a_module_trained_in_full_that_becomes_nan_keeps_the_last_finite_checkpoint(tmp_path: Path) -> None:
+    class Diverges(Module):
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            loss, weight = super().training_step(batch, index), self.decoder.weight
+            # This adds zero, with a gradient of NaN.
+            return loss + (weight - weight.detach()).square().sum().sqrt() if self.global_step == 4 else loss
+
+    trainer = Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[
+            LoRAFinetuning(rank=2, target_modules=["encoder"], modules_to_save=["decoder"]),
+            ModelCheckpoint(tmp_path, every_n_train_steps=1, filename="{step}"),
+        ],
+    )  # fmt: skip
+    with pytest.raises(NotFiniteError, match=r"'decoder.weight'.* contain NaN or infinity"):
+        trainer.fit(Diverges((1.0,) * 9), loader(), loader())
+    (kept,) = tmp_path.glob("*.ckpt")
+    saved = torch.load(kept, weights_only=True)["state_dict"]
+    assert all(bool(value.isfinite().all()) for value in saved.values())
+
+
+class Counts(nn.Module):
+    """Keeps a number in the state dict that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = torch.zeros(())
+
+    def get_extra_state(self) -> Tensor:
+        return self.seen
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.seen = state
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + 1
+        return x
+
+
+def test_states_of_metrics_and_extra_states_are_no_part_of_the_frozen_base(tmp_path: Path) -> None:
+    class Measured(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.accuracy, self.counts = MulticlassAccuracy(3), Counts()
+            self.accuracy.persistent(True)
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            logits = self.counts(self(batch[0]))
+            self.accuracy(logits, batch[1])
+            return nn.functional.cross_entropy(logits, batch[1])
+
+    before = base_fingerprint(Measured())
+    module = Measured()
+    fit(module, tmp_path, ModelCheckpoint(tmp_path / "c", save_last=True), epochs=2)
+    assert module.counts.seen > 0
+    assert base_fingerprint(module) == before
+    fit(Measured(), tmp_path, epochs=3, ckpt_path=str(tmp_path / "c" / "last.ckpt"))
+
+
+def test_a_base_with_objects_is_read_when_told_to_and_a_bare_state_dict_always(tmp_path: Path) -> None:
+    plain, path = Module(extra=functools.partial(torch.optim.SGD, lr=0.1)), tmp_path / "base.ckpt"
+    with torch.no_grad():
+        plain.encoder.weight.fill_(0.25)
+    trainer = Trainer(max_epochs=0, accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.strategy.connect(plain)
+    trainer.save_checkpoint(path)
+    torch.save(plain.state_dict(), tmp_path / "bare.pt")
+
+    def start(**options: Any) -> Module:
+        module = Module()
+        Trainer(
+            max_epochs=1, limit_train_batches=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[LoRAFinetuning(rank=2, **options)],
+        ).fit(module, loader(), loader())  # fmt: skip
+        return module
+
+    with pytest.raises(ValueError, match=r"functools.partial.* pass weights_only=False to fit, test or LoRAFinetuning"):
+        start(base_checkpoint=path)
+    for module in (start(base_checkpoint=path, weights_only=False), start(base_checkpoint=tmp_path / "bare.pt")):
+        assert torch.equal(module.encoder._parameters["weight"], plain.encoder.weight)
+
+
+@pytest.mark.parametrize("source", ["log folder", "checkpoint", "adapter folder"])
+def test_a_run_s_adapters_are_attached_without_a_trainer(source: str, tmp_path: Path) -> None:
+    module = Module()
+    trainer, ours = fit(module, tmp_path, epochs=1)
+    files = trainer.checkpoint_callback
+    sources = {"log folder": tmp_path, "checkpoint": files.best_model_path, "adapter folder": ours.adapter_folder}
+    other, x = Module(), torch.randn(4, 8)
+    assert load_adapter(other, sources[source], name="again") == ["encoder", "decoder"]
+    assert adapter_names(other) == ["again"]
+    assert torch.equal(other(x), module(x))
+
+
+def test_a_checkpoint_without_adapters_or_of_another_base_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    module = Module()
+    trainer, _ = fit(module, tmp_path, epochs=1)
+    other = Module()
+    torch.nn.init.zeros_(other.encoder.weight)
+    path = trainer.checkpoint_callback.best_model_path
+    with pytest.raises(ValueError, match="were trained on another base"):
+        load_adapter(other, path, strict=True)
+    torch.save({"state_dict": other.state_dict()}, tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="contains no adapters: it is a full checkpoint"):
+        load_adapter(other, tmp_path / "plain.ckpt")
+    assert adapter_state_dict(other) == {}
+    with pytest.warns(UserWarning, match="were trained on another base"):
+        load_adapter(other, path)
+
+
+def test_containers_of_omegaconf_none_and_a_whole_configuration_are_arguments() -> None:
+    config = OmegaConf.create(
+        {"target_modules": ["encoder"], "rank_pattern": {"encoder": 3}, "modules_to_save": None, "bypass": [8, 3]}
+    )
+    expected = LoRAConfig(target_modules=["encoder"], rank_pattern={"encoder": 3}, bypass=(8, 3))
+    made: list[Callable[[], LoRAFinetuning]] = [
+        lambda: LoRAFinetuning(**config),
+        lambda: LoRAFinetuning(config),
+        lambda: LoRAFinetuning(expected),
+        lambda: LoRAFinetuning(LoRAConfig(rank=5), rank=8, **config),
+    ]
+    for make in made:
+        assert make().config == expected
+        pickle.dumps(make())
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("r", "rank"), ("lora_alpha", "alpha"), ("target_module", "target_modules")]
+)
+def test_an_argument_of_another_library_or_a_misspelt_one_is_answered_with_the_right_one(name: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"has no argument '{name}'. Is '{meant}' meant"):
+        LoRAFinetuning(**{name: 4})
+
+
+def test_the_example_for_hydra_trains_tests_and_resumes(tmp_path: Path) -> None:
+    def run(name: str, *words: str) -> Path:
+        line = [
+            sys.executable,
+            str(ROOT / "examples" / "hydra" / "train.py"),
+            f"hydra.run.dir={tmp_path / name}",
+            *words,
+        ]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr
+        (folder,) = (tmp_path / name).rglob("version_0/adapter")
+        return folder
+
+    shorter = ["trainer.limit_train_batches=3", "+trainer.limit_val_batches=2", "+trainer.limit_test_batches=2"]
+    run("first", "callbacks.lora.rank=1", "trainer.max_epochs=1", *shorter)
+    (last,) = (tmp_path / "first").rglob("last.ckpt")
+    folder = run("second", "callbacks.lora.rank=1", f"ckpt_path='{last}'", *shorter)
+    tensors = in_folder(folder)
+    assert tensors["linear1.lora_A"].shape == (1, 784)
+    assert tensors["linear2.lora_A"].shape == (4, 1000)
