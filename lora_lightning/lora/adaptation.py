@@ -24,6 +24,7 @@ from lora_lightning.lora.layers import (
     Target,
     adapters_of,
     bare_layers,
+    computing_without_updates,
     effective,
     is_computed,
     place,
@@ -76,7 +77,8 @@ def attach(module: nn.Module, config: LoRAConfig, name: str = "default") -> list
             f"{[found.name for found in adapted_weights(module, name)]}. Call detach(module) or merge(module) first, "
             "or give the new adapters another name."
         )
-    return attach_to(module, select(module, config), config, name)
+    with computing_without_updates(module):
+        return attach_to(module, select(module, config), config, name)
 
 
 def attach_to(module: nn.Module, selected: list[Target], config: LoRAConfig, name: str) -> list[str]:
@@ -128,12 +130,16 @@ def set_adapter(module: nn.Module, name: str) -> None:
 
     Raises:
         ValueError: If there are no adapters with this name.
-        RuntimeError: If the adapters are distributed by `fully_shard`.
+        RuntimeError: Within `bare` or `merged`, or if the adapters are distributed by `fully_shard`.
     """
     module = unwrapped(module)
-    names = adapter_names(module)
+    attachment_of(module)
+    require_no_bare_layers(module)
+    names = _names(module)
     if name not in names:
         raise ValueError(f"This {type(module).__name__} has no adapters named {name!r}; it has {', '.join(names)}.")
+    if any(adapters.is_merged for adapters in _containers(module)):
+        raise RuntimeError("The adapters are merged for a while: choose others outside of merged(net).")
     if any(is_sharded(parameter) for adapters in _containers(module) for parameter in adapters.parameters()):
         raise RuntimeError(
             "The adapters are distributed by fully_shard, which has noted what is trained. Choose one before that."
@@ -444,7 +450,8 @@ def _mergeable(module: nn.Module) -> list[AdaptedWeight]:
 
 @torch.no_grad()
 def _merged_weight(weight: AdaptedWeight) -> Tensor:
-    return effective(weight.layer, weight.parameter)
+    with computing_without_updates(weight.layer):
+        return effective(weight.layer, weight.parameter)
 
 
 def _is_finite(weight: AdaptedWeight, value: Tensor) -> bool:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 import torch
@@ -24,6 +25,8 @@ from lora_lightning.lora.config import LoRAConfig
 
 L = TypeVar("L", bound=nn.Module)
 Forward = Callable[..., Tensor]
+_lock = RLock()
+"""Held while a context of some thread begins or ends, since each step depends on the contexts of the others."""
 
 
 @dataclass(frozen=True)
@@ -237,9 +240,10 @@ class Adapter(nn.Module):
 
     def scaled(self, key: object, factor: float | None) -> None:
         """Multiply the update by a factor until the same key is passed with `None`."""
-        strengths = {other: value for other, value in self._strengths.items() if other is not key}
-        self._strengths = strengths if factor is None else {**strengths, key: factor}
-        self.strength = math.prod(self._strengths.values())
+        with _lock:
+            strengths = {other: value for other, value in self._strengths.items() if other is not key}
+            self._strengths = strengths if factor is None else {**strengths, key: factor}
+            self.strength = math.prod(self._strengths.values())
 
     def extra_repr(self) -> str:
         """Return the rank and the scale."""
@@ -330,23 +334,27 @@ class Adapters(nn.Module):
 
     def pause(self, key: object) -> None:
         """Compute with W alone until `resume` is called with the same key. The last of several pauses counts."""
-        self._pauses = self._pauses | {key}
-        self.update()
+        with _changing():
+            self._pauses = self._pauses | {key}
+            self.update()
 
     def resume(self, key: object) -> None:
         """End a pause."""
-        self._pauses = self._pauses - {key}
-        self.update()
+        with _changing():
+            self._pauses = self._pauses - {key}
+            self.update()
 
     def merge(self, key: object, weight: Tensor) -> None:
         """Compute with this W' until `unmerge` is called with the same key. A pause goes first."""
-        self._merges = {**self._merges, key: weight}
-        self.update()
+        with _changing():
+            self._merges = {**self._merges, key: weight}
+            self.update()
 
     def unmerge(self, key: object) -> None:
         """End a merge."""
-        self._merges = {other: weight for other, weight in self._merges.items() if other is not key}
-        self.update()
+        with _changing():
+            self._merges = {other: weight for other, weight in self._merges.items() if other is not key}
+            self.update()
 
     @property
     def is_paused(self) -> bool:
@@ -386,10 +394,11 @@ class Adapters(nn.Module):
 
     def update(self) -> None:
         """Choose what the layer computes with, after a name, a context or a child has changed."""
-        merges = list(self._merges.values())
-        self.merged = merges[-1] if merges and not self._pauses else None
-        unmerged = not self._pauses and self.merged is None
-        self.in_effect = tuple(map(self.adapter, self.active)) if unmerged else ()
+        with _changing():
+            merges = list(self._merges.values())
+            self.merged = merges[-1] if merges and not self._pauses else None
+            unmerged = not self._pauses and self.merged is None
+            self.in_effect = tuple(map(self.adapter, self.active)) if unmerged else ()
 
 
 def dense(weight: Tensor) -> Tensor:
@@ -419,6 +428,11 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     kind = tensor.device.type
     context: AbstractContextManager[None] = torch.autocast(kind if _has_autocast(kind) else "cpu", enabled=False)
     return context
+
+
+def _changing() -> AbstractContextManager[object]:
+    """Return the lock of contexts, which `torch.compile` cannot trace and does not need."""
+    return nullcontext() if torch.compiler.is_compiling() else _lock
 
 
 def drop_gradients(module: nn.Module) -> None:

@@ -23,6 +23,7 @@ from weakref import WeakSet, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lora_lightning.lora.adapter import Adapter, Adapters, AnyKind, CalledKind, Forward, Layout, without_autocast
 from lora_lightning.lora.config import LoRAConfig
@@ -118,6 +119,12 @@ class Adapted(nn.Module):
             raise RuntimeError(_is_read_only(self, name.removesuffix("_orig")))
         super().register_parameter(name, param)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        # `nn.Module` refuses a tensor in place of a parameter with a line that does not help here.
+        if name in self.lora_read and name in self._parameters and not vars(self).get("lora_is_loading"):
+            raise RuntimeError(_is_read_only(self, name))
+        super().__setattr__(name, value)  # type: ignore[arg-type]
+
     def __delattr__(self, name: str) -> None:
         if name in self.lora_read:  # by torch.nn.utils.parametrize, which would make W + ΔW a part of the base
             raise RuntimeError(_is_read_only(self, name))
@@ -142,6 +149,33 @@ class Adapted(nn.Module):
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         return _new, (self.lora_plain, self.lora_kinds), self.__getstate__()  # type: ignore[no-untyped-call]
+
+
+class ReadOnlyParametrizations(nn.ModuleDict):
+    """The parametrizations of an adapted layer. `torch.nn.utils.parametrize` asks whether one exists before a change.
+
+    Outside `bare`, this would make W + ΔW a part of the base, and then fail half-way.
+    """
+
+    def __contains__(self, key: str) -> bool:
+        raise RuntimeError(
+            f"The parametrizations of a layer with adapters are for reading only, also that of {key!r}. Change them "
+            "inside lora.bare(net), which sets the adapters aside, or before attach."
+        )
+
+
+@contextmanager
+def computing_without_updates(module: nn.Module) -> Iterator[None]:
+    """Read computed weights without changing buffers. In training, spectral norm updates its estimate at each read."""
+    lists = [child for child in module.modules() if isinstance(child, ParametrizationList)]
+    training = [child for found in lists for child in found.modules() if child.training]
+    try:
+        for child in training:
+            child.training = False
+        yield
+    finally:
+        for child in training:
+            child.training = True
 
 
 @dataclass(frozen=True)
@@ -301,11 +335,12 @@ def place(target: Target, name: str, adapter: Adapter) -> None:
     layer, parameter = target.layer, target.parameter
     kinds = layer.lora_kinds if isinstance(layer, Adapted) else ()
     if parameter not in dict(kinds):
+        plain = layer.lora_plain if isinstance(layer, Adapted) else type(layer)
+        cls = adapted_class(plain, (*kinds, (parameter, target.kind)))
         adapters = Adapters(target.kind, target.layout, parameter).train(layer.training)
         adapters.is_computed = is_computed(layer, parameter)
         layer.add_module(child_name(parameter), adapters)
-        plain = layer.lora_plain if isinstance(layer, Adapted) else type(layer)
-        set_class(layer, adapted_class(plain, (*kinds, (parameter, target.kind))))
+        _become(layer, cls)
     adapters_of(layer, parameter).add_module(name, adapter.train(layer.training))
 
 
@@ -322,7 +357,7 @@ def take_away(layer: nn.Module, name: str) -> None:
         for parameter, _ in layer.lora_kinds:
             if parameter not in dict(left):
                 del layer._modules[child_name(parameter)]
-        set_class(layer, adapted_class(layer.lora_plain, left) if left else layer.lora_plain)
+        _become(layer, adapted_class(layer.lora_plain, left) if left else layer.lora_plain)
 
 
 def restore(layer: nn.Module) -> None:
@@ -330,7 +365,7 @@ def restore(layer: nn.Module) -> None:
     assert isinstance(layer, Adapted)
     for parameter, _ in layer.lora_kinds:
         del layer._modules[child_name(parameter)]
-    set_class(layer, layer.lora_plain)
+    _become(layer, layer.lora_plain)
 
 
 bare_layers: WeakSet[nn.Module] = WeakSet()
@@ -356,7 +391,8 @@ def bare(module: nn.Module) -> Iterator[nn.Module]:
         with lora.bare(net):
             torch.nn.utils.parametrizations.weight_norm(net.linear1)
     """
-    held = [_Held(name, layer) for name, layer in module.named_modules() if isinstance(layer, Adapted)]
+    with computing_without_updates(module):
+        held = [_Held(name, layer) for name, layer in module.named_modules() if isinstance(layer, Adapted)]
     for layer in held:
         require_own_class(layer.layer)
     for layer in held:
@@ -365,7 +401,8 @@ def bare(module: nn.Module) -> Iterator[nn.Module]:
         yield module
     finally:
         modules = dict(module.named_modules())
-        lost = [layer.name for layer in held if not layer.put_back(modules.get(layer.name))]
+        with computing_without_updates(module):
+            lost = [layer.name for layer in held if not layer.put_back(modules.get(layer.name))]
         if lost:
             warnings.warn(
                 "These layers were replaced or resized inside bare(net), and the new ones have no adapters: "
@@ -385,7 +422,7 @@ class _Held:
     def set_aside(self) -> None:
         for name in self.children:
             del self.layer._modules[name]
-        set_class(self.layer, self.layer.lora_plain)
+        _become(self.layer, self.layer.lora_plain)
         bare_layers.add(self.layer)
 
     def put_back(self, layer: nn.Module | None) -> bool:
@@ -396,7 +433,7 @@ class _Held:
         for adapters in self.children.values():
             adapters.is_computed = is_computed(layer, adapters.parameter)
         layer._modules.update(self.children)
-        set_class(layer, adapted_class(type(layer), self.kinds))
+        _become(layer, adapted_class(type(layer), self.kinds))
         for parameter, _ in self.kinds:
             load_base(layer, parameter)
         return True
@@ -491,6 +528,15 @@ def _called_forward(kind: CalledKind[nn.Module]) -> Forward:
     return forward
 
 
+def _become(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Make a layer an adapted one, or a plain one, with its parametrizations, if any."""
+    set_class(layer, cls)
+    parametrizations = layer._modules.get("parametrizations")
+    if type(parametrizations) in (nn.ModuleDict, ReadOnlyParametrizations):
+        kept = ReadOnlyParametrizations if issubclass(cls, Adapted) else nn.ModuleDict
+        object.__setattr__(parametrizations, "__class__", kept)
+
+
 def set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
     """Replace the class of a layer. Forward passes that a hook of accelerate keeps on the object follow."""
     before = type(layer).forward
@@ -508,10 +554,10 @@ def _weight_in_effect(parameter: str) -> property:
             return weight
         return effective(self, parameter)
 
-    def write(
-        self: nn.Module, value: Tensor
-    ) -> None:  # by a hook that computes W, since a Parameter is registered instead
-        adapters = adapters_of(self, parameter)
+    def write(self: Adapted, value: Tensor) -> None:  # a Parameter is registered instead
+        if "parametrizations" in self._modules:
+            raise RuntimeError(_is_read_only(self, parameter))
+        adapters = adapters_of(self, parameter)  # W is computed by a hook
         if not adapters.is_computed:  # a hook of the old kind was registered now, and has read W + ΔW
             adapters.is_computed = True
             _start_again(self, parameter, value)

@@ -69,18 +69,21 @@ class SavedModules:
 
     def choose(self, chosen: bool) -> None:
         """Put the trained values into the module, or the original ones."""
-        self.is_chosen = chosen
-        self._update()
+        with _lock:
+            self.is_chosen = chosen
+            self._update()
 
     def pause(self, key: object) -> None:
         """Put the original values into the module until `resume` is called with the same key."""
-        self._pauses = self._pauses | {key}
-        self._update()
+        with _lock:
+            self._pauses = self._pauses | {key}
+            self._update()
 
     def resume(self, key: object) -> None:
         """End a pause."""
-        self._pauses = self._pauses - {key}
-        self._update()
+        with _lock:
+            self._pauses = self._pauses - {key}
+            self._update()
 
     def __getstate__(self) -> dict[str, object]:
         if self._pauses:
@@ -91,11 +94,10 @@ class SavedModules:
         return vars(self)
 
     def _update(self) -> None:
-        with _lock:
-            wanted = self.is_chosen and not self._pauses
-            if wanted != self._is_in:
-                self._is_in = wanted
-                self._swap()
+        wanted = self.is_chosen and not self._pauses
+        if wanted != self._is_in:
+            self._is_in = wanted
+            self._swap()
 
     def _swap(self) -> None:
         exchanged = set()

@@ -7,6 +7,7 @@ experts of a mixture. Reading such a weight returns the weight in effect, so the
 from __future__ import annotations
 
 from functools import wraps
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +60,19 @@ class Recurrent:
 
     @property
     def _flat_weights(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self._flat_weights_names]
+        assert isinstance(self, nn.Module)
+        is_loading = "lora_is_loading" in vars(self)  # where weights may be on meta and adapters not, or the reverse
+        return [stored(self, name) if is_loading else getattr(self, name) for name in self._flat_weights_names]
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Tensor]) -> None:
         # The plain class reads this attribute after the adapters are removed.
         assert isinstance(self, nn.Module)
-        vars(self)["_flat_weights"] = [stored(self, name) for name in self._flat_weights_names]
+        plain = [stored(self, name) for name in self._flat_weights_names]
+        vars(self)["_flat_weights"], vars(self)["_flat_weight_refs"] = plain, [ref(weight) for weight in plain]
+
+    def _init_flat_weights(self) -> None:
+        self._flat_weights = []  # not with weights in effect, whose parts may be on different devices meanwhile
 
     def _weights_have_changed(self) -> bool:
         return False  # no list has to be made again
