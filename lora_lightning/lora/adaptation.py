@@ -25,13 +25,13 @@ from lora_lightning.lora.layers import (
     adapters_of,
     bare_layers,
     computing_without_updates,
-    effective,
     is_computed,
     place,
     require_own_class,
     restore,
     stored,
     take_away,
+    with_updates,
 )
 from lora_lightning.lora.modules_to_save import SavedModules, shared_memory
 from lora_lightning.lora.packed import become_linear, keep_packing
@@ -171,9 +171,12 @@ def delete_adapter(module: nn.Module, name: str) -> None:
 
     Raises:
         ValueError: If there are no adapters with this name.
+        RuntimeError: Within `bare`, and within `merged` if they are active.
     """
     module = unwrapped(module)
-    names = adapter_names(module)
+    attachment_of(module)
+    require_no_bare_layers(module)
+    names = _names(module)
     if name not in names:
         raise ValueError(f"This {type(module).__name__} has no adapters named {name!r}; it has {', '.join(names)}.")
     others = [other for other in names if other != name]
@@ -236,7 +239,7 @@ def merged(module: nn.Module) -> Iterator[None]:
         ValueError: If another layer shares an adapted weight, or if there is a bypass, which cannot be merged.
     """
     key = object()
-    found = [(weight.adapters, _merged_weight(weight)) for weight in _mergeable(module) if weight.adapters.in_effect]
+    found = [(weight.adapters, _merged_weight(weight)) for weight in _mergeable(module)]
     try:
         for adapters, weight in found:
             adapters.merge(key, weight)
@@ -450,8 +453,12 @@ def _mergeable(module: nn.Module) -> list[AdaptedWeight]:
 
 @torch.no_grad()
 def _merged_weight(weight: AdaptedWeight) -> Tensor:
+    merged = weight.adapters.in_effect.merged
+    if merged is not None:
+        return merged
+    chosen = tuple(map(weight.adapters.adapter, weight.adapters.active))
     with computing_without_updates(weight.layer):
-        return effective(weight.layer, weight.parameter)
+        return with_updates(weight.layer, weight.parameter, chosen)
 
 
 def _is_finite(weight: AdaptedWeight, value: Tensor) -> bool:

@@ -14,8 +14,8 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from threading import RLock
-from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
+from threading import RLock, get_ident
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -285,6 +285,18 @@ class Adapter(nn.Module):
             nn.init.uniform_(self.lora_A, -bound, bound)
 
 
+class InEffect(NamedTuple):
+    """Says what a layer computes with beside W. It is replaced, never changed, so other threads see all or nothing.
+
+    Attributes:
+        merged: W' within the context `merged`, or `None`. W itself is not changed.
+        adapters: The adapters: the active ones, or none during a pause and with W'.
+    """
+
+    merged: Tensor | None
+    adapters: tuple[Adapter, ...]
+
+
 class Adapters(nn.Module):
     """Holds the adapters of one weight by name, and says which of them the layer computes with.
 
@@ -295,9 +307,8 @@ class Adapters(nn.Module):
 
     Attributes:
         active: The names that were chosen.
-        in_effect: The adapters that the layer computes with: the active ones, or none during a pause. The tuple is
-            replaced, never changed.
-        merged: W' within the context `merged`, or `None`. W itself is not changed.
+        in_effect: What the layer computes with.
+        formed: W' during a forward pass that reads it more than once, by thread.
         is_computed: Whether the weight is computed by a hook or a parametrization, as in pruning and weight
             normalization.
     """
@@ -306,8 +317,8 @@ class Adapters(nn.Module):
         super().__init__()
         self.kind, self.layout, self.parameter = kind, layout, parameter
         self.active: tuple[str, ...] = ()
-        self.in_effect: tuple[Adapter, ...] = ()
-        self.merged: Tensor | None = None
+        self.in_effect = InEffect(None, ())
+        self.formed: dict[int, Tensor] = {}
         self.is_computed = False
         self._pauses: frozenset[object] = frozenset()
         self._merges: Mapping[object, Tensor] = {}
@@ -383,8 +394,8 @@ class Adapters(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         # A copy is not within the contexts of the original.
-        state = vars(self) | {"_pauses": frozenset(), "_merges": {}, "merged": None}
-        return state | {"in_effect": tuple(map(self.adapter, self.active))}
+        state = vars(self) | {"_pauses": frozenset(), "_merges": {}, "formed": {}}
+        return state | {"in_effect": InEffect(None, tuple(map(self.adapter, self.active)))}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -396,9 +407,12 @@ class Adapters(nn.Module):
         """Choose what the layer computes with, after a name, a context or a child has changed."""
         with _changing():
             merges = list(self._merges.values())
-            self.merged = merges[-1] if merges and not self._pauses else None
-            unmerged = not self._pauses and self.merged is None
-            self.in_effect = tuple(map(self.adapter, self.active)) if unmerged else ()
+            if self._pauses:
+                self.in_effect = InEffect(None, ())
+            elif merges:
+                self.in_effect = InEffect(merges[-1], ())
+            else:
+                self.in_effect = InEffect(None, tuple(map(self.adapter, self.active)))
 
 
 def dense(weight: Tensor) -> Tensor:
@@ -433,6 +447,11 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
 def _changing() -> AbstractContextManager[object]:
     """Return the lock of contexts, which `torch.compile` cannot trace and does not need."""
     return nullcontext() if torch.compiler.is_compiling() else _lock
+
+
+def this_thread() -> int:
+    """Return a number of the current thread, or 0 while `torch.compile` traces, which is done by a single one."""
+    return 0 if torch.compiler.is_compiling() else get_ident()
 
 
 def drop_gradients(module: nn.Module) -> None:

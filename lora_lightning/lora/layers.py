@@ -18,14 +18,23 @@ from dataclasses import dataclass, field
 from threading import RLock
 from types import MethodType, new_class
 from typing import ClassVar, TypeAlias
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lora_lightning.lora.adapter import Adapter, Adapters, AnyKind, CalledKind, Forward, Layout, without_autocast
+from lora_lightning.lora.adapter import (
+    Adapter,
+    Adapters,
+    AnyKind,
+    CalledKind,
+    Forward,
+    Layout,
+    this_thread,
+    without_autocast,
+)
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.fused import fused_linear
 
@@ -306,15 +315,21 @@ def is_computed(layer: nn.Module, parameter: str) -> bool:
 def effective(layer: nn.Module, parameter: str) -> Tensor:
     """Return W + Σ ΔW, computed in the dtype of the adapters and rounded once to the dtype of W."""
     adapters = adapters_of(layer, parameter)
-    if adapters.merged is not None:
-        return adapters.merged
-    weight = stored(layer, parameter)
-    if not adapters.in_effect:
-        return weight
-    plain = adapters.kind.dense(layer, weight)
+    formed = adapters.formed.get(this_thread()) if adapters.formed else None
+    if formed is not None and (formed.requires_grad or not torch.is_grad_enabled()):
+        return formed
+    merged, in_effect = adapters.in_effect
+    if merged is not None:
+        return merged
+    return with_updates(layer, parameter, in_effect) if in_effect else stored(layer, parameter)
+
+
+def with_updates(layer: nn.Module, parameter: str, adapters: tuple[Adapter, ...]) -> Tensor:
+    """Return W + Σ ΔW for these adapters, as a plain tensor."""
+    plain = adapters_of(layer, parameter).kind.dense(layer, stored(layer, parameter))
     with without_autocast(plain):
         total = plain
-        for adapter in adapters.in_effect:
+        for adapter in adapters:
             delta = adapter.delta_weight(plain)
             total = total.to(delta.dtype) + delta
         return total.to(plain.dtype)
@@ -363,13 +378,14 @@ def take_away(layer: nn.Module, name: str) -> None:
 def restore(layer: nn.Module) -> None:
     """Remove all adapters of a layer and give it back its class."""
     assert isinstance(layer, Adapted)
-    for parameter, _ in layer.lora_kinds:
-        del layer._modules[child_name(parameter)]
-    _become(layer, layer.lora_plain)
+    children = [child_name(parameter) for parameter, _ in layer.lora_kinds]
+    _become(layer, layer.lora_plain)  # first, for the sake of other threads
+    for name in children:
+        del layer._modules[name]
 
 
-bare_layers: WeakSet[nn.Module] = WeakSet()
-"""The layers whose adapters are set aside by `bare`."""
+bare_layers: WeakKeyDictionary[nn.Module, _Held] = WeakKeyDictionary()
+"""The layers whose adapters are set aside by `bare`, with these."""
 
 
 @contextmanager
@@ -382,6 +398,7 @@ def bare(module: nn.Module) -> Iterator[nn.Module]:
     their effect.
 
     A forward pass within the context, also of another thread, is that of the base. The state dict has no adapters.
+    Contexts may overlap, and the last one to end brings the adapters back.
 
     Raises:
         RuntimeError: If the class of a layer was replaced after `attach`, as `fully_shard` does.
@@ -391,18 +408,23 @@ def bare(module: nn.Module) -> Iterator[nn.Module]:
         with lora.bare(net):
             torch.nn.utils.parametrizations.weight_norm(net.linear1)
     """
-    with computing_without_updates(module):
-        held = [_Held(name, layer) for name, layer in module.named_modules() if isinstance(layer, Adapted)]
-    for layer in held:
-        require_own_class(layer.layer)
-    for layer in held:
-        layer.set_aside()
+    key = object()
+    with _lock, computing_without_updates(module):
+        held = [
+            bare_layers[layer] if layer in bare_layers else _Held(name, layer)
+            for name, layer in module.named_modules()
+            if isinstance(layer, Adapted) or layer in bare_layers
+        ]
+        for layer in held:
+            require_own_class(layer.layer)
+        for layer in held:
+            layer.set_aside(key)
     try:
         yield module
     finally:
-        modules = dict(module.named_modules())
-        with computing_without_updates(module):
-            lost = [layer.name for layer in held if not layer.put_back(modules.get(layer.name))]
+        with _lock, computing_without_updates(module):
+            modules = set(module.modules())
+            lost = [layer.name for layer in held if not layer.put_back(key, layer.layer in modules)]
         if lost:
             warnings.warn(
                 "These layers were replaced or resized inside bare(net), and the new ones have no adapters: "
@@ -414,21 +436,30 @@ def bare(module: nn.Module) -> Iterator[nn.Module]:
 class _Held:
     """Holds the adapters of one layer while it is bare."""
 
-    def __init__(self, name: str, layer: Adapted) -> None:
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        assert isinstance(layer, Adapted)
         self.name, self.layer, self.kinds = name, layer, layer.lora_kinds
+        self.keys: set[object] = set()
         self.children = {child_name(parameter): adapters_of(layer, parameter) for parameter, _ in self.kinds}
         self.shapes = self._shapes()
 
-    def set_aside(self) -> None:
-        for name in self.children:
-            del self.layer._modules[name]
-        _become(self.layer, self.layer.lora_plain)
-        bare_layers.add(self.layer)
+    def set_aside(self, key: object) -> None:
+        """Make the layer plain until `put_back` is called with each of the keys."""
+        if not self.keys:
+            bare_layers[self.layer] = self
+            _become(self.layer, self.layer.lora_plain)
+            for name in self.children:
+                del self.layer._modules[name]
+        self.keys.add(key)
 
-    def put_back(self, layer: nn.Module | None) -> bool:
-        """Put the adapters back if this is still the same layer with weights of the same shape."""
-        bare_layers.discard(self.layer)
-        if layer is not self.layer or self._shapes() != self.shapes:
+    def put_back(self, key: object, is_in_place: bool) -> bool:
+        """Put the adapters back if the layer is still in its module and has weights of the same shape."""
+        self.keys.discard(key)
+        if self.keys:
+            return True
+        layer = self.layer
+        del bare_layers[layer]
+        if not is_in_place or self._shapes() != self.shapes:
             return False
         for adapters in self.children.values():
             adapters.is_computed = is_computed(layer, adapters.parameter)
@@ -517,13 +548,11 @@ def _called_forward(kind: CalledKind[nn.Module]) -> Forward:
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         adapters = self._modules["lora_weight"]
         assert isinstance(adapters, Adapters)
-        weight = adapters.merged
-        if weight is not None:
-            return kind.base(self, weight, input)
+        merged, in_effect = adapters.in_effect
+        if merged is not None:
+            return kind.base(self, merged, input)
         weight = self._parameters.get("weight")
-        if weight is None:
-            weight = stored(self, "weight")
-        return kind.adapted(self, weight, input, adapters.in_effect)
+        return kind.adapted(self, stored(self, "weight") if weight is None else weight, input, in_effect)
 
     return forward
 
@@ -571,7 +600,7 @@ def _can_be_added(weight: Tensor, adapters: Adapters) -> bool:
     mesh = getattr(weight, "device_mesh", None)
     if mesh is None:
         return True
-    factors = [adapter.lora_A for adapter in adapters.in_effect]
+    factors = [adapter.lora_A for adapter in adapters.in_effect.adapters]
     return all(
         getattr(factor, "device_mesh", None) == mesh and all(place.is_replicate() for place in factor.placements)  # type: ignore[attr-defined]
         for factor in factors
