@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_lightning.lora.adapter import Adapter, Adapters, drop_gradients, is_quantized, is_sharded
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.freeze import FreezeReplacedNorms, FrozenStatistics, freeze, unfreeze_statistics
+from lora_lightning.lora.freeze import freeze, keep_frozen, unfreeze_statistics
 from lora_lightning.lora.layers import (
     Adapted,
     AdaptedWeight,
@@ -46,13 +46,23 @@ class Attachment:
 
     Attributes:
         was_trainable: Names of the parameters that required gradients.
+        was_frozen: Names of the parameters that did not. These are not known if there were adapters of another module,
+            for example in an encoder that two networks share.
         saved: The modules that are trained in full, by the name of the adapters that they belong to.
-        hook: The hook that freezes norm layers which were replaced, if any.
+        hooks: The hooks that freeze norm layers which were replaced.
     """
 
     was_trainable: frozenset[str]
+    was_frozen: frozenset[str] = frozenset()
     saved: dict[str, SavedModules] = field(default_factory=dict)
-    hook: RemovableHandle | None = None
+    hooks: list[RemovableHandle] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Attachment:
+        """Return the records of a module before its first adapters."""
+        flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        frozen = () if is_adapted(module) else (name for name, trainable in flags.items() if not trainable)
+        return cls(frozenset(name for name, trainable in flags.items() if trainable), frozenset(frozen))
 
 
 def attach(module: nn.Module, config: LoRAConfig, name: str = "default") -> list[str]:
@@ -86,8 +96,7 @@ def attach_to(module: nn.Module, selected: list[Target], config: LoRAConfig, nam
     check_name(module, selected, name)
     require_no_context(module, "attach adapters")
     made = [_make(target, config) for target in selected]  # nothing has changed so far
-    trainable = frozenset(key for key, value in module.named_parameters() if value.requires_grad)
-    attachment = vars(module).get("_lora_attachment") or Attachment(trainable)
+    attachment = vars(module).get("_lora_attachment") or Attachment.of(module)
     placed, chosen = list[nn.Module](), [saved for saved in attachment.saved.values() if saved.is_chosen]
     try:
         if config.modules_to_save:
@@ -160,10 +169,9 @@ def activate(module: nn.Module, name: str) -> None:
     for adapters in _containers(module):
         adapters.activate(name)
     drop_gradients(module)
-    if attachment.hook is not None:
-        attachment.hook.remove()
-    has_frozen_norms = any(isinstance(layer, FrozenStatistics) for layer in module.modules())
-    attachment.hook = module.register_forward_pre_hook(FreezeReplacedNorms(module)) if has_frozen_norms else None
+    for hook in attachment.hooks:
+        hook.remove()
+    attachment.hooks = keep_frozen(module)
 
 
 def delete_adapter(module: nn.Module, name: str) -> None:
@@ -402,14 +410,17 @@ def _leave_plain(module: nn.Module) -> None:
         restore(layer)
     unfreeze_statistics(module)
     trainable: set[str] = set()
+    frozen: set[str] = set()
     for name, child in module.named_modules():
         attachment = vars(child).pop("_lora_attachment", None)
         if isinstance(attachment, Attachment):
             trainable |= {f"{name}.{key}".lstrip(".") for key in attachment.was_trainable}
-            if attachment.hook is not None:
-                attachment.hook.remove()
+            frozen |= {f"{name}.{key}".lstrip(".") for key in attachment.was_frozen}
+            for hook in attachment.hooks:
+                hook.remove()
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in trainable)
+        if name in trainable or name in frozen:
+            parameter.requires_grad_(name in trainable)
 
 
 def _layers(module: nn.Module) -> list[Adapted]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from threading import RLock
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
@@ -13,6 +14,8 @@ from lora_lightning.lora.matching import Names
 
 _log = logging.getLogger("lora_lightning.lora")
 _lock = RLock()
+_claims: WeakKeyDictionary[nn.Module, ReferenceType[SavedModules]] = WeakKeyDictionary()
+"""What trains a module in full, by module."""
 
 
 class SavedModules:
@@ -36,6 +39,8 @@ class SavedModules:
         self._pauses: frozenset[object] = frozenset()
         wanted = Names(config.modules_to_save)
         self.names = [name for name, _ in module.named_modules() if name and wanted.match(name)]
+        for name in self.names:
+            self._claim(name)
         state = module.state_dict(keep_vars=True)
         prefixes = tuple(f"{name}." for name in self.names)
         self.keys = [key for key, value in state.items() if key.startswith(prefixes) and isinstance(value, Tensor)]
@@ -57,6 +62,19 @@ class SavedModules:
                 self._tied.add(key)
                 self._put(key, copies[id(value)])
                 self._others[key] = value
+
+    def _claim(self, name: str) -> None:
+        """Refuse a module that is trained in full with the adapters of another root, whose values these would hide."""
+        for child in self._module.get_submodule(name).modules():
+            other = _claims.get(child)
+            saved = None if other is None else other()
+            if saved is not None and saved._module is not self._module:
+                raise ValueError(
+                    f"modules_to_save: {name!r} is already trained in full with the adapters of a "
+                    f"{type(saved._module).__name__}. Attach the adapters to the same module."
+                )
+            if saved is None:
+                _claims[child] = ref(self)
 
     @property
     def modules(self) -> list[nn.Module]:
