@@ -12,16 +12,17 @@ The adapters of a parameter are a child of the layer, `layer.lora_<parameter>`. 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
 from types import MethodType, new_class
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, SupportsIndex, TypeAlias
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing  # no public function says so
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -156,8 +157,15 @@ class Adapted(nn.Module):
             if prefix + parameter in state_dict:
                 load_base(self, parameter)
 
-    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        return _new, (self.lora_plain, self.lora_kinds), self.__getstate__()  # type: ignore[no-untyped-call]
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
+        if self.lora_plain.__reduce_ex__ is object.__reduce_ex__ and self.lora_plain.__reduce__ is object.__reduce__:
+            return _new, (self.lora_plain, self.lora_kinds), self.__getstate__()  # type: ignore[no-untyped-call]
+        children = {child_name(parameter): adapters_of(self, parameter) for parameter, _ in self.lora_kinds}
+        with bare(self) as plain:  # the class has a way of its own, which may read the weight
+            reduced = plain.__reduce_ex__(protocol)
+        if isinstance(reduced, str) or any(part is not None for part in reduced[3:]):
+            raise TypeError(f"A {self.lora_plain.__name__} with adapters cannot be copied or pickled in its own way.")
+        return _rebuilt, (*reduced[:3], *[None] * (3 - len(reduced[:3])), self.lora_kinds, children)
 
 
 class ReadOnlyParametrizations(nn.ModuleDict):
@@ -520,8 +528,8 @@ def _make_class(plain: type[nn.Module], kinds: Kinds) -> type[nn.Module]:
             members["forward"] = forward
     # torch.fx takes layers of torch.nn as they are. Tracing into others would adapt them twice, since it copies what it
     # reads.
-    is_called = any(isinstance(kind, CalledKind) for _, kind in kinds)
-    members["__module__"] = plain.__module__ if plain.__module__.startswith("torch.nn") or not is_called else "torch.nn"
+    is_leaf = any(isinstance(kind, CalledKind) or kind.is_reader for _, kind in kinds)
+    members["__module__"] = plain.__module__ if plain.__module__.startswith("torch.nn") or not is_leaf else "torch.nn"
     members["__doc__"] = plain.__doc__
     mixins = tuple(dict.fromkeys(kind.mixin for _, kind in kinds if kind.mixin is not None))
     return subclass(f"LoRA{plain.__name__}", plain, (*mixins, Adapted), members)
@@ -578,6 +586,11 @@ def set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
 
 def _weight_in_effect(parameter: str) -> property:
     def read(self: nn.Module) -> Tensor:
+        if is_fx_symbolic_tracing():
+            raise RuntimeError(
+                f"torch.fx traces into this {type(self).__name__} and would keep the {parameter!r} in effect as a "
+                "constant. Merge the adapters first, or trace a module that contains this one."
+            )
         weight = self._parameters.get(parameter)
         if weight is not None and not _can_be_added(weight, adapters_of(self, parameter)):
             return weight
@@ -661,6 +674,22 @@ def _convolve(input: Tensor, kernels: Tensor, groups: int) -> Tensor:
     if kernels.dim() == 3:
         return F.conv1d(input, kernels, groups=groups)
     return F.conv2d(input, kernels, groups=groups) if kernels.dim() == 4 else F.conv3d(input, kernels, groups=groups)
+
+
+def _rebuilt(
+    function: Callable[..., nn.Module],
+    arguments: tuple[object, ...],
+    state: Mapping[str, object] | None,
+    kinds: Kinds,
+    children: Mapping[str, Adapters],
+) -> nn.Module:
+    """Return a copy of an adapted layer whose plain class says how it is copied and pickled."""
+    layer = function(*arguments)
+    if state is not None:
+        layer.__setstate__(state)  # type: ignore[no-untyped-call]
+    layer._modules.update(children)
+    _become(layer, adapted_class(type(layer), kinds))
+    return layer
 
 
 def _new(plain: type[nn.Module], kinds: Kinds) -> nn.Module:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.ao.quantization import fuse_modules
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils import weight_norm as old_weight_norm
@@ -364,8 +364,7 @@ def test_an_adapted_attention_on_meta_is_treated_as_a_plain_one() -> None:
     attach(net, LoRAConfig(rank=2))
     for module in (net, plain):
         materialize(module)
-        assert not hasattr(module[0], "reset_parameters")  # so that its projections stay uninitialized
-        module[0]._reset_parameters()
+        module[0]._reset_parameters()  # which plain PyTorch has no other name for
         assert module[0].in_proj_bias.eq(0).all()
     assert 0 < stored(net[0], "in_proj_weight").abs().max() <= (6 / 32) ** 0.5
     x = torch.randn(3, 1, 8)
@@ -420,3 +419,45 @@ def test_what_quantizes_outside_bare_is_refused_and_nothing_changes() -> None:
     with pytest.raises(RuntimeError, match="for reading only"):
         torchao.quantize_(net, torchao.Int8WeightOnlyConfig())
     assert torch.equal(net(x), want)
+
+
+class Own(nn.Linear):
+    """A layer of a user that reads its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, 2 * self.weight, self.bias)
+
+
+def test_a_traced_module_follows_adapters_in_layers_that_read_their_weights() -> None:
+    net, x = adapted(Own(6, 4), nn.Linear(4, 3)), torch.randn(5, 6)
+    traced = fx.symbolic_trace(net)
+    assert torch.equal(traced(x), net(x))
+    stir(net, 1)
+    assert torch.equal(traced(x), net(x))
+    with disabled(net):
+        assert torch.equal(traced(x), net(x))
+
+
+def test_tracing_into_a_module_that_reads_its_weight_is_refused() -> None:
+    layer, x = Own(6, 4), torch.randn(5, 6)
+    attach(layer, LoRAConfig(rank=2))
+    want = layer(x)
+    with pytest.raises(RuntimeError, match=r"torch\.fx traces into this LoRAOwn .* Merge the adapters first"):
+        fx.symbolic_trace(layer)
+    assert torch.equal(layer(x), want)
+
+
+def test_a_plain_checkpoint_renews_the_norms_of_an_untrained_dora_adapter() -> None:
+    net, plain, x = nn.Sequential(nn.Linear(6, 4)), nn.Sequential(nn.Linear(6, 4)), torch.randn(5, 6)
+    attach(net, LoRAConfig(rank=2, use_dora=True))
+    net.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(net(x), plain(x))
+
+
+def test_the_weight_in_effect_is_formed_outside_of_autocast() -> None:
+    net = nn.MultiheadAttention(8, 2)
+    attach(net, LoRAConfig(rank=2))
+    stir(net, 1)
+    want = net.in_proj_weight
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net.in_proj_weight, want)

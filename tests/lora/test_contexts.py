@@ -413,3 +413,32 @@ def test_a_weight_that_is_read_several_times_is_formed_once_in_a_forward_pass(
     attention = isinstance(layer, nn.MultiheadAttention)
     layer(*inputs) if attention else layer(inputs[0][0] if isinstance(layer, nn.GRUCell) else inputs[0])
     assert len(formed) == len(adapted_weights(layer))
+
+
+class Reduced(nn.Linear):
+    """A layer that says itself how it is copied."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return rebuild, (self.in_features, self.out_features, self.weight.detach(), self.bias.detach())
+
+
+def rebuild(in_features: int, out_features: int, weight: Tensor, bias: Tensor) -> Reduced:
+    layer = Reduced(in_features, out_features)
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return layer
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_layer_that_says_itself_how_it_is_copied_keeps_its_adapters(
+    copied: Callable[[nn.Module], nn.Module], x: Tensor
+) -> None:
+    net = nn.Sequential(Reduced(8, 4))
+    base = net(x)
+    attach(net, LoRAConfig(rank=2))
+    stir(net, 1)
+    want, clone = net(x), copied(net)
+    assert torch.equal(clone(x), want)
+    assert torch.equal(net(x), want)
+    detach(clone)
+    assert torch.equal(clone(x), base)
+    assert type(clone[0]) is Reduced
