@@ -199,7 +199,7 @@ class Adapter(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the A and B of the product."""
-        return _parameter(self, "lora_A"), _parameter(self, "lora_B")
+        return parameter_of(self, "lora_A"), parameter_of(self, "lora_B")
 
     def product(self) -> Tensor:
         """Return λ s B A as a matrix of shape (out, in), in the dtype of the adapter."""
@@ -466,8 +466,9 @@ def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 
 
-def _parameter(module: nn.Module, name: str) -> Tensor:
+def parameter_of(module: nn.Module, name: str) -> Tensor:
     """Return a parameter without the detour of `__getattr__`, which costs a microsecond in each step."""
-    found = module._parameters[name]
-    assert found is not None
+    found: Tensor | None = module._parameters.get(name)
+    if found is None:  # in a replica of `nn.DataParallel`, which has attributes instead
+        found = vars(module)[name]
     return found

@@ -125,15 +125,14 @@ class Adapted(nn.Module):
     lora_sizes: ClassVar[tuple[str, ...]]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name.removesuffix("_orig") in self.lora_read and not vars(self).get("lora_is_loading"):
-            raise RuntimeError(_is_read_only(self, name.removesuffix("_orig")))
-        super().register_parameter(name, param)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # `nn.Module` refuses a tensor in place of a parameter with a line that does not help here.
-        if name in self.lora_read and name in self._parameters and not vars(self).get("lora_is_loading"):
-            raise RuntimeError(_is_read_only(self, name))
-        super().__setattr__(name, value)  # type: ignore[arg-type]
+        parameter = name.removesuffix("_orig")
+        may_write = vars(self).get("lora_is_loading") or _is_distributed(param, self._parameters.get(name))
+        if parameter not in self.lora_read:
+            super().register_parameter(name, param)
+        elif may_write:
+            self._parameters[name] = param
+        else:
+            raise RuntimeError(_is_read_only(self, parameter))
 
     def __delattr__(self, name: str) -> None:
         if name in self.lora_read:  # by torch.nn.utils.parametrize, which would make W + ΔW a part of the base
@@ -599,8 +598,9 @@ def _weight_in_effect(parameter: str) -> property:
     def write(self: Adapted, value: Tensor) -> None:  # a Parameter is registered instead
         if "parametrizations" in self._modules:
             raise RuntimeError(_is_read_only(self, parameter))
-        adapters = adapters_of(self, parameter)  # W is computed by a hook
-        if not adapters.is_computed:  # a hook of the old kind was registered now, and has read W + ΔW
+        adapters = adapters_of(self, parameter)  # W is computed by a hook, or copied by `nn.DataParallel`
+        if not adapters.is_computed and "_is_replica" not in vars(self):
+            # A hook of the old kind was registered now, and has read W + ΔW.
             adapters.is_computed = True
             _start_again(self, parameter, value)
         self.__dict__[parameter] = value
@@ -661,6 +661,11 @@ def _reset(method: str) -> Callable[..., None]:
                 adapters.adapter(name).start(kind.dense(self, stored(self, parameter)))
 
     return reset
+
+
+def _is_distributed(*parameters: Tensor | None) -> bool:
+    """Return whether any of these is a distributed tensor, which `fully_shard` puts into place and takes out."""
+    return any(hasattr(parameter, "device_mesh") for parameter in parameters)
 
 
 def _is_read_only(layer: Adapted, parameter: str) -> str:

@@ -83,9 +83,7 @@ class Recurrent:
 
     @property
     def _flat_weights(self) -> list[Tensor]:
-        assert isinstance(self, nn.Module)
-        is_loading = "lora_is_loading" in vars(self)  # where weights may be on meta and adapters not, or the reverse
-        return [stored(self, name) if is_loading else getattr(self, name) for name in self._flat_weights_names]
+        return [getattr(self, name) for name in self._flat_weights_names]
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Tensor]) -> None:
@@ -93,6 +91,15 @@ class Recurrent:
         assert isinstance(self, nn.Module)
         plain = [stored(self, name) for name in self._flat_weights_names]
         vars(self)["_flat_weights"], vars(self)["_flat_weight_refs"] = plain, [ref(weight) for weight in plain]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        assert isinstance(self, nn.Module)
+        nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]  # the plain class would change its list
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        assert isinstance(self, nn.Module)
+        replica: nn.Module = nn.Module._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
+        return replica
 
     def _init_flat_weights(self) -> None:
         self._flat_weights = []  # not with weights in effect, whose parts may be on different devices meanwhile

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adapter import Adapter, CalledKind, L, Layout, without_autocast
+from lora_lightning.lora.adapter import Adapter, CalledKind, L, Layout, parameter_of, without_autocast
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.low_rank import low_rank_factors
 
@@ -121,8 +121,7 @@ class DoRAAdapter(Adapter):
 
     def _ratio(self, weight: Tensor) -> Tensor:
         """Return m / ||W + s B A||, of shape (out,)."""
-        magnitude = self._parameters["lora_magnitude_vector"]
-        assert magnitude is not None
+        magnitude = parameter_of(self, "lora_magnitude_vector")
         norms = self._norms(weight, self.scaling * self.strength)
         wanted: Tensor = magnitude
         if self.strength != 1:

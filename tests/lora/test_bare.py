@@ -220,6 +220,8 @@ def test_tied_weights_are_tied_inside_bare() -> None:
     net = nn.ModuleDict({"table": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
     attach(net, LoRAConfig(rank=2))
     with pytest.raises(RuntimeError, match="for reading only"):
+        net["head"].weight = nn.Parameter(net["table"].weight)
+    with pytest.raises(TypeError, match="cannot assign"):
         net["head"].weight = net["table"].weight
     with bare(net):
         net["head"].weight = net["table"].weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import itertools
 import pickle
@@ -442,3 +443,26 @@ def test_a_layer_that_says_itself_how_it_is_copied_keeps_its_adapters(
     detach(clone)
     assert torch.equal(clone(x), base)
     assert type(clone[0]) is Reduced
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_replicas_of_data_parallel_compute_with_the_adapters_and_reach_their_gradients(
+    use_dora: bool, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broadcast(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [[tensor.detach() if detach else tensor.clone() for tensor in tensors] for _ in devices]
+
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, optional: device)
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", broadcast)
+    net = Net()
+    attach(net, LoRAConfig(rank=2, use_dora=use_dora))
+    stir(net, 0.5)
+    want, before = net(x), whole(net)
+    first, second = replicate.replicate(net, [0, 1])
+    for replica in (first, second):
+        assert torch.allclose(replica(x), want, atol=1e-6)
+    first(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in adapter_parameters(net))
+    assert same(whole(net), before)
+    assert torch.equal(net(x), want)
