@@ -10,13 +10,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils.hooks import RemovableHandle
 
 from lora_lightning.lora.layers import set_class, subclass
 
 
 class FrozenStatistics(nn.Module):
-    """Marks the class of a frozen norm layer, which is always in evaluation mode, also after `train()`.
+    """Marks the class of a frozen norm layer or spectral norm. It is always in evaluation mode, also after `train()`.
 
     Attributes:
         lora_plain: The class of the layer before.
@@ -46,8 +47,13 @@ def freeze(module: nn.Module, trained: Iterable[nn.Module] = ()) -> None:
         if layer in inside:
             for parameter in layer.parameters(recurse=False):
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-        elif isinstance(layer, _NormBase) and layer.running_mean is not None:
+        elif _has_statistics(layer):
             set_class(layer, _frozen_class(type(layer)))
+
+
+def _has_statistics(layer: nn.Module) -> bool:
+    """Return whether a layer updates buffers in training: a norm layer or a spectral norm."""
+    return isinstance(layer, _SpectralNorm) or (isinstance(layer, _NormBase) and layer.running_mean is not None)
 
 
 def unfreeze_statistics(module: nn.Module) -> None:

@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from lora_lightning.lora import (
     LoRAConfig,
@@ -110,6 +111,19 @@ def test_a_layer_in_a_copy_is_frozen_again_and_not_that_of_the_original(x: Tenso
     detach(clone)
     net.train()
     assert torch.equal(net(x), want)
+
+
+def test_the_estimate_of_a_spectral_norm_stays_in_training(x: Tensor) -> None:
+    net = nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 6))).eval()
+    want = net(x)
+    attach(net, LoRAConfig(rank=2))
+    before = state(net)
+    assert torch.equal(net.train()(x), want)
+    assert same(state(net), before)
+    assert torch.equal(copy.deepcopy(net)(x), want)
+    detach(net)
+    net(x)
+    assert not same(state(net), {key: value for key, value in before.items() if "lora_" not in key})
 
 
 def test_the_mode_that_was_set_meanwhile_counts_after_detach() -> None:
