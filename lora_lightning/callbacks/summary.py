@@ -32,8 +32,8 @@ def what_trains(adapted: nn.Module) -> str:
 
 def _sizes(weight: AdaptedWeight) -> str:
     a, b = weight.factors
-    sizes = f"{a.shape[-1]} -> {b.shape[-2]}"
-    return f"{len(a)} experts of {sizes}" if weight.layout.experts else sizes
+    sizes = f"{a.shape[-1]} -> {len(b)}"
+    return f"{a.shape[1]} experts of {sizes}" if weight.layout.experts else sizes
 
 
 def trained_parameters(adapted: nn.Module) -> str:

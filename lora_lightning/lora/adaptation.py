@@ -17,20 +17,21 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_lightning.lora.adapter import Adapter, Adapters, drop_gradients, is_quantized, is_sharded
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.freeze import FreezeReplacedNorms, FrozenStatistics, freeze, unfreeze_statistics
+from lora_lightning.lora.freeze import freeze, keep_frozen, unfreeze_statistics
 from lora_lightning.lora.layers import (
     Adapted,
     AdaptedWeight,
     Target,
     adapters_of,
     bare_layers,
-    effective,
+    computing_without_updates,
     is_computed,
     place,
     require_own_class,
     restore,
     stored,
     take_away,
+    with_updates,
 )
 from lora_lightning.lora.modules_to_save import SavedModules, shared_memory
 from lora_lightning.lora.packed import become_linear, keep_packing
@@ -45,13 +46,23 @@ class Attachment:
 
     Attributes:
         was_trainable: Names of the parameters that required gradients.
+        was_frozen: Names of the parameters that did not. These are not known if there were adapters of another module,
+            for example in an encoder that two networks share.
         saved: The modules that are trained in full, by the name of the adapters that they belong to.
-        hook: The hook that freezes norm layers which were replaced, if any.
+        hooks: The hooks that freeze norm layers which were replaced.
     """
 
     was_trainable: frozenset[str]
+    was_frozen: frozenset[str] = frozenset()
     saved: dict[str, SavedModules] = field(default_factory=dict)
-    hook: RemovableHandle | None = None
+    hooks: list[RemovableHandle] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Attachment:
+        """Return the records of a module before its first adapters."""
+        flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        frozen = () if is_adapted(module) else (name for name, trainable in flags.items() if not trainable)
+        return cls(frozenset(name for name, trainable in flags.items() if trainable), frozenset(frozen))
 
 
 def attach(module: nn.Module, config: LoRAConfig, name: str = "default") -> list[str]:
@@ -76,7 +87,8 @@ def attach(module: nn.Module, config: LoRAConfig, name: str = "default") -> list
             f"{[found.name for found in adapted_weights(module, name)]}. Call detach(module) or merge(module) first, "
             "or give the new adapters another name."
         )
-    return attach_to(module, select(module, config), config, name)
+    with computing_without_updates(module):
+        return attach_to(module, select(module, config), config, name)
 
 
 def attach_to(module: nn.Module, selected: list[Target], config: LoRAConfig, name: str) -> list[str]:
@@ -84,8 +96,7 @@ def attach_to(module: nn.Module, selected: list[Target], config: LoRAConfig, nam
     check_name(module, selected, name)
     require_no_context(module, "attach adapters")
     made = [_make(target, config) for target in selected]  # nothing has changed so far
-    trainable = frozenset(key for key, value in module.named_parameters() if value.requires_grad)
-    attachment = vars(module).get("_lora_attachment") or Attachment(trainable)
+    attachment = vars(module).get("_lora_attachment") or Attachment.of(module)
     placed, chosen = list[nn.Module](), [saved for saved in attachment.saved.values() if saved.is_chosen]
     try:
         if config.modules_to_save:
@@ -128,12 +139,16 @@ def set_adapter(module: nn.Module, name: str) -> None:
 
     Raises:
         ValueError: If there are no adapters with this name.
-        RuntimeError: If the adapters are distributed by `fully_shard`.
+        RuntimeError: Within `bare` or `merged`, or if the adapters are distributed by `fully_shard`.
     """
     module = unwrapped(module)
-    names = adapter_names(module)
+    attachment_of(module)
+    require_no_bare_layers(module)
+    names = _names(module)
     if name not in names:
         raise ValueError(f"This {type(module).__name__} has no adapters named {name!r}; it has {', '.join(names)}.")
+    if any(adapters.is_merged for adapters in _containers(module)):
+        raise RuntimeError("The adapters are merged for a while: choose others outside of merged(net).")
     if any(is_sharded(parameter) for adapters in _containers(module) for parameter in adapters.parameters()):
         raise RuntimeError(
             "The adapters are distributed by fully_shard, which has noted what is trained. Choose one before that."
@@ -154,10 +169,9 @@ def activate(module: nn.Module, name: str) -> None:
     for adapters in _containers(module):
         adapters.activate(name)
     drop_gradients(module)
-    if attachment.hook is not None:
-        attachment.hook.remove()
-    has_frozen_norms = any(isinstance(layer, FrozenStatistics) for layer in module.modules())
-    attachment.hook = module.register_forward_pre_hook(FreezeReplacedNorms(module)) if has_frozen_norms else None
+    for hook in attachment.hooks:
+        hook.remove()
+    attachment.hooks = keep_frozen(module)
 
 
 def delete_adapter(module: nn.Module, name: str) -> None:
@@ -165,9 +179,12 @@ def delete_adapter(module: nn.Module, name: str) -> None:
 
     Raises:
         ValueError: If there are no adapters with this name.
+        RuntimeError: Within `bare`, and within `merged` if they are active.
     """
     module = unwrapped(module)
-    names = adapter_names(module)
+    attachment_of(module)
+    require_no_bare_layers(module)
+    names = _names(module)
     if name not in names:
         raise ValueError(f"This {type(module).__name__} has no adapters named {name!r}; it has {', '.join(names)}.")
     others = [other for other in names if other != name]
@@ -230,7 +247,7 @@ def merged(module: nn.Module) -> Iterator[None]:
         ValueError: If another layer shares an adapted weight, or if there is a bypass, which cannot be merged.
     """
     key = object()
-    found = [(weight.adapters, _merged_weight(weight)) for weight in _mergeable(module) if weight.adapters.in_effect]
+    found = [(weight.adapters, _merged_weight(weight)) for weight in _mergeable(module)]
     try:
         for adapters, weight in found:
             adapters.merge(key, weight)
@@ -308,7 +325,7 @@ def adapted_weights(module: nn.Module, name: str | None = None) -> list[AdaptedW
             for chosen in adapters.active if name is None else (name,):
                 if chosen in adapters.names():
                     adapter = adapters.adapter(chosen)
-                    rank, sizes = adapter.lora_A.shape[-2], (adapter.lora_B.shape[-2], adapter.lora_A.shape[-1])
+                    rank, sizes = adapter.rank, (len(adapter.lora_B), adapter.lora_A.shape[-1])
                     found.append(
                         AdaptedWeight(
                             layer_name, layer, parameter, kind, rank, sizes, adapter_name=chosen, adapter=adapter
@@ -393,14 +410,17 @@ def _leave_plain(module: nn.Module) -> None:
         restore(layer)
     unfreeze_statistics(module)
     trainable: set[str] = set()
+    frozen: set[str] = set()
     for name, child in module.named_modules():
         attachment = vars(child).pop("_lora_attachment", None)
         if isinstance(attachment, Attachment):
             trainable |= {f"{name}.{key}".lstrip(".") for key in attachment.was_trainable}
-            if attachment.hook is not None:
-                attachment.hook.remove()
+            frozen |= {f"{name}.{key}".lstrip(".") for key in attachment.was_frozen}
+            for hook in attachment.hooks:
+                hook.remove()
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in trainable)
+        if name in trainable or name in frozen:
+            parameter.requires_grad_(name in trainable)
 
 
 def _layers(module: nn.Module) -> list[Adapted]:
@@ -444,7 +464,12 @@ def _mergeable(module: nn.Module) -> list[AdaptedWeight]:
 
 @torch.no_grad()
 def _merged_weight(weight: AdaptedWeight) -> Tensor:
-    return effective(weight.layer, weight.parameter)
+    merged = weight.adapters.in_effect.merged
+    if merged is not None:
+        return merged
+    chosen = tuple(map(weight.adapters.adapter, weight.adapters.active))
+    with computing_without_updates(weight.layer):
+        return with_updates(weight.layer, weight.parameter, chosen)
 
 
 def _is_finite(weight: AdaptedWeight, value: Tensor) -> bool:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, TypeVar
+from threading import RLock, get_ident
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 L = TypeVar("L", bound=nn.Module)
 Forward = Callable[..., Tensor]
+_lock = RLock()
+"""Held while a context of some thread begins or ends, since each step depends on the contexts of the others."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +149,8 @@ class Adapter(nn.Module):
         device: The device of A and B.
 
     Attributes:
-        lora_A: A of shape (r, in), in at least float32, with the number of experts in front where the weight has
-            experts.
-        lora_B: B of shape (out, r). It is zero initially, so an untrained adapter changes no bit.
+        lora_A: A of shape (r, in), in at least float32, or (r, experts, in) where the weight has experts.
+        lora_B: B of shape (out, r), or (out, r, experts). It is zero initially, so an untrained adapter changes no bit.
         scaling: Scale s. It is that of the requested rank, even if the layer is too small for this rank.
         strength: Factor λ of the update W + λ ΔW, 1 except within `scaled`.
         config: The configuration that the adapter was made from. There is no other record of it.
@@ -177,8 +179,8 @@ class Adapter(nn.Module):
         self._strengths: dict[object, float] = {}
         *experts, out_features, in_features = layout.matrix(weight).shape
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.lora_A = nn.Parameter(torch.empty(*experts, rank, in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.empty(*experts, out_features, rank, dtype=dtype, device=device))
+        self.lora_A = nn.Parameter(torch.empty(rank, *experts, in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(out_features, rank, *experts, dtype=dtype, device=device))
         self.start(weight)
 
     @classmethod
@@ -200,8 +202,20 @@ class Adapter(nn.Module):
         """Take note of a W that was loaded. The adapter of this class does not depend on it."""
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return the A and B of the product."""
-        return _parameter(self, "lora_A"), _parameter(self, "lora_B")
+        """Return the A and B of the product, as matrices of shape (r, in) and (out, r) with the experts in front."""
+        a, b = parameter_of(self, "lora_A"), parameter_of(self, "lora_B")
+        return (a.transpose(0, 1), b.permute(2, 0, 1)) if self.layout.experts else (a, b)
+
+    @torch.no_grad()
+    def set_factors(self, a: Tensor, b: Tensor) -> None:
+        """Give A and B values in the shapes of `factors`."""
+        self.lora_A.copy_(a.transpose(0, 1) if self.layout.experts else a)
+        self.lora_B.copy_(b.permute(1, 2, 0) if self.layout.experts else b)
+
+    @property
+    def rank(self) -> int:
+        """Return the rank r of B A."""
+        return len(self.lora_A)
 
     def product(self) -> Tensor:
         """Return λ s B A as a matrix of shape (out, in), in the dtype of the adapter."""
@@ -242,9 +256,10 @@ class Adapter(nn.Module):
 
     def scaled(self, key: object, factor: float | None) -> None:
         """Multiply the update by a factor until the same key is passed with `None`."""
-        strengths = {other: value for other, value in self._strengths.items() if other is not key}
-        self._strengths = strengths if factor is None else {**strengths, key: factor}
-        self.strength = math.prod(self._strengths.values())
+        with _lock:
+            strengths = {other: value for other, value in self._strengths.items() if other is not key}
+            self._strengths = strengths if factor is None else {**strengths, key: factor}
+            self.strength = math.prod(self._strengths.values())
 
     def replicate(self, mesh: DeviceMesh) -> None:
         """Replace the tensors with distributed ones, replicated over a mesh, with the values of its first process."""
@@ -258,7 +273,7 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the rank and the scale."""
-        return f"rank={self.lora_A.shape[-2]}, scaling={self.scaling:g}"
+        return f"rank={self.rank}, scaling={self.scaling:g}"
 
     def __getstate__(self) -> dict[str, object]:
         return vars(self) | {"_strengths": {}, "strength": 1.0}  # a copy is not within the context of `scaled`
@@ -274,26 +289,36 @@ class Adapter(nn.Module):
         return self
 
     def _drawn(self) -> Tensor:
-        *experts, rank, in_features = self.lora_A.shape
-        a = torch.empty(rank, *experts, in_features, dtype=self.lora_A.dtype, device="cpu")
+        a = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype, device="cpu")
         if self.config.init == "gaussian":
-            nn.init.normal_(a, std=1 / rank)
+            nn.init.normal_(a, std=1 / self.rank)
         elif self.layout.one_hot:
             nn.init.uniform_(a, -1, 1)
         else:
-            nn.init.kaiming_uniform_(a.view(-1, in_features), a=math.sqrt(5))  # uniform within 1 / sqrt(in)
+            nn.init.kaiming_uniform_(a.view(-1, a.shape[-1]), a=math.sqrt(5))  # uniform within 1 / sqrt(in)
         if self.layout.zero_column is not None:
             a[..., self.layout.zero_column] = 0
-        return a.transpose(0, 1) if experts else a
+        return a
 
     def _draw_in_place(self) -> None:
         """Draw a distributed A, whose values PyTorch keeps consistent over the processes."""
-        rank, in_features = self.lora_A.shape[-2:]
         if self.config.init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / rank)
+            nn.init.normal_(self.lora_A, std=1 / self.rank)
         else:
-            bound = 1 / math.sqrt(in_features)
+            bound = 1 / math.sqrt(self.lora_A.shape[-1])
             nn.init.uniform_(self.lora_A, -bound, bound)
+
+
+class InEffect(NamedTuple):
+    """Says what a layer computes with beside W. It is replaced, never changed, so other threads see all or nothing.
+
+    Attributes:
+        merged: W' within the context `merged`, or `None`. W itself is not changed.
+        adapters: The adapters: the active ones, or none during a pause and with W'.
+    """
+
+    merged: Tensor | None
+    adapters: tuple[Adapter, ...]
 
 
 class Adapters(nn.Module):
@@ -306,9 +331,8 @@ class Adapters(nn.Module):
 
     Attributes:
         active: The names that were chosen.
-        in_effect: The adapters that the layer computes with: the active ones, or none during a pause. The tuple is
-            replaced, never changed.
-        merged: W' within the context `merged`, or `None`. W itself is not changed.
+        in_effect: What the layer computes with.
+        formed: W' during a forward pass that reads it more than once, by thread.
         is_computed: Whether the weight is computed by a hook or a parametrization, as in pruning and weight
             normalization.
     """
@@ -317,8 +341,8 @@ class Adapters(nn.Module):
         super().__init__()
         self.kind, self.layout, self.parameter = kind, layout, parameter
         self.active: tuple[str, ...] = ()
-        self.in_effect: tuple[Adapter, ...] = ()
-        self.merged: Tensor | None = None
+        self.in_effect = InEffect(None, ())
+        self.formed: dict[int, Tensor] = {}
         self.is_computed = False
         self._pauses: frozenset[object] = frozenset()
         self._merges: Mapping[object, Tensor] = {}
@@ -345,23 +369,27 @@ class Adapters(nn.Module):
 
     def pause(self, key: object) -> None:
         """Compute with W alone until `resume` is called with the same key. The last of several pauses counts."""
-        self._pauses = self._pauses | {key}
-        self.update()
+        with _changing():
+            self._pauses = self._pauses | {key}
+            self.update()
 
     def resume(self, key: object) -> None:
         """End a pause."""
-        self._pauses = self._pauses - {key}
-        self.update()
+        with _changing():
+            self._pauses = self._pauses - {key}
+            self.update()
 
     def merge(self, key: object, weight: Tensor) -> None:
         """Compute with this W' until `unmerge` is called with the same key. A pause goes first."""
-        self._merges = {**self._merges, key: weight}
-        self.update()
+        with _changing():
+            self._merges = {**self._merges, key: weight}
+            self.update()
 
     def unmerge(self, key: object) -> None:
         """End a merge."""
-        self._merges = {other: weight for other, weight in self._merges.items() if other is not key}
-        self.update()
+        with _changing():
+            self._merges = {other: weight for other, weight in self._merges.items() if other is not key}
+            self.update()
 
     @property
     def is_paused(self) -> bool:
@@ -390,8 +418,8 @@ class Adapters(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         # A copy is not within the contexts of the original.
-        state = vars(self) | {"_pauses": frozenset(), "_merges": {}, "merged": None}
-        return state | {"in_effect": tuple(map(self.adapter, self.active))}
+        state = vars(self) | {"_pauses": frozenset(), "_merges": {}, "formed": {}}
+        return state | {"in_effect": InEffect(None, tuple(map(self.adapter, self.active)))}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -401,10 +429,14 @@ class Adapters(nn.Module):
 
     def update(self) -> None:
         """Choose what the layer computes with, after a name, a context or a child has changed."""
-        merges = list(self._merges.values())
-        self.merged = merges[-1] if merges and not self._pauses else None
-        unmerged = not self._pauses and self.merged is None
-        self.in_effect = tuple(map(self.adapter, self.active)) if unmerged else ()
+        with _changing():
+            merges = list(self._merges.values())
+            if self._pauses:
+                self.in_effect = InEffect(None, ())
+            elif merges:
+                self.in_effect = InEffect(merges[-1], ())
+            else:
+                self.in_effect = InEffect(None, tuple(map(self.adapter, self.active)))
 
 
 def dense(weight: Tensor) -> Tensor:
@@ -436,6 +468,16 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     return context
 
 
+def _changing() -> AbstractContextManager[object]:
+    """Return the lock of contexts, which `torch.compile` cannot trace and does not need."""
+    return nullcontext() if torch.compiler.is_compiling() else _lock
+
+
+def this_thread() -> int:
+    """Return a number of the current thread, or 0 while `torch.compile` traces, which is done by a single one."""
+    return 0 if torch.compiler.is_compiling() else get_ident()
+
+
 def drop_gradients(module: nn.Module) -> None:
     """Drop the gradients of parameters that are not trained, so that an optimizer of before does not move them."""
     for parameter in module.parameters():
@@ -448,8 +490,9 @@ def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 
 
-def _parameter(module: nn.Module, name: str) -> Tensor:
+def parameter_of(module: nn.Module, name: str) -> Tensor:
     """Return a parameter without the detour of `__getattr__`, which costs a microsecond in each step."""
-    found = module._parameters[name]
-    assert found is not None
+    found: Tensor | None = module._parameters.get(name)
+    if found is None:  # in a replica of `nn.DataParallel`, which has attributes instead
+        found = vars(module)[name]
     return found

@@ -37,7 +37,7 @@ class BypassKind(Kind[nn.Module]):
         @wraps(plain_forward)
         def forward(self: nn.Module, *arguments: object, **keywords: object) -> Tensor:
             output: Tensor = plain_forward(self, *arguments, **keywords)
-            for adapter in adapters_of(self, "").in_effect:
+            for adapter in adapters_of(self, "").in_effect.adapters:
                 input = arguments[0] if arguments else next(iter(keywords.values()))
                 assert isinstance(input, Tensor)
                 a, b = adapter.factors()

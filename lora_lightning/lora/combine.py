@@ -68,8 +68,7 @@ def add_weighted_adapter(module: nn.Module, weights: Mapping[str, float], name: 
                 for weight in adapted_weights(module, name)
                 if weight.layer is target.layer and weight.parameter == target.parameter
             )
-            adapter.lora_A.copy_(a)
-            adapter.lora_B.copy_(b)
+            adapter.set_factors(a, b)
 
 
 def _sum(terms: list[AdaptedWeight], weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:

@@ -46,13 +46,15 @@ def extract_adapter(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> di
     left_out: dict[str, float] = {}
     adapted = adapted_weights(base)
     for found in adapted:
-        (a, b), weight = found.factors, found.dense_weight()
+        (a, _), weight = found.factors, found.dense_weight()
         change = after[found.key].to(a) - weight.detach().to(a.dtype)
         matrix = found.layout.matrix(change)
         pairs = [low_rank_factors(part, found.rank) for part in (matrix if found.layout.experts else [matrix])]
         with torch.no_grad():
-            a.copy_(torch.stack([best for best, _ in pairs]).view(a.shape))
-            b.copy_(torch.stack([best for _, best in pairs]).view(b.shape) / found.adapter.scaling)
+            best = [
+                torch.stack(factors) if found.layout.experts else factors[0] for factors in zip(*pairs, strict=True)
+            ]
+            found.adapter.set_factors(best[0], best[1] / found.adapter.scaling)
             norm = change.norm()
             left_out[found.name] = float((change - found.adapter.delta_weight(weight)).norm() / norm) if norm else 0.0
     carried = {found.key for found in adapted}

@@ -10,12 +10,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.utils.hooks import RemovableHandle
 
 from lora_lightning.lora.layers import set_class, subclass
 
 
 class FrozenStatistics(nn.Module):
-    """Marks the class of a frozen norm layer, which always computes as in evaluation mode, also after `train()`.
+    """Marks the class of a frozen norm layer or spectral norm, which always computes as in evaluation mode.
 
     Attributes:
         lora_plain: The class of the layer before.
@@ -51,8 +53,13 @@ def freeze(module: nn.Module, trained: Iterable[nn.Module] = ()) -> None:
         if layer in inside:
             for parameter in layer.parameters(recurse=False):
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-        elif isinstance(layer, _NormBase) and layer.running_mean is not None:
+        elif _has_statistics(layer):
             set_class(layer, _frozen_class(type(layer)))
+
+
+def _has_statistics(layer: nn.Module) -> bool:
+    """Return whether a layer updates buffers in training: a norm layer or a spectral norm."""
+    return isinstance(layer, _SpectralNorm) or (isinstance(layer, _NormBase) and layer.running_mean is not None)
 
 
 def unfreeze_statistics(module: nn.Module) -> None:
@@ -65,16 +72,19 @@ def unfreeze_statistics(module: nn.Module) -> None:
 class FreezeReplacedNorms:
     """A forward pre-hook that freezes norm layers which took the place of frozen ones.
 
-    `Trainer(sync_batchnorm=True)` replaces the norm layers of a model after its callbacks have prepared it.
+    `Trainer(sync_batchnorm=True)` replaces the norm layers of a model after its callbacks have prepared it. Each module
+    that contains frozen norm layers has such a hook, since any of them may be called directly.
 
     Args:
-        module: A module with frozen norm layers.
+        module: A module.
+
+    Attributes:
+        places: The parents of frozen norm layers, and the names of these layers there.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        frozen = {layer for layer in module.modules() if isinstance(layer, FrozenStatistics)}
         children = ((parent, name, child) for parent in module.modules() for name, child in parent.named_children())
-        self.places = [(parent, name) for parent, name, child in children if child in frozen]
+        self.places = [(parent, name) for parent, name, child in children if isinstance(child, FrozenStatistics)]
 
     def __call__(self, module: nn.Module, inputs: object) -> None:
         """Freeze the layers in these places again if necessary."""
@@ -84,6 +94,12 @@ class FreezeReplacedNorms:
             layer = parent._modules.get(name)
             if not isinstance(layer, FrozenStatistics) and isinstance(layer, _NormBase):
                 set_class(layer, _frozen_class(type(layer)))
+
+
+def keep_frozen(module: nn.Module) -> list[RemovableHandle]:
+    """Freeze norm layers that will take the place of frozen ones, and return the handles of the hooks that do so."""
+    hooks = ((child, FreezeReplacedNorms(child)) for child in module.modules())
+    return [child.register_forward_pre_hook(hook) for child, hook in hooks if hook.places]
 
 
 _lock = RLock()

@@ -12,20 +12,31 @@ The adapters of a parameter are a child of the layer, `layer.lora_<parameter>`. 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
 from types import MethodType, new_class
-from typing import ClassVar, TypeAlias
-from weakref import WeakSet, WeakValueDictionary
+from typing import ClassVar, SupportsIndex, TypeAlias
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing  # no public function says so
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import ParametrizationList
 
-from lora_lightning.lora.adapter import Adapter, Adapters, AnyKind, CalledKind, Forward, Layout, is_sharded
+from lora_lightning.lora.adapter import (
+    Adapter,
+    Adapters,
+    AnyKind,
+    CalledKind,
+    Forward,
+    Layout,
+    is_sharded,
+    this_thread,
+)
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.fused import fused_linear
 
@@ -117,9 +128,14 @@ class Adapted(nn.Module):
     lora_sizes: ClassVar[tuple[str, ...]]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name.removesuffix("_orig") in self.lora_read and not vars(self).get("lora_is_loading"):
-            raise RuntimeError(_is_read_only(self, name.removesuffix("_orig")))
-        super().register_parameter(name, param)
+        parameter = name.removesuffix("_orig")
+        may_write = vars(self).get("lora_is_loading") or _is_distributed(param, self._parameters.get(name))
+        if parameter not in self.lora_read:
+            super().register_parameter(name, param)
+        elif may_write:
+            self._parameters[name] = param
+        else:
+            raise RuntimeError(_is_read_only(self, parameter))
 
     def __delattr__(self, name: str) -> None:
         if name in self.lora_read:  # by torch.nn.utils.parametrize, which would make W + ΔW a part of the base
@@ -143,8 +159,42 @@ class Adapted(nn.Module):
             if prefix + parameter in state_dict:
                 load_base(self, parameter)
 
-    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        return _new, (self.lora_plain, self.lora_kinds), self.__getstate__()  # type: ignore[no-untyped-call]
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
+        if self.lora_plain.__reduce_ex__ is object.__reduce_ex__ and self.lora_plain.__reduce__ is object.__reduce__:
+            return _new, (self.lora_plain, self.lora_kinds), self.__getstate__()  # type: ignore[no-untyped-call]
+        children = {child_name(parameter): adapters_of(self, parameter) for parameter, _ in self.lora_kinds}
+        with bare(self) as plain:  # the class has a way of its own, which may read the weight
+            reduced = plain.__reduce_ex__(protocol)
+        if isinstance(reduced, str) or any(part is not None for part in reduced[3:]):
+            raise TypeError(f"A {self.lora_plain.__name__} with adapters cannot be copied or pickled in its own way.")
+        return _rebuilt, (*reduced[:3], *[None] * (3 - len(reduced[:3])), self.lora_kinds, children)
+
+
+class ReadOnlyParametrizations(nn.ModuleDict):
+    """The parametrizations of an adapted layer. `torch.nn.utils.parametrize` asks whether one exists before a change.
+
+    Outside `bare`, this would make W + ΔW a part of the base, and then fail half-way.
+    """
+
+    def __contains__(self, key: str) -> bool:
+        raise RuntimeError(
+            f"The parametrizations of a layer with adapters are for reading only, also that of {key!r}. Change them "
+            "inside lora.bare(net), which sets the adapters aside, or before attach."
+        )
+
+
+@contextmanager
+def computing_without_updates(module: nn.Module) -> Iterator[None]:
+    """Read computed weights without changing buffers. In training, spectral norm updates its estimate at each read."""
+    lists = [child for child in module.modules() if isinstance(child, ParametrizationList)]
+    training = [child for found in lists for child in found.modules() if child.training]
+    try:
+        for child in training:
+            child.training = False
+        yield
+    finally:
+        for child in training:
+            child.training = True
 
 
 @dataclass(frozen=True)
@@ -231,7 +281,7 @@ class AdaptedWeight(Target):
 
     @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """Return the trained parameters A and B, of shape (r, in) and (out, r), with the experts in front."""
+        """Return the trained parameters A and B, of the shapes that `Adapter` describes."""
         return self.adapter.lora_A, self.adapter.lora_B
 
 
@@ -275,13 +325,19 @@ def is_computed(layer: nn.Module, parameter: str) -> bool:
 def effective(layer: nn.Module, parameter: str) -> Tensor:
     """Return W + Σ ΔW, computed in the dtype of the adapters and rounded once to the dtype of W."""
     adapters = adapters_of(layer, parameter)
-    if adapters.merged is not None:
-        return adapters.merged
-    weight = stored(layer, parameter)
-    if not adapters.in_effect:
-        return weight
-    plain = total = adapters.kind.dense(layer, weight)
-    for adapter in adapters.in_effect:
+    formed = adapters.formed.get(this_thread()) if adapters.formed else None
+    if formed is not None and (formed.requires_grad or not torch.is_grad_enabled()):
+        return formed
+    merged, in_effect = adapters.in_effect
+    if merged is not None:
+        return merged
+    return with_updates(layer, parameter, in_effect) if in_effect else stored(layer, parameter)
+
+
+def with_updates(layer: nn.Module, parameter: str, adapters: tuple[Adapter, ...]) -> Tensor:
+    """Return W + Σ ΔW for these adapters, as a plain tensor."""
+    plain = total = adapters_of(layer, parameter).kind.dense(layer, stored(layer, parameter))
+    for adapter in adapters:
         delta = adapter.delta_weight(plain)
         total = total.to(delta.dtype) + delta
     return total.to(plain.dtype)
@@ -302,11 +358,12 @@ def place(target: Target, name: str, adapter: Adapter) -> None:
     layer, parameter = target.layer, target.parameter
     kinds = layer.lora_kinds if isinstance(layer, Adapted) else ()
     if parameter not in dict(kinds):
+        plain = layer.lora_plain if isinstance(layer, Adapted) else type(layer)
+        cls = adapted_class(plain, (*kinds, (parameter, target.kind)))
         adapters = Adapters(target.kind, target.layout, parameter).train(layer.training)
         adapters.is_computed = is_computed(layer, parameter)
         layer.add_module(child_name(parameter), adapters)
-        plain = layer.lora_plain if isinstance(layer, Adapted) else type(layer)
-        set_class(layer, adapted_class(plain, (*kinds, (parameter, target.kind))))
+        _become(layer, cls)
     adapters_of(layer, parameter).add_module(name, adapter.train(layer.training))
 
 
@@ -323,19 +380,20 @@ def take_away(layer: nn.Module, name: str) -> None:
         for parameter, _ in layer.lora_kinds:
             if parameter not in dict(left):
                 del layer._modules[child_name(parameter)]
-        set_class(layer, adapted_class(layer.lora_plain, left) if left else layer.lora_plain)
+        _become(layer, adapted_class(layer.lora_plain, left) if left else layer.lora_plain)
 
 
 def restore(layer: nn.Module) -> None:
     """Remove all adapters of a layer and give it back its class."""
     assert isinstance(layer, Adapted)
-    for parameter, _ in layer.lora_kinds:
-        del layer._modules[child_name(parameter)]
-    set_class(layer, layer.lora_plain)
+    children = [child_name(parameter) for parameter, _ in layer.lora_kinds]
+    _become(layer, layer.lora_plain)  # first, for the sake of other threads
+    for name in children:
+        del layer._modules[name]
 
 
-bare_layers: WeakSet[nn.Module] = WeakSet()
-"""The layers whose adapters are set aside by `bare`."""
+bare_layers: WeakKeyDictionary[nn.Module, _Held] = WeakKeyDictionary()
+"""The layers whose adapters are set aside by `bare`, with these."""
 
 
 @contextmanager
@@ -348,6 +406,7 @@ def bare(module: nn.Module) -> Iterator[nn.Module]:
     their effect.
 
     A forward pass within the context, also of another thread, is that of the base. The state dict has no adapters.
+    Contexts may overlap, and the last one to end brings the adapters back.
 
     Raises:
         RuntimeError: If the class of a layer was replaced after `attach`, as `fully_shard` does.
@@ -357,16 +416,23 @@ def bare(module: nn.Module) -> Iterator[nn.Module]:
         with lora.bare(net):
             torch.nn.utils.parametrizations.weight_norm(net.linear1)
     """
-    held = [_Held(name, layer) for name, layer in module.named_modules() if isinstance(layer, Adapted)]
-    for layer in held:
-        require_own_class(layer.layer)
-    for layer in held:
-        layer.set_aside()
+    key = object()
+    with _lock, computing_without_updates(module):
+        held = [
+            bare_layers[layer] if layer in bare_layers else _Held(name, layer)
+            for name, layer in module.named_modules()
+            if isinstance(layer, Adapted) or layer in bare_layers
+        ]
+        for layer in held:
+            require_own_class(layer.layer)
+        for layer in held:
+            layer.set_aside(key)
     try:
         yield module
     finally:
-        modules = dict(module.named_modules())
-        lost = [layer.name for layer in held if not layer.put_back(modules.get(layer.name))]
+        with _lock, computing_without_updates(module):
+            modules = set(module.modules())
+            lost = [layer.name for layer in held if not layer.put_back(key, layer.layer in modules)]
         if lost:
             warnings.warn(
                 "These layers were replaced or resized inside bare(net), and the new ones have no adapters: "
@@ -378,26 +444,35 @@ def bare(module: nn.Module) -> Iterator[nn.Module]:
 class _Held:
     """Holds the adapters of one layer while it is bare."""
 
-    def __init__(self, name: str, layer: Adapted) -> None:
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        assert isinstance(layer, Adapted)
         self.name, self.layer, self.kinds = name, layer, layer.lora_kinds
+        self.keys: set[object] = set()
         self.children = {child_name(parameter): adapters_of(layer, parameter) for parameter, _ in self.kinds}
         self.shapes, self.was_distributed = self._shapes(), self._is_distributed()
 
-    def set_aside(self) -> None:
-        for name in self.children:
-            del self.layer._modules[name]
-        set_class(self.layer, self.layer.lora_plain)
-        bare_layers.add(self.layer)
+    def set_aside(self, key: object) -> None:
+        """Make the layer plain until `put_back` is called with each of the keys."""
+        if not self.keys:
+            bare_layers[self.layer] = self
+            _become(self.layer, self.layer.lora_plain)
+            for name in self.children:
+                del self.layer._modules[name]
+        self.keys.add(key)
 
-    def put_back(self, layer: nn.Module | None) -> bool:
-        """Put the adapters back if this is still the same layer with weights of the same shape."""
-        bare_layers.discard(self.layer)
-        if layer is not self.layer or self._shapes() != self.shapes:
+    def put_back(self, key: object, is_in_place: bool) -> bool:
+        """Put the adapters back if the layer is still in its module and has weights of the same shape."""
+        self.keys.discard(key)
+        if self.keys:
+            return True
+        layer = self.layer
+        del bare_layers[layer]
+        if not is_in_place or self._shapes() != self.shapes:
             return False
         for adapters in self.children.values():
             adapters.is_computed = is_computed(layer, adapters.parameter)
         layer._modules.update(self.children)
-        set_class(layer, adapted_class(type(layer), self.kinds))
+        _become(layer, adapted_class(type(layer), self.kinds))
         for parameter, _ in self.kinds:
             load_base(layer, parameter)
         if self._is_distributed() and not self.was_distributed:  # by parallelize_module
@@ -492,17 +567,24 @@ def _called_forward(kind: CalledKind[nn.Module]) -> Forward:
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         adapters = self._modules["lora_weight"]
         assert isinstance(adapters, Adapters)
-        weight = adapters.merged
-        if weight is not None:
-            return kind.base(self, weight, input)
+        merged, in_effect = adapters.in_effect
+        if merged is not None:
+            return kind.base(self, merged, input)
         weight = self._parameters.get("weight")
-        if weight is None:
-            weight = stored(self, "weight")
-        if isinstance(input, Proxy) and adapters.in_effect:
+        if isinstance(input, Proxy) and in_effect:
             raise RuntimeError(_is_traced(self))
-        return kind.adapted(self, weight, input, adapters.in_effect)
+        return kind.adapted(self, stored(self, "weight") if weight is None else weight, input, in_effect)
 
     return forward
+
+
+def _become(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Make a layer an adapted one, or a plain one, with its parametrizations, if any."""
+    set_class(layer, cls)
+    parametrizations = layer._modules.get("parametrizations")
+    if type(parametrizations) in (nn.ModuleDict, ReadOnlyParametrizations):
+        kept = ReadOnlyParametrizations if issubclass(cls, Adapted) else nn.ModuleDict
+        object.__setattr__(parametrizations, "__class__", kept)
 
 
 def set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
@@ -517,16 +599,22 @@ def set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
 
 def _weight_in_effect(parameter: str) -> property:
     def read(self: nn.Module) -> Tensor:
+        if is_fx_symbolic_tracing():
+            raise RuntimeError(
+                f"torch.fx traces into this {type(self).__name__} and would keep the {parameter!r} in effect as a "
+                "constant. Merge the adapters first, or trace a module that contains this one."
+            )
         weight = self._parameters.get(parameter)
         if weight is not None and not _can_be_added(weight, adapters_of(self, parameter)):
             return weight
         return effective(self, parameter)
 
-    def write(
-        self: nn.Module, value: Tensor
-    ) -> None:  # by a hook that computes W, since a Parameter is registered instead
-        adapters = adapters_of(self, parameter)
-        if not adapters.is_computed:  # a hook of the old kind was registered now, and has read W + ΔW
+    def write(self: Adapted, value: Tensor) -> None:  # a Parameter is registered instead
+        if "parametrizations" in self._modules:
+            raise RuntimeError(_is_read_only(self, parameter))
+        adapters = adapters_of(self, parameter)  # W is computed by a hook, or copied by `nn.DataParallel`
+        if not adapters.is_computed and "_is_replica" not in vars(self):
+            # A hook of the old kind was registered now, and has read W + ΔW.
             adapters.is_computed = True
             _start_again(self, parameter, value)
         self.__dict__[parameter] = value
@@ -539,7 +627,7 @@ def _can_be_added(weight: Tensor, adapters: Adapters) -> bool:
     mesh = getattr(weight, "device_mesh", None)
     if mesh is None:
         return True
-    factors = [adapter.lora_A for adapter in adapters.in_effect]
+    factors = [adapter.lora_A for adapter in adapters.in_effect.adapters]
     return all(getattr(factor, "device_mesh", None) == mesh and not is_sharded(factor) for factor in factors)
 
 
@@ -594,6 +682,11 @@ def _is_traced(layer: nn.Module) -> str:
     )
 
 
+def _is_distributed(*parameters: Tensor | None) -> bool:
+    """Return whether any of these is a distributed tensor, which `fully_shard` puts into place and takes out."""
+    return any(hasattr(parameter, "device_mesh") for parameter in parameters)
+
+
 def _is_read_only(layer: Adapted, parameter: str) -> str:
     return (
         f"{parameter!r} of this {layer.lora_plain.__name__} has adapters and is for reading only. Change it inside "
@@ -605,6 +698,22 @@ def _convolve(input: Tensor, kernels: Tensor, groups: int) -> Tensor:
     if kernels.dim() == 3:
         return F.conv1d(input, kernels, groups=groups)
     return F.conv2d(input, kernels, groups=groups) if kernels.dim() == 4 else F.conv3d(input, kernels, groups=groups)
+
+
+def _rebuilt(
+    function: Callable[..., nn.Module],
+    arguments: tuple[object, ...],
+    state: Mapping[str, object] | None,
+    kinds: Kinds,
+    children: Mapping[str, Adapters],
+) -> nn.Module:
+    """Return a copy of an adapted layer whose plain class says how it is copied and pickled."""
+    layer = function(*arguments)
+    if state is not None:
+        layer.__setstate__(state)  # type: ignore[no-untyped-call]
+    layer._modules.update(children)
+    _become(layer, adapted_class(type(layer), kinds))
+    return layer
 
 
 def _new(plain: type[nn.Module], kinds: Kinds) -> nn.Module:

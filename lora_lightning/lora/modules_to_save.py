@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from threading import RLock
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
@@ -13,6 +14,8 @@ from lora_lightning.lora.matching import Names
 
 _log = logging.getLogger("lora_lightning.lora")
 _lock = RLock()
+_claims: WeakKeyDictionary[nn.Module, ReferenceType[SavedModules]] = WeakKeyDictionary()
+"""What trains a module in full, by module."""
 
 
 class SavedModules:
@@ -36,6 +39,8 @@ class SavedModules:
         self._pauses: frozenset[object] = frozenset()
         wanted = Names(config.modules_to_save)
         self.names = [name for name, _ in module.named_modules() if name and wanted.match(name)]
+        for name in self.names:
+            self._claim(name)
         state = module.state_dict(keep_vars=True)
         prefixes = tuple(f"{name}." for name in self.names)
         self.keys = [key for key, value in state.items() if key.startswith(prefixes) and isinstance(value, Tensor)]
@@ -58,6 +63,19 @@ class SavedModules:
                 self._put(key, copies[id(value)])
                 self._others[key] = value
 
+    def _claim(self, name: str) -> None:
+        """Refuse a module that is trained in full with the adapters of another root, whose values these would hide."""
+        for child in self._module.get_submodule(name).modules():
+            other = _claims.get(child)
+            saved = None if other is None else other()
+            if saved is not None and saved._module is not self._module:
+                raise ValueError(
+                    f"modules_to_save: {name!r} is already trained in full with the adapters of a "
+                    f"{type(saved._module).__name__}. Attach the adapters to the same module."
+                )
+            if saved is None:
+                _claims[child] = ref(self)
+
     @property
     def modules(self) -> list[nn.Module]:
         """Return the modules themselves."""
@@ -69,18 +87,21 @@ class SavedModules:
 
     def choose(self, chosen: bool) -> None:
         """Put the trained values into the module, or the original ones."""
-        self.is_chosen = chosen
-        self._update()
+        with _lock:
+            self.is_chosen = chosen
+            self._update()
 
     def pause(self, key: object) -> None:
         """Put the original values into the module until `resume` is called with the same key."""
-        self._pauses = self._pauses | {key}
-        self._update()
+        with _lock:
+            self._pauses = self._pauses | {key}
+            self._update()
 
     def resume(self, key: object) -> None:
         """End a pause."""
-        self._pauses = self._pauses - {key}
-        self._update()
+        with _lock:
+            self._pauses = self._pauses - {key}
+            self._update()
 
     def __getstate__(self) -> dict[str, object]:
         if self._pauses:
@@ -91,11 +112,10 @@ class SavedModules:
         return vars(self)
 
     def _update(self) -> None:
-        with _lock:
-            wanted = self.is_chosen and not self._pauses
-            if wanted != self._is_in:
-                self._is_in = wanted
-                self._swap()
+        wanted = self.is_chosen and not self._pauses
+        if wanted != self._is_in:
+            self._is_in = wanted
+            self._swap()
 
     def _swap(self) -> None:
         exchanged = set()

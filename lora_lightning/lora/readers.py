@@ -7,17 +7,22 @@ experts of a mixture. Reading such a weight returns the weight in effect, so the
 from __future__ import annotations
 
 from functools import wraps
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adapter import Adapters, Forward, Kind, L, Layout
+from lora_lightning.lora.adapter import Adapters, Forward, Kind, L, Layout, this_thread
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.layers import effective, is_computed, stored
+from lora_lightning.lora.layers import is_computed, stored
 
 
 class ReaderKind(Kind[L]):
-    """A module that reads the weight in effect."""
+    """A module that reads the weight in effect.
+
+    The weights in effect are formed once per forward pass, since a module may read them several times, or once per
+    expert.
+    """
 
     def parameters(self, layer: L) -> list[str]:
         return []
@@ -33,6 +38,25 @@ class ReaderKind(Kind[L]):
             if layer.sparse:
                 return "has sparse gradients, which cannot flow to an adapter: use sparse=False"
         return None
+
+    def forward(self, plain: type[nn.Module]) -> Forward | None:
+        plain_forward = plain.forward
+
+        @wraps(plain_forward)
+        def forward(self: nn.Module, *arguments: object, **keywords: object) -> Tensor:
+            children = [child for child in self._modules.values() if isinstance(child, Adapters)]
+            thread = this_thread()
+            reading = [child for child in children if child.in_effect.adapters and thread not in child.formed]
+            for child in reading:
+                child.formed[thread] = getattr(self, child.parameter)
+            try:
+                output: Tensor = plain_forward(self, *arguments, **keywords)
+                return output
+            finally:
+                for child in reading:
+                    child.formed.pop(thread, None)
+
+        return forward
 
 
 class OwnForwardKind(ReaderKind[nn.Module]):
@@ -65,7 +89,20 @@ class Recurrent:
     def _flat_weights(self, weights: list[Tensor]) -> None:
         # The plain class reads this attribute after the adapters are removed.
         assert isinstance(self, nn.Module)
-        vars(self)["_flat_weights"] = [stored(self, name) for name in self._flat_weights_names]
+        plain = [stored(self, name) for name in self._flat_weights_names]
+        vars(self)["_flat_weights"], vars(self)["_flat_weight_refs"] = plain, [ref(weight) for weight in plain]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        assert isinstance(self, nn.Module)
+        nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]  # the plain class would change its list
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        assert isinstance(self, nn.Module)
+        replica: nn.Module = nn.Module._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
+        return replica
+
+    def _init_flat_weights(self) -> None:
+        self._flat_weights = []  # not with weights in effect, whose parts may be on different devices meanwhile
 
     def _weights_have_changed(self) -> bool:
         return False  # no list has to be made again
@@ -94,8 +131,7 @@ class ParameterKind(ReaderKind[nn.Module]):
     """A parameter of any module, by name. One with three dimensions, but for convolutions, has one matrix per expert.
 
     Version 5 of the transformers library stores the experts of a mixture in this way. PEFT calls the option
-    `target_parameters` as well. The weights in effect are computed once per forward pass, since a module may read its
-    parameter once per expert.
+    `target_parameters` as well.
     """
 
     is_leaf = False
@@ -104,25 +140,6 @@ class ParameterKind(ReaderKind[nn.Module]):
         if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d) or stored(layer, parameter).dim() != 3:
             return Layout()
         return Layout(experts=True, transposed=bool(getattr(layer, "is_transposed", False)))
-
-    def forward(self, plain: type[nn.Module]) -> Forward | None:
-        plain_forward = plain.forward
-
-        @wraps(plain_forward)
-        def forward(self: nn.Module, *arguments: object, **keywords: object) -> Tensor:
-            children = [child for child in self._modules.values() if isinstance(child, Adapters)]
-            experts = [child for child in children if child.layout.experts and child.in_effect]
-            key = object()
-            for child in experts:
-                child.merge(key, effective(self, child.parameter))
-            try:
-                output: Tensor = plain_forward(self, *arguments, **keywords)
-                return output
-            finally:
-                for child in experts:
-                    child.unmerge(key)
-
-        return forward
 
 
 def _has(layer: nn.Module, parameter: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adapter import Adapter, CalledKind, L, Layout, without_autocast
+from lora_lightning.lora.adapter import Adapter, CalledKind, L, Layout, parameter_of, without_autocast
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.low_rank import low_rank_factors
 
@@ -38,7 +38,7 @@ class PiSSAAdapter(Adapter):
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
         matrix = self.layout.matrix(weight.detach())
-        a, b = low_rank_factors(matrix.to(self.lora_A.dtype), self.lora_A.shape[-2])
+        a, b = low_rank_factors(matrix.to(self.lora_A.dtype), self.rank)
         root = self.scaling**0.5
         self.lora_A.copy_(a / root)
         self.lora_B.copy_(b / root)
@@ -121,8 +121,7 @@ class DoRAAdapter(Adapter):
 
     def _ratio(self, weight: Tensor) -> Tensor:
         """Return m / ||W + s B A||, of shape (out,)."""
-        magnitude = self._parameters["lora_magnitude_vector"]
-        assert magnitude is not None
+        magnitude = parameter_of(self, "lora_magnitude_vector")
         norms = self._norms(weight, self.scaling * self.strength)
         wanted: Tensor = magnitude
         if self.strength != 1:

@@ -41,7 +41,7 @@ def verify_adapters(module: nn.Module, *inputs: object, **keywords: object) -> N
     found = adapted_weights(module)
     if not found:
         raise ValueError(f"This {type(module).__name__} has no adapters to verify. Call attach(module, config) first.")
-    if not all(weight.adapters.in_effect for weight in found):
+    if not all(weight.adapters.in_effect.adapters for weight in found):
         raise ValueError(
             f"The adapters of this {type(module).__name__} are disabled or merged. Verify them while they are enabled."
         )

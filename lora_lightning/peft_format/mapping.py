@@ -122,6 +122,8 @@ def exported(module: nn.Module) -> dict[str, Tensor]:
             tensors |= experts_to_peft(adapted, PREFIX)
             continue
         a, b = adapted.adapter.factors()
+        if is_experts(adapted):
+            a, b = a.transpose(0, 1), b.permute(1, 2, 0)
         parts = {"lora_A": a, "lora_B": b}
         if "lora_magnitude_vector" in adapted.adapter._parameters:
             parts["lora_magnitude_vector"] = adapted.adapter.get_parameter("lora_magnitude_vector")
@@ -213,8 +215,8 @@ def expected_shapes(target: Target, config: LoRAConfig) -> dict[str, tuple[int, 
     rows, columns = target.shape
     experts = target.outline().shape[:1] if target.layout.experts else ()
     shapes: dict[str, tuple[int, ...]] = {
-        "lora_A": (*experts, target.rank, columns),
-        "lora_B": (*experts, rows, target.rank),
+        "lora_A": (target.rank, *experts, columns),
+        "lora_B": (rows, target.rank, *experts),
     }
     if config.use_dora and target.parameter:
         shapes["lora_magnitude_vector"] = (rows,)
@@ -242,8 +244,6 @@ def key_in_folder(target: Target, parameter: str) -> str:
 
 def to_file(target: Target, parameter: str, value: Tensor) -> Tensor:
     """Return a parameter of an adapter in the shape that it has in a folder."""
-    if target.layout.experts:
-        return value.transpose(0, 1) if parameter == "lora_A" else value.permute(1, 2, 0)
     if not isinstance(target.kind, ConvKind):
         return value
     ones = [1] * (target.outline().dim() - 2)
@@ -254,8 +254,6 @@ def to_file(target: Target, parameter: str, value: Tensor) -> Tensor:
 
 def from_file(target: Target, parameter: str, value: Tensor) -> Tensor:
     """Return a tensor of a folder in the shape of the parameter of an adapter."""
-    if target.layout.experts:
-        return value.transpose(0, 1) if parameter == "lora_A" else value.permute(2, 0, 1)
     if not isinstance(target.kind, ConvKind):
         return value
     return value.flatten() if parameter == "lora_magnitude_vector" else value.flatten(1)

@@ -34,7 +34,7 @@ def delta(site: AdaptedWeight) -> Tensor:
     """ΔW by the definition, element by element, from the parameters alone."""
     update, weight = site.adapter, site.weight
     if site.layout.experts:
-        return torch.einsum("eor,eri->eoi", site.factors[1], site.factors[0]) * update.scaling
+        return torch.einsum("ore,rei->eoi", site.factors[1], site.factors[0]) * update.scaling
     down, up = site.factors
     change = torch.einsum("or,ri->oi", up, down)
     if "lora_A_initial" in update._buffers:

@@ -39,7 +39,7 @@ def base(layer: nn.Linear) -> Tensor:
 
 def plain_operations(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer without the hand-written backward pass."""
-    kind, adapters = layer.lora_weight.kind, layer.lora_weight.in_effect
+    kind, adapters = layer.lora_weight.kind, layer.lora_weight.in_effect.adapters
     return CalledKind.adapted(kind, layer, base(layer), x, adapters)
 
 
