@@ -29,10 +29,17 @@ class FrozenStatistics(nn.Module):
         """Return the output of evaluation mode."""
         if torch.compiler.is_compiling():
             return self.lora_evaluate(*arguments, **keywords)
+        own = self.__dict__  # assigning to the attribute itself takes microseconds
         with _lock:  # another thread must not see the mode of before in the middle of its forward pass
-            return self.lora_evaluate(*arguments, **keywords)
+            training, own["training"] = own["training"], False
+            try:
+                output: Tensor = self.lora_plain.forward(self, *arguments, **keywords)
+                return output
+            finally:
+                own["training"] = training
 
     def lora_evaluate(self, *arguments: object, **keywords: object) -> Tensor:
+        """Return the output of evaluation mode, in a way that `torch.compile` can trace."""
         training, self.training = self.training, False
         try:
             output: Tensor = self.lora_plain.forward(self, *arguments, **keywords)
