@@ -149,6 +149,7 @@ class LoRAFinetuning(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_written = False
+        self._random_state.on_fit_start(trainer, pl_module)
         if self._after_layers is not None:
             self._after_layers.remove()
         refuse_pruning(trainer)
@@ -163,6 +164,10 @@ class LoRAFinetuning(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._random_state.on_train_start(trainer, pl_module)
         self._untrained = UntrainedAdapters(self._network, trainer.global_step) if self.verify else None
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._random_state.on_train_epoch_start(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -103,8 +103,11 @@ def check_file(path: Path) -> None:
     """Verify the checksums of a checkpoint, which `torch.load` ignores.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"The checkpoint {path} does not exist.")
     with explain_damage(path):
         if not zipfile.is_zipfile(path):
             raise ValueError("not an archive, as torch.save writes it")

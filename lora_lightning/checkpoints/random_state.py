@@ -16,6 +16,12 @@ from typing_extensions import override
 
 from lora_lightning.checkpoints.epoch_progress import begin_the_next_epoch, count_the_epoch
 from lora_lightning.checkpoints.loader import ResumableLoader
+from lora_lightning.checkpoints.loader_state import (
+    begin_epoch_again,
+    generators_of,
+    load_pending_states,
+    skip_batches,
+)
 
 KEY = "lora_lightning_random_state"
 _SEED_OFFSET = 1_000_003
@@ -24,22 +30,25 @@ _SEED_OFFSET = 1_000_003
 class RandomState(Callback):
     """Saves the state of all random number generators with a checkpoint, and restores it when training resumes.
 
-    This covers PyTorch on the CPU and on the GPU of this process, NumPy and Python, separately for each process of a run. The states are
-    restored just before the first training batch. Validation does not affect them, so the random numbers in training depend neither on
-    the number of validations nor on the moment when a run stopped. A run continues with the correct epoch, also with `max_steps`.
-    `LoRAFinetuning` includes this callback. Add it to runs without LoRA.
+    This covers PyTorch on the CPU and on the GPU of this process, NumPy and Python, and generators of the training loaders,
+    separately for each process of a run. The states are restored before the first batch is loaded, so the order of a
+    `DataLoader(shuffle=True)` continues, and so do augmentations. In the middle of an epoch, a loader without state of its own
+    loads and skips the batches that were trained on. Validation does not affect random numbers in training, so these depend
+    neither on the number of validations nor on the moment when a run stopped. A run continues with the correct epoch, also
+    with `max_steps`.
 
-    Data loaders draw a random number whenever they are iterated, from PyTorch's generator unless they have a `generator` of their own.
-    Pass one, as the data modules of this project do. Otherwise the end of an epoch is not resumed bitwise.
+    `LoRAFinetuning` includes this callback. Add it to runs without LoRA.
     """
 
     def __init__(self) -> None:
         self._to_restore: dict[str, Any] | None = None
+        self._must_count = False
         self._before_validation: dict[str, Any] | None = None
+        self._at_epoch_start: dict[str, Any] = {}
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        own = random_state()
+        own = random_state() | {"generators": generators_of(trainer), "epoch_start": self._at_epoch_start}
         states: list[dict[str, Any] | None] = [own]
         if trainer.world_size > 1 and torch.distributed.is_initialized():
             states = [None] * trainer.world_size
@@ -53,19 +62,45 @@ class RandomState(Callback):
             self._to_restore = states[trainer.global_rank]
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._at_epoch_start = random_state() | {"generators": []}  # the loaders do not exist yet
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trained = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        is_in_mid_epoch = trainer.fit_loop.restarted_mid_epoch and trained < trainer.num_training_batches
         begin_the_next_epoch(trainer)
         for loader in CombinedLoader(trainer.train_dataloader).flattened:
             if isinstance(loader, ResumableLoader):
                 loader.most = trainer.num_training_batches
                 if not trainer.fit_loop.restarted_mid_epoch:
                     loader.begin_epoch()  # the previous epoch may have been ended early by max_steps
+        state, self._to_restore = self._to_restore, None
+        self._must_count = state is not None
+        if state is None:
+            return
+        if load_pending_states(trainer):
+            restore_random_state(state)
+            return
+        start = state.get("epoch_start") or {}
+        if is_in_mid_epoch and start:
+            self._at_epoch_start = start
+            restore_random_state(start)
+            skip_batches(trainer, trained, start["generators"])
+            restore_random_state(state)
+            return
+        restore_random_state(state)
+        begin_epoch_again(trainer, state.get("generators", []))
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready:  # the loader of the first epoch was begun before
+            self._at_epoch_start = random_state() | {"generators": generators_of(trainer)}
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._to_restore is not None:
-            restore_random_state(self._to_restore)
-            self._to_restore = None
+        if self._must_count:
+            self._must_count = False
             count_the_epoch(trainer)
 
     @override
