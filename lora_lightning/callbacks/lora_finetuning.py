@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -58,6 +58,8 @@ class LoRAFinetuning(Callback):
             may run code. `None` is for PyTorch's default.
         adapter: Folder of adapters to start from, written by `fit` or PEFT, or a log folder, whose newest adapter is used. The folder
             determines the adapted layers, and `config` is ignored. `None` creates new adapters.
+        checkpoints: What checkpoints hold. `"adapters"`: the adapters without the base. `"full"`: the merged weights under the keys of the
+            plain model, for libraries that read checkpoints themselves, and the adapters beside them for resuming.
         verify: Whether to warn after the first epoch about adapters that training has not changed.
         arguments: The arguments of `LoRAConfig`. Names can be relative to the adapted child or to the whole module. New last layers of
             `image_backbone` and `text_backbone` are added to `modules_to_save` if this is a list.
@@ -83,6 +85,7 @@ class LoRAFinetuning(Callback):
         base_checkpoint: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
         adapter: str | os.PathLike[str] | None = None,
+        checkpoints: Literal["adapters", "full"] = "adapters",
         verify: bool = True,
         **arguments: Any,
     ) -> None:
@@ -93,7 +96,10 @@ class LoRAFinetuning(Callback):
         self.base_path: Path | None = None
         self.base_fingerprint = ""
         self.base_in_words = ""
+        if checkpoints not in ("adapters", "full"):
+            raise ValueError(f"checkpoints={checkpoints!r}: expected 'adapters' or 'full'.")
         self.adapter = adapter
+        self.checkpoints = checkpoints
         self.verify = verify
         self.adapter_folder: Path | str | None = None
         self.adapted: nn.Module | None = None
@@ -118,8 +124,12 @@ class LoRAFinetuning(Callback):
         refuse_strategy(trainer.strategy)
 
         def adapt() -> None:
-            if self.adapted is None or not is_adapted(pl_module):
-                self._adapt(trainer, pl_module)
+            if self.adapted is not None and is_adapted(pl_module):
+                return
+            if stage != "fit" and self.adapted is not None and self.adapted is backbone_of(pl_module):
+                rank_zero_info("The adapters of this model were merged or detached. It is used as it is.")
+                return
+            self._adapt(trainer, pl_module)
 
         self._after_layers = AfterLayers(trainer, pl_module, adapt, lambda: self._prepare(trainer, pl_module, stage))
 
@@ -296,9 +306,14 @@ class LoRAFinetuning(Callback):
         if isinstance(files, AdapterCheckpointIO):
             files = files.checkpoint_io
         base_path = str(self.base_path) if self.base_path else None
-        content = AdapterContent(pl_module, self._network, self.base_fingerprint, base_path, self._updated)
+        is_full = self.checkpoints == "full" and is_adapted(pl_module)
+        content = AdapterContent(pl_module, self._network, self.base_fingerprint, base_path, self._updated, is_full)
         self._result = RunAdapters(trainer, pl_module, self._network)
         if is_a(trainer.strategy, ModelParallelStrategy):
+            if is_full:
+                raise ValueError(
+                    "checkpoints='full' is not possible where ModelParallelStrategy distributes the weights."
+                )
             distribute_adapters(self._network, trainer.strategy.device_mesh["data_parallel"].get_group())
             self._checkpoints = ShardedCheckpoints(trainer.strategy, content, self._result)
             return

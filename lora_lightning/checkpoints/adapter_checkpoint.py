@@ -18,12 +18,15 @@ from lora_lightning.checkpoints.packed_layers import packed_keys
 from lora_lightning.lora import AdaptedWeight, adapted_weights, adapter_names, is_adapted
 from lora_lightning.lora.adaptation import config_of
 from lora_lightning.lora.fingerprint import digests
+from lora_lightning.lora.merged_state import base_weights, merged_weights, require_mergeable
 from lora_lightning.lora.sharding import local
 from lora_lightning.lora.state import adapter_keys, saved_keys
 from lora_lightning.wording import some_of
 
 _LEFT_OUT = "left_out"
 """Entry of the description with trained tensors that the model's own code has removed from its state."""
+_ADAPTERS, _BASE = "adapter_state", "base_weights"
+"""Entries of the description of a full checkpoint."""
 _WITHOUT_FILE = "the model as it was created"
 _STATES = ("state_dict", "current_model_state", "average_model_state")
 """Entries that hold the model's state.
@@ -59,6 +62,8 @@ class AdapterContent:
         base_fingerprint: The `base_fingerprint` of this part.
         base_path: The file of the base, if any.
         updated: Names of the tensors of the base that the user's code has updated. Later ones are added.
+        is_full: Whether the state of the model in a checkpoint is that of the plain, merged model, for libraries that read checkpoints
+            themselves. The adapters, and the adapted weights of the base unless it has a file, are then in the description.
 
     Attributes:
         at_start: Digests of the tensors of the base that the user's code may update, at the start of training.
@@ -71,7 +76,11 @@ class AdapterContent:
         base_fingerprint: str,
         base_path: str | None,
         updated: set[str],
+        is_full: bool = False,
     ) -> None:
+        if is_full:
+            require_mergeable(adapted)
+        self.is_full = is_full
         self.pl_module = pl_module
         self.adapted = adapted
         self.base_fingerprint = base_fingerprint
@@ -111,7 +120,7 @@ class AdapterContent:
                 f"{path} contains adapters that differ from those of the model. In the checkpoint: {_summary(saved)}; attached: "
                 f"{_summary(attached)}. Configure LoRAFinetuning with the rank, alpha, targets and variant of the checkpoint."
             )
-        if description["base_fingerprint"] != self.base_fingerprint:
+        if description["base_fingerprint"] != self.base_fingerprint and _BASE not in description:
             trained_on = description["base_path"]
             advice = (
                 "Set base_checkpoint of LoRAFinetuning to the first one."
@@ -132,6 +141,21 @@ class AdapterContent:
     def trained_keys(self) -> set[str]:
         """Return the names of the tensors of adapters and of modules that are trained in full."""
         return adapter_keys(self.pl_module) | saved_keys(self.pl_module)
+
+    def merged(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state of the plain, merged model for a state of the adapted one."""
+        start, adapters = f"{self.part()}.".lstrip("."), adapter_keys(self.pl_module)
+        values = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+        weights = {start + key: value for key, value in merged_weights(self.adapted, values).items()}
+        return {key: weights.get(key, value) for key, value in state.items() if key not in adapters}
+
+    def separate(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the entries of the description with what is not in the state of the plain, merged model."""
+        start, adapters = f"{self.part()}.".lstrip("."), adapter_keys(self.pl_module)
+        found: dict[str, Any] = {_ADAPTERS: {key: value for key, value in state.items() if key in adapters}}
+        if self.base_path is None:
+            found[_BASE] = {start + key: value for key, value in base_weights(self.adapted).items()}
+        return found
 
     def left_out(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the trained tensors that are missing in a state of the model, since its own code filters it."""
@@ -156,6 +180,15 @@ class AdapterContent:
         }
         buffers = {name for name, _ in self.adapted.named_buffers(prefix=prefix, remove_duplicate=False)}
         return (frozen | buffers | packed_keys(self.pl_module)) - self.trained_keys() - self.updated
+
+    def base_of(self, description: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the adapted weights of the base for a full checkpoint: those in it, or else those of the model."""
+        if _BASE in description:
+            self.base_fingerprint = description["base_fingerprint"]
+            found: dict[str, Tensor] = description[_BASE]
+            return found
+        start = f"{self.part()}.".lstrip(".")
+        return {start + key: value for key, value in base_weights(self.adapted).items()}
 
     def keep(self, keys: Iterable[str]) -> None:
         """Include these tensors of the base in checkpoints, since a checkpoint that was loaded includes them."""
@@ -221,8 +254,12 @@ class AdapterCheckpointIO(CheckpointIO):
         def without_base(state: dict[str, Any]) -> dict[str, Any]:
             return {key: value for key, value in state.items() if key not in base_keys}
 
-        description = self.content.description() | {_LEFT_OUT: self.content.left_out(checkpoint["state_dict"])}
+        state = checkpoint["state_dict"]
+        description = self.content.description() | {_LEFT_OUT: self.content.left_out(state)}
         content = {**_with_states(checkpoint, without_base), ADAPTER_KEY: description}
+        if self.content.is_full:
+            content["state_dict"] = self.content.merged(state)
+            description.update(self.content.separate(state))
         self.checkpoint_io.save_checkpoint(content, path, storage_options)
 
     @override
@@ -231,11 +268,15 @@ class AdapterCheckpointIO(CheckpointIO):
         if "state_dict" not in checkpoint or not self.content.applies(self.strategy):
             return checkpoint
         self.content.check(path, checkpoint.get(ADAPTER_KEY))
-        self.content.keep(checkpoint["state_dict"])
+        description = checkpoint[ADAPTER_KEY]
+        if _ADAPTERS in description:  # the state is that of the plain, merged model
+            checkpoint["state_dict"] |= description[_ADAPTERS] | self.content.base_of(description)
+        else:
+            self.content.keep(checkpoint["state_dict"])
         live = self.content.pl_module.state_dict()
         filled_in = self.content.base_keys() - packed_keys(self.content.pl_module)
         base = {key: live[key] for key in filled_in if key in live}
-        left_out = checkpoint[ADAPTER_KEY].get(_LEFT_OUT, {})
+        left_out = description.get(_LEFT_OUT, {})
         return _with_states(checkpoint, lambda state: {**base, **left_out, **state})
 
     @override

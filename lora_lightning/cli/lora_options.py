@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from docstring_parser import parse
 from jsonargparse import Namespace
@@ -18,6 +18,7 @@ _OWN = {
     "base_checkpoint": str | None,
     "weights_only": bool | None,
     "adapter": str | None,
+    "checkpoints": Literal["adapters", "full"] | None,
     "verify": bool | None,
 }
 

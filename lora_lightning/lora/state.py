@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +60,26 @@ def saved_keys(module: nn.Module) -> set[str]:
             chosen = (saved for saved in attachment.saved.values() if saved.is_chosen)
             found |= {f"{name}.{key}".lstrip(".") for saved in chosen for key in saved.keys}
     return found
+
+
+@contextmanager
+def with_values(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give the trained tensors of `module` these values within this context, if there is one for each."""
+    own = adapter_state_dict(module)
+    differing = [key for key, value in own.items() if key in values and values[key].data_ptr() != value.data_ptr()]
+    if not differing or not own.keys() <= values.keys():
+        yield
+        return
+    kept = {key: own[key].clone() for key in differing}
+    with torch.no_grad():
+        for key in differing:
+            own[key].copy_(values[key])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for key in differing:
+                own[key].copy_(kept[key])
 
 
 def is_untrained(module: nn.Module) -> bool:

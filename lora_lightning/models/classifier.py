@@ -135,7 +135,8 @@ class Classifier(LightningModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of adapters for a model without adapters, and explain how to use it."""
-        if (description := checkpoint.get(ADAPTER_KEY)) is not None and not is_adapted(self):
+        description = checkpoint.get(ADAPTER_KEY)
+        if description is not None and "adapter_state" not in description and not is_adapted(self):
             raise ValueError(holds_adapters_alone(description))
 
     def _make_optimizer(self) -> Optimizer:

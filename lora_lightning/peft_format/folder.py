@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from lora_lightning.lora import (
     LoRAConfig,
     adapted_weights,
     adapter_names,
-    adapter_state_dict,
     is_adapted,
     set_adapter,
 )
@@ -27,7 +25,7 @@ from lora_lightning.lora.bypass import bypass_target
 from lora_lightning.lora.layers import Target
 from lora_lightning.lora.matching import Names
 from lora_lightning.lora.selection import candidates, check, layers_of
-from lora_lightning.lora.state import adapter_keys
+from lora_lightning.lora.state import adapter_keys, with_values
 from lora_lightning.peft_format.base_check import base_metadata, base_of, check_base
 from lora_lightning.peft_format.differences import unknown_to_peft
 from lora_lightning.peft_format.experts import experts_from_peft
@@ -97,7 +95,7 @@ class AdapterFolder:
         values: Mapping[str, Tensor] | None = None,
     ) -> None:
         module = unwrapped(module)
-        with _with_values(module, values or {}):
+        with with_values(module, values or {}):
             description, tensors = describe(module), exported(module)
         self._files = description, tensors, base_metadata(module)
         self._card = model_card(description, sum(tensor.numel() for tensor in tensors.values()), data, metrics)
@@ -116,26 +114,6 @@ class AdapterFolder:
         write_files(folder, *self._files)
         if not (folder / CARD_NAME).exists():
             (folder / CARD_NAME).write_text(self._card, encoding="utf-8")
-
-
-@contextmanager
-def _with_values(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give the trained tensors of `module` these values within this context, if there is one for each."""
-    own = adapter_state_dict(module)
-    differing = [key for key, value in own.items() if key in values and values[key].data_ptr() != value.data_ptr()]
-    if not differing or not own.keys() <= values.keys():
-        yield
-        return
-    kept = {key: own[key].clone() for key in differing}
-    with torch.no_grad():
-        for key in differing:
-            own[key].copy_(values[key])
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for key in differing:
-                own[key].copy_(kept[key])
 
 
 def load_adapter(

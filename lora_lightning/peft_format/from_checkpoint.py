@@ -46,14 +46,16 @@ def load_from_checkpoint(module: nn.Module, path: Path, name: str, strict: bool)
             "LightningModule, or pass it to LoRAFinetuning as base_checkpoint."
         )
     part, saved_name = description["part"], description["active"]
-    state = {**description.get("left_out", {}), **checkpoint["state_dict"]}
+    state = {**description.get("left_out", {}), **checkpoint["state_dict"], **description.get("adapter_state", {})}
     adapted = unwrapped(module if not part or not hasattr(module, part.partition(".")[0]) else backbone_of(module))
-    other_base = _difference(adapted, path, description["base_fingerprint"])
-    if other_base and strict:
-        raise ValueError(other_base)
     settings = description["config"]
     bypass = settings["bypass"]
     attach(adapted, LoRAConfig(**settings | {"bypass": tuple(bypass) if bypass else None}), name)
+    # Modules that are trained in full are no part of the base, so it is compared when they are known.
+    other_base = _difference(adapted, path, description["base_fingerprint"])
+    if other_base and strict:
+        delete_adapter(adapted, name)
+        raise ValueError(other_base)
     own = adapter_state_dict(adapted)
     keys = {key: f"{part}.{_renamed(key, name, saved_name)}".lstrip(".") for key in own}
     found = {key: state[saved] for key, saved in keys.items() if saved in state}

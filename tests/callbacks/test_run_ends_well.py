@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lora_lightning import LoRAConfig, LoRAFinetuning, load_adapter
 from lora_lightning.checkpoints import NotFiniteError
-from lora_lightning.lora import adapter_names, adapter_state_dict, base_fingerprint
+from lora_lightning.lora import adapter_names, adapter_state_dict, base_fingerprint, detach, is_adapted, merge
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.filterwarnings(
@@ -360,3 +360,74 @@ def test_the_example_for_hydra_trains_tests_and_resumes(tmp_path: Path) -> None:
     tensors = in_folder(folder)
     assert tensors["linear1.lora_A"].shape == (1, 784)
     assert tensors["linear2.lora_A"].shape == (4, 1000)
+
+
+@pytest.mark.parametrize("way", [merge, detach])
+def test_a_merged_or_detached_model_stays_so_in_every_later_stage(
+    way: Callable[[nn.Module], None], tmp_path: Path
+) -> None:
+    class Tested(Module):
+        def test_step(self, batch: list[Tensor], index: int) -> None:
+            self.log("loss", self.training_step(batch, index))
+
+    module = Tested()
+    trainer, _ = fit(module, tmp_path, epochs=1)
+    x = torch.randn(4, 8)
+    way(module)
+    expected, plain = module(x), {key: value.clone() for key, value in module.state_dict().items()}
+    trainer.test(module, loader(), verbose=False)
+    trainer.predict(module, [x])
+    assert not is_adapted(module)
+    assert torch.equal(module(x), expected)
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    saved = torch.load(tmp_path / "plain.ckpt", weights_only=True)
+    assert "lora_lightning" not in saved
+    assert equal(saved["state_dict"], plain)
+
+
+class TestFullCheckpoints:
+    """`checkpoints="full"`: what a library reads that knows nothing of adapters."""
+
+    def run(
+        self, module: Module, folder: Path, epochs: int, ckpt_path: str | None = None, **options: Any
+    ) -> tuple[Trainer, str]:
+        torch.manual_seed(2)
+        files = ModelCheckpoint(folder, save_last=True)
+        ours = LoRAFinetuning(rank=2, checkpoints="full", modules_to_save=["decoder"], **options)
+        trainer = Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, callbacks=[ours, files], enable_progress_bar=False,
+            enable_model_summary=False, num_sanity_val_steps=0,
+        )  # fmt: skip
+        trainer.fit(module, loader(), loader(), ckpt_path=ckpt_path)
+        return trainer, str(folder / "last.ckpt")
+
+    def test_the_plain_class_loads_it_strictly_and_computes_the_same(self, tmp_path: Path) -> None:
+        module, x = Module(), torch.randn(4, 8)
+        _, path = self.run(module, tmp_path, 2)
+        plain = Module.load_from_checkpoint(path)
+        assert not is_adapted(plain)
+        torch.testing.assert_close(plain(x), module(x))
+        other = Module()
+        load_adapter(other, path)
+        assert torch.equal(other(x), module(x))
+
+    @pytest.mark.parametrize("has_file", [False, True], ids=["base in the checkpoint", "base in a file"])
+    def test_a_run_resumes_from_it_bitwise(self, has_file: bool, tmp_path: Path) -> None:
+        options = {}
+        if has_file:
+            torch.save(Module().state_dict(), tmp_path / "base.pt")
+            options["base_checkpoint"] = tmp_path / "base.pt"
+        whole, half, rest = Module(), Module(), Module()
+        self.run(whole, tmp_path / "a", 3, **options)
+        _, path = self.run(half, tmp_path / "b", 2, **options)
+        assert ("base_weights" in torch.load(path, weights_only=True)["lora_lightning"]) != has_file
+        self.run(rest, tmp_path / "c", 3, ckpt_path=path, **options)
+        assert equal(dict(rest.state_dict()), dict(whole.state_dict()))
+
+    def test_what_can_not_be_merged_is_refused_before_training(self, tmp_path: Path) -> None:
+        module = Module()
+        module.tied = nn.Linear(8, 8)
+        module.tied.weight = module.encoder.weight
+        with pytest.raises(ValueError, match=r"'encoder' \(shared by encoder.weight, tied.weight\).* cannot be merged"):
+            self.run(module, tmp_path, 1)
+        assert module.seen == []

@@ -134,7 +134,7 @@ class TestBadInput:
             (
                 "rnk: 1",
                 2,
-                "Option 'rnk' is not accepted. Did you mean 'rank'? It takes: config, base_checkpoint, weights_only, adapter, verify, rank, alpha, dropout",
+                "Option 'rnk' is not accepted. Did you mean 'rank'? It takes: config, base_checkpoint, weights_only, adapter, checkpoints, verify, rank, alpha, dropout",
             ),
             ("target_modules: [linear9]", 1, "Targets ['linear9'] match no layer"),
             ("base_checkpoint: logs/no", 1, "logs/no does not exist; expected a checkpoint, or a log folder"),
