@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -35,7 +36,7 @@ def head_labels(modules: Iterable[nn.Module]) -> list[str]:
     return []
 
 
-def ordered_labels(labels: Set[str], head: list[str]) -> tuple[list[str], str]:
+def ordered_labels(labels: AbstractSet[str], head: list[str]) -> tuple[list[str], str]:
     """Return the names of the classes in the order of their indices, and a description of this order.
 
     Args:

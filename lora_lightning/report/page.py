@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from lora_lightning.report.changes import ChangedSample, Pairs
-from lora_lightning.report.confusion import Confusion, Report
+from lora_lightning.evaluation.changes import ChangedSample, Pairs
+from lora_lightning.evaluation.confusion import Confusion
+from lora_lightning.evaluation.report import Report
 from lora_lightning.report.figure import OTHERS, shown_alone, write_png
 from lora_lightning.report.files import free_path
 from lora_lightning.report.history import History, curves_figure
@@ -134,20 +135,20 @@ class Section:
         pairs = Pairs(changed["fixed"], changed["broke"], kept, changed["mcnemar_p"] is not None) if changed else None
         model = Confusion(_matrix(content["model"], len(names)), names)
         before = None if base is None else Confusion(_matrix(base, len(names)), names)
-        self.report = Report(content["stage"], model, before, pairs=pairs)
+        self.report: Report[Confusion] = Report(content["stage"], model, before, pairs=pairs)
         self.title = path.stem.removeprefix("confusion").strip("_-").replace("_", " ") or "test"
-        self._shown = self.report.model.shown()
+        self._shown = self.report.adapted.shown()
 
     @property
     def names(self) -> list[str]:
         """Return the names of the rows and columns."""
-        names = self.report.model.class_names
+        names = self.report.adapted.class_names
         return [names[index] for index in self._shown] + ([OTHERS] if len(self._shown) < len(names) else [])
 
     @cached_property
     def matrices(self) -> dict[str, list[list[Cell]]]:
         """Return the cells of the matrices of the base, the model and their difference."""
-        found = {"model": shown_alone(self.report.model.matrix, self._shown)}
+        found = {"model": shown_alone(self.report.adapted.matrix, self._shown)}
         if self.report.base is not None:
             found = {"base": shown_alone(self.report.base.matrix, self._shown), "adapted": found["model"]}
             found["difference"] = found["adapted"] - found["base"]
@@ -162,7 +163,7 @@ class Section:
 
     def name_of(self, index: int) -> str:
         """Return the name of a class."""
-        return self.report.model.class_names[index]
+        return self.report.adapted.class_names[index]
 
     def shown_name_of(self, index: int) -> str:
         """Return the name of the row of a class."""
@@ -171,7 +172,7 @@ class Section:
     @property
     def story(self) -> list[str]:
         """Return a summary in up to three sentences."""
-        model, base, pairs = self.report.model, self.report.base, self.report.pairs
+        model, base, pairs = self.report.adapted, self.report.base, self.report.pairs
         worst = model.weakest() if model.total else 0
         if base is None:
             return [
@@ -194,7 +195,7 @@ class Section:
     @property
     def classes(self) -> list[dict[str, Any]]:
         """Return a row for each shown class: recall before and after, errors, F1 and false positives."""
-        model, base = self.report.model, self.report.base
+        model, base = self.report.adapted, self.report.base
         return [
             {
                 "name": self.name_of(index),

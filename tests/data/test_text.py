@@ -88,10 +88,10 @@ class TestTraining:
         trainer = make_trainer(LoRAFinetuning(rank=2), report := ConfusionReport(verbose=False), max_epochs=16)
         trainer.fit(module, datamodule=data(files))
         trainer.test(module, datamodule=data(files), verbose=False)
-        assert report.report.model.class_names == ("card", "money", "rate")
-        assert report.report.model.total == 30
+        assert report.report.adapted.class_names == ("card", "money", "rate")
+        assert report.report.adapted.total == 30
         assert report.report.base is not None
-        assert report.report.model.accuracy > max(0.6, report.report.base.accuracy)
+        assert report.report.adapted.accuracy > max(0.6, report.report.base.accuracy)
         config = json.loads(next(tmp_path.rglob("adapter_config.json")).read_text())
         assert config["modules_to_save"] == ["classifier"]
         assert config["peft_type"] == "LORA"
@@ -162,8 +162,8 @@ def test_a_transformers_classifier_on_dict_batches_of_ones_own(
     trainer = make_trainer(LoRAFinetuning(rank=2), report := ConfusionReport(verbose=False), max_epochs=8)
     trainer.fit(module, train)
     trainer.test(module, test, verbose=False)
-    assert report.report.model.total == report.report.base.total == 30
-    assert report.report.model.accuracy > max(0.5, report.report.base.accuracy)
+    assert report.report.adapted.total == report.report.base.total == 30
+    assert report.report.adapted.accuracy > max(0.5, report.report.base.accuracy)
 
 
 class TestBatches:
@@ -298,7 +298,9 @@ class TestTheOrderOfTheClasses:
         assert ordered_labels(set(labels), head) == (expected or head, order)
 
     def test_a_head_of_other_classes_is_named(self) -> None:
-        with pytest.warns(UserWarning, match=r"The classes of the head \(x, y\) are not the labels of the data \(a, b\)"):
+        with pytest.warns(
+            UserWarning, match=r"The classes of the head \(x, y\) are not the labels of the data \(a, b\)"
+        ):
             assert ordered_labels({"a", "b"}, ["x", "y"]) == (["a", "b"], "sorted")
 
     def test_a_trained_head_keeps_its_order(
