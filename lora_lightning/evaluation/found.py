@@ -65,7 +65,9 @@ def candidates(output: object, key: str | int | None = None) -> list[Candidate]:
     if key is not None and not isinstance(output, Tensor):
         chosen = _entry(output, key)
         return [Candidate(str(key), chosen, True)] if isinstance(chosen, Tensor) else []
-    return [each for each in _candidates(output) if each.tensor.is_floating_point()]
+    found = [each for each in _candidates(output) if each.tensor.is_floating_point()]
+    # A single number beside others is a loss, even if a batch of one sample could have such an output.
+    return [each for each in found if each.tensor.dim() or len(found) == 1]
 
 
 def tensors_of(output: object) -> Iterator[Tensor]:
@@ -103,8 +105,8 @@ def _candidates(output: object) -> list[Candidate]:
     found = {name: Candidate(name, value, True) for name, value in parts if isinstance(value, Tensor)}
     rest = entries(output)
     tensors = [(name, value) for name, value in rest if isinstance(value, Tensor) and name not in found]
-    is_only = not found and len(tensors) == 1
-    found |= {name: Candidate(name, value, is_only) for name, value in tensors}
+    is_only = not found and sum(each.dim() > 0 and each.is_floating_point() for _, each in tensors) == 1
+    found |= {name: Candidate(name, value, is_only and value.dim() > 0) for name, value in tensors}
     for name, value in rest:  # (loss, outputs), or an object with the outputs of each head
         if not isinstance(value, Tensor):
             inside = [(inner, _entry(value, inner)) for inner in _OUTPUT_NAMES]
