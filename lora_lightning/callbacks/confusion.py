@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from lora_lightning.callbacks.comparison import ComparisonReport
-from lora_lightning.evaluation.tasks import CLASS_TASKS
+from lora_lightning.evaluation import CLASS_TASKS
 
 
 class ConfusionReport(ComparisonReport):

@@ -10,8 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lora_lightning.callbacks.lora_finetuning import LoRAFinetuning
-from lora_lightning.evaluation.confusion import Confusion
-from lora_lightning.evaluation.report import Report
+from lora_lightning.evaluation import Confusion, Report
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import backbone_of, is_adapted
 from lora_lightning.lora.adaptation import config_of

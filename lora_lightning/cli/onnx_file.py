@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.export import Dim
 
-from lora_lightning.evaluation.found import described, find_targets, tensors_of
+from lora_lightning.evaluation import described, find_targets, tensors_of
 from lora_lightning.report.files import refuse_to_overwrite
 
 _TOLERANCE = 1e-4

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import isnan
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_lightning.evaluation.results import mean_of_known, or_none, ratio
+from lora_lightning.evaluation.results import loggable, mean_of_known, or_none, ratio
 
 SHOWN_CLASSES = 20
 """Maximum number of classes in tables, figures and scalars: those with the lowest recall. Files contain all."""
@@ -108,6 +109,12 @@ class Confusion:
         """Return one column for each quantity, with a row for each class."""
         columns: dict[str, list[Any]] = {"class": list(self.class_names), "support": self.support}
         return columns | {name: getattr(self, name) for name in QUANTITIES}
+
+    def recall_to_log(self) -> dict[str, float]:
+        """Return the recall of each class with samples as `recall/<class>`, or of more than 20 their mean."""
+        recalls = zip(self.class_names, self.recall, strict=True)
+        known = {f"recall/{loggable(name)}": recall for name, recall in recalls if not isnan(recall)}
+        return {"mean_recall": self.mean_recall} if len(known) > SHOWN_CLASSES else known
 
     def weakest(self) -> int:
         """Return the first class with the lowest recall among those with samples."""

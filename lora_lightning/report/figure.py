@@ -7,8 +7,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from lora_lightning.evaluation.confusion import Confusion
-from lora_lightning.evaluation.report import Report
+from lora_lightning.evaluation import Confusion, Report
 from lora_lightning.report.samples import samples_figure
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, and most runs never draw

@@ -14,10 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
-from lora_lightning.evaluation.changes import Pairs
-from lora_lightning.evaluation.confusion import Confusion
-from lora_lightning.evaluation.report import Report
-from lora_lightning.evaluation.results import or_none
+from lora_lightning.evaluation import Confusion, Pairs, Report, or_none
 from lora_lightning.report.figure import report_figures, write_png
 from lora_lightning.report.samples import write_samples
 

@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_lightning.evaluation.changes import ChangedSample, Pairs
-from lora_lightning.evaluation.confusion import Confusion
-from lora_lightning.evaluation.report import Report
+from lora_lightning.evaluation import ChangedSample, Confusion, Pairs, Report
 from lora_lightning.report.figure import OTHERS, shown_alone, write_png
 from lora_lightning.report.files import free_path
 from lora_lightning.report.history import History, curves_figure

@@ -8,8 +8,7 @@ from math import isnan
 from rich.table import Table
 from rich.text import Text
 
-from lora_lightning.evaluation.confusion import SHOWN_CLASSES, Confusion
-from lora_lightning.evaluation.report import Report
+from lora_lightning.evaluation import SHOWN_CLASSES, Confusion, Report
 
 _LONGEST_NAME = 60
 _UNCHANGED = ("label", "targets", "support", "samples")
