@@ -6,6 +6,7 @@ from math import isnan
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
@@ -174,16 +175,22 @@ class ComparisonReport(Callback):
         if not trainer.is_global_zero:
             return
         for report in self.reports:
-            has_figures = isinstance(report.adapted, Confusion) and (folder is not None or trainer.loggers)
-            figures = report_figures(report) if has_figures else {}
-            if folder is not None:
-                write_report(report, folder, figures)
-            if self.verbose:
-                show(report.read_as, markup=False, highlight=False, soft_wrap=True)
-                show(report_table(report, report.suffix.strip("/") or None))
-            log_report(trainer, pl_module, report, figures)
+            try:
+                self._write(trainer, pl_module, report, folder)
+            except Exception as error:  # noqa: BLE001 - a report must not cost the run
+                rank_zero_warn(f"The report could not be written: {type(error).__name__}: {error}")
         if folder is not None and self.reports:
             write_facts(trainer, pl_module, folder)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, report: Report, folder: str | None) -> None:
+        has_figures = isinstance(report.adapted, Confusion) and (folder is not None or trainer.loggers)
+        figures = report_figures(report) if has_figures else {}
+        if folder is not None:
+            write_report(report, folder, figures)
+        if self.verbose:
+            show(report.read_as, markup=False, highlight=False, soft_wrap=True)
+            show(report_table(report, report.suffix.strip("/") or None))
+        log_report(trainer, pl_module, report, figures)
 
 
 def _to_log_in_fit(report: Report) -> dict[str, float]:

@@ -35,7 +35,8 @@ def names_of_classes(given: Any, number: int) -> tuple[str, ...]:
         given: Names in the order of the classes, or `None` for numbers.
         number: Number of classes of the model.
     """
-    names = () if given is None else tuple(map(str, given))
+    # A name may contain half of a surrogate pair, which no file can.
+    names = () if given is None else tuple(str(name).encode(errors="replace").decode() for name in given)
     if len(names) == number:
         return names
     if names:

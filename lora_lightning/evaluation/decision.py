@@ -59,9 +59,9 @@ class LoaderCounts:
         self.samples = 0
         self.digest = 0.0
         self.too_many_classes = 0
+        self.failure: str | None = None
+        """An error while counting, after which nothing more is counted."""
         self.streams: dict[tuple[str, int], Stream] = {}
-        self.unfit: list[str] = []
-        """Descriptions of the batches that no reading fits, the first of which is shown."""
         self._task = task
         self._metrics = metrics
         self._has_started = False
@@ -107,10 +107,11 @@ class LoaderCounts:
     def merge(self, other: LoaderCounts) -> None:
         """Add the counts of another device. A reading remains if it fits the batches of all devices that have some."""
         self.too_many_classes = max(self.too_many_classes, other.too_many_classes)
+        self.failure = self.failure or other.failure
         if not other.samples:
             return
         if not self.samples:
-            vars(self).update(vars(other))
+            vars(self).update(vars(other) | {"failure": self.failure})
             return
         self.samples += other.samples
         for key, stream in list(self.streams.items()):
@@ -127,6 +128,8 @@ class LoaderCounts:
         Args:
             num_classes: Number of classes, if it is known.
         """
+        if self.failure is not None:
+            return Question(self.failure)
         streams = [each for each in self.streams.values() if each.tally.counted]
         if any(each.is_named for each in streams):
             first = next(each.place for each in streams if each.is_named)
@@ -222,7 +225,7 @@ def sum_over_devices(
     summed: dict[int, LoaderCounts] = {}
     repeated: dict[int, bool] = {}
     for loader in sorted({loader for each in devices for loader in each}):
-        own = [each[loader] for each in devices if loader in each and each[loader].samples]
+        own = [each[loader] for each in devices if loader in each and (each[loader].samples or each[loader].failure)]
         digests = [(each.samples, each.digest) for each in own]
         repeated[loader] = len(set(digests)) < len(digests)
         first, *others = own or [next(each[loader] for each in devices if loader in each)]

@@ -112,6 +112,23 @@ class Evaluation:
                 f"The targets are {described(targets)} of {targets.dtype}; {called} of {type(pl_module).__name__} "
                 f"returned {returned}"
             )
+        if counts.failure is None:
+            try:
+                self._add(trainer, pl_module, batch, loader, calls, targets)
+            except Exception as error:  # noqa: BLE001 - a report must not cost the run
+                counts.failure = f"{type(error).__name__}: {error}"
+
+    def _add(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        loader: int,
+        calls: list[Call],
+        targets: Tensor,
+    ) -> None:
+        counts = self._counts[loader]
+        own = [call for call in calls if call.module is pl_module]
         found = self._find(pl_module, counts, own or list(reversed(calls)), targets)
         if found is None:
             return
@@ -189,7 +206,7 @@ class Evaluation:
     def _explain(self, counts: LoaderCounts, chosen: Stream | Question | None) -> None:
         """Warn of what was not counted."""
         start = f"{self._settings.name} counts nothing: "
-        if not counts.samples:
+        if not counts.samples and counts.failure is None:
             return
         if isinstance(chosen, Question):
             self._warn(f"{start}{chosen.text}. {self._unread}.")

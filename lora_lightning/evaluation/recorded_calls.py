@@ -112,7 +112,10 @@ class RecordedCalls:
         if not self._for_repetition:
             return Call(module, args, kwargs, None)
         copies: dict[int, Any] = {}
-        kept_args, kept_kwargs = snapshot(args, copies), snapshot(dict(kwargs), copies)
+        try:
+            kept_args, kept_kwargs = snapshot(args, copies), snapshot(dict(kwargs), copies)
+        except Exception:  # noqa: BLE001 - arguments that can not be copied must not cost the run
+            kept_args, kept_kwargs = args, dict(kwargs)
         tensors = [each for each in copies.values() if isinstance(each, Tensor)]
         devices = sorted({each.device.index for each in tensors if each.device.type == "cuda"})
         return Call(module, kept_args, kept_kwargs, None, RandomStates(devices))

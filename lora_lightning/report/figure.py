@@ -9,6 +9,7 @@ import torch
 
 from lora_lightning.evaluation import Confusion, Report
 from lora_lightning.report.samples import samples_figure
+from lora_lightning.wording import one_line
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, and most runs never draw
     from matplotlib.axes import Axes
@@ -67,8 +68,7 @@ def write_png(figure: Figure, target: Path | IO[bytes]) -> None:
 
 def _label(name: str) -> str:
     """Return a shortened name without the sign that starts mathematics in matplotlib."""
-    short = name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…"
-    return short.replace("$", r"\$")
+    return one_line(name, _LONGEST_LABEL).replace("$", r"\$")
 
 
 def report_figures(report: Report[Confusion]) -> dict[str, Figure]:

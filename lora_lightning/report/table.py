@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_lightning.evaluation import SHOWN_CLASSES, Confusion, Report
+from lora_lightning.wording import one_line
 
 _LONGEST_NAME = 60
 _UNCHANGED = ("label", "targets", "support", "samples")
@@ -62,17 +63,11 @@ def _table_of_columns(report: Report, title: str | None) -> Table:
 def _shown(value: object) -> str:
     if isinstance(value, float):
         return "–" if isnan(value) else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else _short(str(value))
+    return f"{value:,}" if isinstance(value, int) else one_line(str(value), _LONGEST_NAME)
 
 
 def _from_to(before: float | None, value: float) -> str:
     return _shown(value) if before is None else f"{_shown(before)} → {_shown(value)}"
-
-
-def _short(name: str) -> str:
-    """Return a name on one line of limited length, without characters that a terminal interprets or can not encode."""
-    plain = "".join(sign if sign.isprintable() and not "\ud800" <= sign <= "\udfff" else "�" for sign in name)
-    return plain if len(plain) <= _LONGEST_NAME else f"{plain[: _LONGEST_NAME - 1]}…"
 
 
 def _table_of_classes(report: Report[Confusion], title: str | None) -> Table:
@@ -97,7 +92,7 @@ def _table_of_classes(report: Report[Confusion], title: str | None) -> Table:
     table.add_column("precision %", "", justify="right", no_wrap=True)
 
     for index in shown:
-        cells: list[str | Text] = [Text(_short(names[index])), f"{model.support[index]:,}"]
+        cells: list[str | Text] = [Text(one_line(names[index], _LONGEST_NAME)), f"{model.support[index]:,}"]
         if base is not None:
             cells += [f"{base.errors[index]:,}", f"{model.errors[index]:,}", _signed(changes[index])]
         else:

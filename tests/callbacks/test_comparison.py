@@ -277,6 +277,9 @@ def test_other_tasks_have_a_table_files_and_logged_numbers(
     with path.with_suffix(".csv").open() as file:
         assert len(list(csv.DictReader(file))) == (5 if kind == "regression" else 3)
     assert not list(tmp_path.rglob("confusion*"))
+    page = path.with_name("report.html").read_text()
+    assert callback.report.read_as in page
+    assert ("paired bootstrap over samples" if kind == "regression" else "Samples that were fixed: ") in page
 
 
 def test_a_confusion_report_counts_no_other_task_and_says_so(make_trainer: MakeTrainer, inputs: Tensor) -> None:
@@ -368,3 +371,46 @@ def test_reports_of_hand_made_counts_have_no_indices() -> None:
     report = Report("test", Confusion(torch.eye(2, dtype=torch.int64), ("a", "b")))
     assert (report.fixed, report.broken, report.p_value) == (None, None, None)
     assert report.model is report.adapted
+
+
+class Fragile(nn.Module):
+    """Works once per step, and not a second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 4:
+            raise RuntimeError("not again")
+        return self.layer(x)
+
+
+def test_a_base_that_fails_does_not_end_the_run(make_trainer: MakeTrainer, inputs: Tensor) -> None:
+    net = Fragile()
+    attach(net, LoRAConfig(rank=2))
+    with pytest.warns(UserWarning, match="ComparisonReport counts nothing: RuntimeError: not again"):
+        callback = evaluated(make_trainer, Task(net), inputs, torch.arange(N) % 4)
+    assert callback.report is None
+
+
+def test_class_names_of_any_kind_are_text_everywhere(
+    make_trainer: MakeTrainer, inputs: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["[red]</script><b>", "\x1b[31mred\x07", "half \ud83d of a pair", "x" * 5000 + "$x_{"]
+    callback = ComparisonReport(names)
+    loader = DataLoader(TensorDataset(inputs, torch.arange(N) % 4), batch_size=7)
+    make_trainer(callback).test(adapted(nn.Linear(6, 4)), loader, verbose=False)
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "\x07" not in printed
+    assert "[red]" in printed
+    assert max(map(len, printed.splitlines())) < 200
+    page = next(tmp_path.rglob("report.html")).read_text()
+    assert "</script><b>" not in page
+    assert len(page) < 100_000
+    assert {"confusion.json", "confusion.csv", "confusion.png", "difference.png"} <= {
+        path.name for path in next(tmp_path.rglob("confusion.json")).parent.iterdir()
+    }
