@@ -64,7 +64,8 @@ class ClassTally(Tally):
             size, rows = int(samples.max()) + 1, torch.bincount(samples)
             sums = torch.zeros(len(gained), size, dtype=torch.int64, device=samples.device)
             sums.index_add_(1, samples, gained.long())
-            self._by_sample.append((sums.double() / rows)[:, rows > 0].cpu())
+            sums, rows = sums.cpu(), rows.cpu()
+            self._by_sample.append((sums.double() / rows)[:, rows > 0])
 
     @override
     def merge(self, other: Self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,8 @@ class Evaluation:
         self._counts: dict[int, LoaderCounts] = {}
         """The counts by the number of the loader."""
         self._texts = TextInputs()
+        self._decode: Callable[[Tensor], list[str]] | None = None
+        self._has_looked_for_decoder = False
         self._recorded: RecordedCalls | None = None
         self._warned: set[str] = set()
         self._unread = ""
@@ -78,6 +80,7 @@ class Evaluation:
     def start(self) -> None:
         """Start a pass over the data."""
         self._counts, self._texts, self._unread = {}, TextInputs(), ""
+        self._decode, self._has_looked_for_decoder = None, False
 
     def record(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the calls of the step that is about to run."""
@@ -138,7 +141,9 @@ class Evaluation:
         data_loader = _number(loaders, loader)
         replicas = trainer.world_size if data_parallel_group(trainer) is None else 0
         indices = sample_indices(data_loader, counts.samples, len(targets), replicas)
-        counts.update(outputs, seen, base, Sources(batch, decoder(trainer), indices))
+        if not self._has_looked_for_decoder:
+            self._decode, self._has_looked_for_decoder = decoder(trainer), True
+        counts.update(outputs, seen, base, Sources(batch, self._decode, indices))
 
     def _find(
         self, pl_module: LightningModule, counts: LoaderCounts, calls: list[Call], targets: Tensor

@@ -112,19 +112,19 @@ class ValueTally(Tally):
 
     @override
     def update(self, aligned: Aligned, base: Tensor | None, sources: Sources) -> None:
-        counted = aligned.counted
+        counted, samples = _precise(aligned.counted), aligned.samples
         known = counted.any(1)
         counts = counted.sum(1).double()
-        targets = torch.where(counted, aligned.targets, 0).double()
+        targets = torch.where(counted, _precise(aligned.targets), 0).double()
         means = targets.sum(1) / counts
         spread = torch.where(counted, targets - means[:, None], 0).square().sum(1)
         self._targets.append(torch.stack((counts, means, spread), 1)[known].cpu())
-        self._adapted.append(_errors(aligned.outputs, targets, counted)[known].cpu())
+        self._adapted.append(_errors(_precise(aligned.outputs), targets, counted)[known].cpu())
         if base is not None:
-            self._base.append(_errors(base, targets, counted)[known].cpu())
+            self._base.append(_errors(_precise(base), targets, counted)[known].cpu())
         if self._indices is not None:
             indices = sources.indices
-            chosen = aligned.samples[known].tolist()
+            chosen = samples[known.to(samples.device)].tolist()
             self._indices = None if indices is None else self._indices + [indices[place] for place in chosen]
 
     @override
@@ -222,6 +222,11 @@ class Regression(Reading[ValueTally]):
 def _errors(outputs: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
     errors = torch.where(counted, outputs.double() - targets, 0)
     return torch.stack((errors.abs().sum(1), errors.square().sum(1), errors.sum(1)), 1)
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """Return a tensor on a device that has float64."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 def _range(values: Tensor) -> str:
