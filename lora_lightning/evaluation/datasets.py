@@ -109,3 +109,23 @@ def sample_indices(loader: Any, first: int, size: int, world_size: int) -> list[
         length = len(loader.dataset)  # type: ignore[arg-type]
         return [(sampler.rank + sampler.num_replicas * position) % length for position in positions]
     return None
+
+
+def first_time(loader: Any, first: int, size: int) -> list[bool] | None:
+    """Return which samples of a batch are not repeated, or `None` if all are new or it is not known.
+
+    `DistributedSampler` goes through the data set in order and starts again, so that all devices have the same number
+    of samples.
+
+    Args:
+        loader: The data loader.
+        first: Number of samples of this loader before the batch, on this device.
+        size: Number of samples in the batch.
+    """
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    if type(sampler).__name__ != "DistributedSampler" or getattr(sampler, "shuffle", True):
+        return None
+    assert isinstance(sampler, DistributedSampler)
+    length = len(loader.dataset)
+    found = [sampler.rank + sampler.num_replicas * place < length for place in range(first, first + size)]
+    return None if all(found) else found

@@ -56,6 +56,8 @@ class LoaderCounts:
     """
 
     def __init__(self, task: str | None = None, metrics: UserMetrics | None = None) -> None:
+        self.seen = 0
+        """Number of samples of this device, repeated ones included."""
         self.samples = 0
         self.digest = 0.0
         self.too_many_classes = 0
@@ -93,7 +95,8 @@ class LoaderCounts:
         if not self._has_started:
             self._has_started = True
             self._start(found, batch)
-        self.samples += len(batch.targets)
+        self.seen += len(batch.targets)
+        self.samples += len(batch.targets) if sources.first_time is None else sum(sources.first_time)
         for key, stream in list(self.streams.items()):
             place = stream.place
             if place not in outputs or not self._add(
@@ -182,6 +185,7 @@ class LoaderCounts:
         aligned = stream.reading.align(batch)
         if aligned is None or (aligned.width != stream.width and stream.reading.task != "regression"):
             return False
+        aligned = aligned.without_repeated(sources.first_time)
         of_base = None
         if base is not None:
             if stream.place not in base:

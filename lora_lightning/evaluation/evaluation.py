@@ -14,6 +14,7 @@ from torchmetrics import Metric, MetricCollection
 from lora_lightning.evaluation.datasets import (
     data_parallel_group,
     decoder,
+    first_time,
     names_of_classes,
     sample_indices,
     warn_of_repeated_samples,
@@ -140,10 +141,11 @@ class Evaluation:
         loaders = trainer.test_dataloaders if trainer.state.fn == "test" else trainer.val_dataloaders
         data_loader = _number(loaders, loader)
         replicas = trainer.world_size if data_parallel_group(trainer) is None else 0
-        indices = sample_indices(data_loader, counts.samples, len(targets), replicas)
+        indices = sample_indices(data_loader, counts.seen, len(targets), replicas)
+        new = first_time(data_loader, counts.seen, len(targets))
         if not self._has_looked_for_decoder:
             self._decode, self._has_looked_for_decoder = decoder(trainer), True
-        counts.update(outputs, seen, base, Sources(batch, self._decode, indices))
+        counts.update(outputs, seen, base, Sources(batch, self._decode, indices, new))
 
     def _find(
         self, pl_module: LightningModule, counts: LoaderCounts, calls: list[Call], targets: Tensor

@@ -63,6 +63,13 @@ class Aligned:
     are_parts: bool = False
     strange: tuple[int, ...] = ()
 
+    def without_repeated(self, first_time: Sequence[bool] | None) -> Aligned:
+        """Return the rows, of which those of repeated samples do not count."""
+        if first_time is None:
+            return self
+        new = torch.tensor(first_time, device=self.samples.device)[self.samples]
+        return replace(self, counted=self.counted & (new if self.counted.dim() == 1 else new[:, None]))
+
     @property
     def width(self) -> int:
         """Return the number of outputs of a row."""
@@ -148,11 +155,13 @@ class Sources:
         batch: The batch, with the inputs.
         decode: A function that decodes token ids, if there is one.
         indices: Index in the data set of each sample, or `None` if it is not known.
+        first_time: Which samples are counted for the first time, or `None` for all.
     """
 
     batch: object = None
     decode: Callable[[Tensor], list[str]] | None = None
     indices: Sequence[int] | None = None
+    first_time: Sequence[bool] | None = None
 
     def inputs(self, samples: Tensor) -> Inputs:
         """Return the inputs of rows, given the number of their sample in the batch."""
