@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_lightning import lora
-    from lora_lightning.callbacks import ConfusionReport, LoRAFinetuning, PredictionWriter
+    from lora_lightning.callbacks import ComparisonReport, ConfusionReport, LoRAFinetuning, PredictionWriter
     from lora_lightning.data import ImageFolderDataModule, MNISTDataModule, TextDataModule
     from lora_lightning.lora import LoRAConfig
     from lora_lightning.models import Classifier, RichBoyNet, image_backbone, text_backbone
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Classifier",
+    "ComparisonReport",
     "ConfusionReport",
     "ImageFolderDataModule",
     "LoRAConfig",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 _PACKAGES = {
-    "callbacks": ("ConfusionReport", "LoRAFinetuning", "PredictionWriter"),
+    "callbacks": ("ComparisonReport", "ConfusionReport", "LoRAFinetuning", "PredictionWriter"),
     "data": ("ImageFolderDataModule", "MNISTDataModule", "TextDataModule"),
     "lora": ("LoRAConfig",),
     "models": ("Classifier", "RichBoyNet", "image_backbone", "text_backbone"),

@@ -1,4 +1,4 @@
-"""Puts lists into words."""
+"""Puts lists and names into words."""
 
 from __future__ import annotations
 
@@ -9,3 +9,9 @@ def some_of(words: Iterable[str], shown: int = 5) -> str:
     """Return the first words and the number of further ones."""
     words = list(words)
     return ", ".join(words[:shown]) + (f" and {len(words) - shown} more" if len(words) > shown else "")
+
+
+def one_line(name: str, longest: int) -> str:
+    """Return a name on one line of limited length, without characters that a terminal or a font interprets."""
+    plain = "".join(sign if sign.isprintable() else "�" for sign in name[: longest + 1])
+    return plain if len(plain) <= longest else f"{plain[: longest - 1]}…"

@@ -64,7 +64,7 @@ def count(size, devices, out):
     trainer.test(model, datamodule=data, verbose=False)
     tested = {key: float(value) for key, value in trainer.callback_metrics.items()}
     if trainer.is_global_zero:
-        matrices = [report.report.model.matrix.tolist(), report.report.base.matrix.tolist()]
+        matrices = [report.report.adapted.matrix.tolist(), report.report.base.matrix.tolist()]
         Path(out).write_text(json.dumps({"matrices": matrices, "fitted": fitted, "tested": tested}))
 """
 COMMANDS = """

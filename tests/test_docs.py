@@ -24,6 +24,7 @@ ORDER = (
     "backbone_facts",
     "checkpoints",
     "peft_format",
+    "evaluation",
     "report",
     "data",
     "models",

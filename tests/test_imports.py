@@ -54,6 +54,12 @@ def test_no_file_imports_itself_through_others() -> None:
 
 PACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 SHARED = {
+    "a checkpoint or a folder may hold merged weights, or those of another moment": {
+        "lora.merged_state.base_weights",
+        "lora.merged_state.merged_weights",
+        "lora.merged_state.require_mergeable",
+        "lora.state.with_values",
+    },
     "a checkpoint holds what the core says is an adapter, and loading compares it": {
         "lora.adaptation.attachment_of",
         "lora.adaptation.config_of",
@@ -118,21 +124,9 @@ SHARED = {
         "checkpoints.stop_after_batch.StopAfterBatch",
     },
     "the callbacks count, and write pages and figures": {
-        "report.changes.Changes",
-        "report.changes.Inputs",
-        "report.changes.pairs_of_devices",
-        "report.confusion.SHOWN_CLASSES",
-        "report.confusion.loggable",
-        "report.counts.Counts",
-        "report.counts.sum_over_devices",
         "report.figure.report_figures",
         "report.figure.write_png",
         "report.files.write_report",
-        "report.found.align",
-        "report.found.counted",
-        "report.found.described",
-        "report.found.find_targets",
-        "report.found.tensors_of",
         "report.history.History",
         "report.history.curves_figure",
         "report.layers.layer_changes",
@@ -147,7 +141,6 @@ SHARED = {
         "report.files.write_to",
         "report.terminal.show",
     },
-    "repair and ConfusionReport use the same test": {"report.changes.mcnemar_p"},
     "the command line takes and checks the settings of data modules": {
         "data.focus.check_share",
         "data.mnist_files.Source",

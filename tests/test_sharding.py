@@ -124,7 +124,7 @@ if how.get("follows"):
     state |= {"teacher": sharding.full(module.teacher.weight).tolist(), "centre": module.centre.tolist()}
 trainer.test(module, loader(), verbose=False)
 if trainer.is_global_zero:
-    matrices = [report.report.model.matrix.tolist(), report.report.base.matrix.tolist()]
+    matrices = [report.report.adapted.matrix.tolist(), report.report.base.matrix.tolist()]
     loss = float(trainer.callback_metrics["val_loss"])
     Path(how["out"], "out.json").write_text(json.dumps({"state": state, "loss": loss, "matrices": matrices}))
 if kind == "fsdp":

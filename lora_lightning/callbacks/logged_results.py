@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lora_lightning.callbacks.lora_finetuning import LoRAFinetuning
+from lora_lightning.evaluation import Confusion, Report
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import backbone_of, is_adapted
 from lora_lightning.lora.adaptation import config_of
-from lora_lightning.report import Report
 from lora_lightning.report.loggers import log_figure
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import
@@ -35,7 +36,7 @@ def log_report(trainer: Trainer, pl_module: LightningModule, report: Report, fig
             names = names | {"classes": "classes"}
             logger.log_hyperparams(settings(trainer, pl_module), _outcome(report))
         else:
-            logger.log_metrics(report.metrics(), trainer.global_step)
+            logger.log_metrics(report.metrics_to_log(), trainer.global_step)
         for name, logged in names.items():
             if name in figures:
                 tag = f"{report.stage}/confusion/{logged}{report.suffix}"
@@ -75,6 +76,8 @@ def settings(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
 
 
 def _outcome(report: Report) -> dict[str, float]:
-    errors = {"": report.model, "base_": report.base}
+    if not isinstance(report.adapted, Confusion):
+        return {f"hp/{name}": value for name, value in report.adapted.summary().items() if not isnan(value)}
+    errors = {"": report.adapted, "base_": report.base}
     found: dict[str, float] = {f"hp/{key}errors": sum(each.errors) for key, each in errors.items() if each}
-    return found | ({"hp/accuracy": report.model.accuracy} if report.model.total else {})
+    return found | ({"hp/accuracy": report.adapted.accuracy} if report.adapted.total else {})

@@ -16,9 +16,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lora_lightning.callbacks.evaluation import names_of_classes
+from lora_lightning.evaluation import described, names_of_classes, tensors_of
 from lora_lightning.report.files import free_name, write_to
-from lora_lightning.report.found import described, tensors_of
 from lora_lightning.report.terminal import show
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 import lora_lightning
 from lora_lightning.callbacks.summary import trained_and_total
@@ -30,16 +32,22 @@ from lora_lightning.report.page import page_of
 
 
 class RecordedMetrics:
-    """Records the logged metrics of a run as often as the loggers receive them, and the learning rate."""
+    """Records the logged metrics of a run as often as the loggers receive them, and the learning rate.
+
+    The trainer keeps a metric until it is measured again, for example that of a validation during the next training steps. Such a
+    value is recorded once.
+    """
 
     def __init__(self) -> None:
         self.history = History()
+        self._recorded: dict[str, Tensor] = {}
+        """The latest recorded value of each metric. A new measurement is another tensor."""
 
     def after_batch(self, trainer: Trainer) -> None:
         """Record the metrics of this step if they are logged."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         if every and trainer.global_step % every == 0:
-            metrics: dict[str, Any] = dict(trainer.logged_metrics)
+            metrics = self._measured(trainer.logged_metrics)
             groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
             for group in groups[:1]:  # empty if configure_optimizers returned None
                 self._log(trainer, metrics, "lr", float(group["lr"]))
@@ -47,23 +55,35 @@ class RecordedMetrics:
 
     def after_validation(self, trainer: Trainer) -> None:
         """Record the metrics of a validation."""
-        self._record(trainer, dict(trainer.callback_metrics))
+        self._record(trainer, self._measured(trainer.callback_metrics))
 
     def after_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the metrics of a training epoch, and log the norm of ΔW over all layers."""
-        metrics: dict[str, Any] = dict(trainer.callback_metrics)
+        metrics = self._measured(trainer.callback_metrics)
         if trainer.is_global_zero and (layers := layer_changes(pl_module, with_base=False)):
             self._log(trainer, metrics, "delta_norm", sum(each["norm"] ** 2 for each in layers) ** 0.5)
         self._record(trainer, metrics)
 
-    def _log(self, trainer: Trainer, metrics: dict[str, Any], name: str, value: float) -> None:
+    def _measured(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Return the metrics that were measured since they were last recorded."""
+        found = {}
+        for name, value in metrics.items():
+            before = self._recorded.get(name)
+            if isinstance(value, Tensor):
+                if before is not None and before.data_ptr() == value.data_ptr():
+                    continue
+                self._recorded[name] = value
+            found[name] = float(value)
+        return found
+
+    def _log(self, trainer: Trainer, metrics: dict[str, float], name: str, value: float) -> None:
         metrics[name] = value
         for logger in trainer.loggers:
             logger.log_metrics({name: value}, trainer.global_step)
 
-    def _record(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        if trainer.is_global_zero:
-            self.history.record(trainer.global_step, {name: float(value) for name, value in metrics.items()})
+    def _record(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        if trainer.is_global_zero and metrics:
+            self.history.record(trainer.global_step, metrics)
 
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write `metrics.csv`, `curves.png` and the report of the run to the log folder."""

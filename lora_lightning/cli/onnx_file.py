@@ -17,8 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.export import Dim
 
+from lora_lightning.evaluation import described, find_targets, tensors_of
 from lora_lightning.report.files import refuse_to_overwrite
-from lora_lightning.report.found import described, find_targets, tensors_of
 
 _TOLERANCE = 1e-4
 

@@ -52,7 +52,7 @@ def newest_run(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist; expected a log folder, as fit and test write it.")
-    for pattern in (REPORTS, "metrics.csv"):
+    for pattern in (*REPORTS, "metrics.csv"):
         if next(folder.glob(pattern), None) is not None:
             return folder
         found = sorted(folder.rglob(pattern), key=lambda path: (path.stat().st_mtime_ns, path))

@@ -21,6 +21,7 @@ from lora_lightning.data.module import ResumableDataModule
 from lora_lightning.data.samplers import LengthGroupedSampler
 from lora_lightning.data.text_dataset import TextDataset, token_limit
 from lora_lightning.data.text_files import read_texts
+from lora_lightning.data.text_labels import head_labels, ordered_labels
 from lora_lightning.wording import some_of
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ class TextDataModule(ResumableDataModule):
         predict: A file of texts to predict, without labels. By default the test file.
         text_column: Column of the texts.
         label_column: Column of the labels.
-        classes: The names of all classes in the order of their indices. By default the sorted training labels.
+        classes: The names of all classes in the order of their indices. By default the order of the head, if it is
+            trained and its `id2label` contains the labels, else the training labels, sorted: numerically if all are
+            whole numbers. A message says which.
         tokenizer: Hub name or folder of a tokenizer of the transformers library. By default that of the backbone if
             `text_backbone` created it.
         max_length: Maximum number of tokens, to which longer texts are truncated. By default the limit of the
@@ -170,8 +173,11 @@ class TextDataModule(ResumableDataModule):
             for split, file in self.files.items()
             if file is not None
         }
+        order = "as given"
         if self.class_names is None:
-            self.class_names = categories_of(sorted(set(rows["train"][1])))
+            modules = () if self.trainer is None else self.trainer.lightning_module.modules()
+            names, order = ordered_labels(set(rows["train"][1]), head_labels(modules))
+            self.class_names = categories_of(names)
         check_classes(self.focus, self.class_names)
         labelled = {split: self._labelled(split, *found) for split, found in rows.items()}
         if "val" not in labelled:
@@ -186,7 +192,7 @@ class TextDataModule(ResumableDataModule):
                 dropout = self.token_dropout if split == "train" else 0.0
                 self._datasets[split] = TextDataset(texts, targets, tokenizer, self.max_length, dropout)
         sizes = ", ".join(f"{len(texts):,} to {split}" for split, (texts, _) in labelled.items())
-        rank_zero_info(f"Texts of {len(self.class_names):,} classes: {sizes}.")
+        rank_zero_info(f"Texts of {len(self.class_names):,} classes ({order}: {some_of(self.class_names)}): {sizes}.")
 
     def _labelled(self, split: str, texts: list[str], labels: list[str]) -> Labelled:
         assert self.class_names is not None

@@ -21,6 +21,9 @@ from lora_lightning.lora import is_adapted, lora_plus_param_groups
 from lora_lightning.lora.lora_plus import check_lr_ratio
 from lora_lightning.models.one_cycle import OneCycle
 
+NO_TARGET = -100
+"""Target of a sample that is not counted: the default `ignore_index` of PyTorch's losses."""
+
 
 def adam(parameters: Iterable[nn.Parameter] | list[dict[str, Any]]) -> Optimizer:
     """Return the default optimizer of `Classifier`."""
@@ -31,7 +34,7 @@ class Classifier(LightningModule):
     """Trains a backbone with the cross-entropy loss.
 
     The steps return `{"loss", "logits", "targets"}`. The logged loss and accuracy of validation and test are means
-    over the samples of all data loaders.
+    over the samples of all data loaders, without those whose target is -100.
 
     Args:
         backbone: A module that maps a batch of inputs to logits of shape (B, num_classes), or to an object with
@@ -169,9 +172,9 @@ class Classifier(LightningModule):
 
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         logits, targets, loss = self._step(batch)
-        if len(targets):  # the mean over no samples is NaN
-            self._loss.update(loss.detach().float(), len(targets))
-            self._accuracy.update(_fraction_correct(logits, targets), len(targets))
+        if counted := int((targets != NO_TARGET).sum()):  # the mean over no samples is NaN
+            self._loss.update(loss.detach().float(), counted)
+            self._accuracy.update(_fraction_correct(logits, targets), counted)
         return {"loss": loss, "logits": logits, "targets": targets}
 
     def _reset_means(self) -> None:
@@ -198,7 +201,7 @@ class Classifier(LightningModule):
 
 def _fraction_correct(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the fraction of correct predictions among the samples with a target, which is -100 for others."""
-    return (logits.detach().argmax(1) == targets).sum() / (targets != -100).sum()
+    return (logits.detach().argmax(1) == targets).sum() / (targets != NO_TARGET).sum()
 
 
 _DEFAULT_OPTIMIZER = signature(Classifier).parameters["optimizer"].default

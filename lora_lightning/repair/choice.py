@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lora_lightning.evaluation import Confusion
 from lora_lightning.repair.predictions import Predictions, Tally
-from lora_lightning.report import Confusion
 
 LAMBDAS = tuple(step / 10 for step in range(1, 11))
 """The compared scales λ of the adapters. The base has the scale 0."""

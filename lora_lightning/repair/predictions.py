@@ -13,8 +13,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
 
-from lora_lightning.report import Confusion
-from lora_lightning.report.changes import mcnemar_p
+from lora_lightning.evaluation import Confusion, mcnemar_p
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,10 @@
-"""Creates tables, images and files from confusion matrices."""
+"""Creates tables, images and files from the results of an evaluation."""
 
-from lora_lightning.report.confusion import Confusion, Report
 from lora_lightning.report.figure import confusion_figures
 from lora_lightning.report.page import write_page
 from lora_lightning.report.table import report_table
 
 __all__ = [
-    "Confusion",
-    "Report",
     "confusion_figures",
     "report_table",
     "write_page",

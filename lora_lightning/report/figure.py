@@ -7,8 +7,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from lora_lightning.report.confusion import Report
+from lora_lightning.evaluation import Confusion, Report
 from lora_lightning.report.samples import samples_figure
+from lora_lightning.wording import one_line
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, and most runs never draw
     from matplotlib.axes import Axes
@@ -19,15 +20,15 @@ OTHERS = "others"
 """Name of the row for all classes that are not shown individually."""
 
 
-def confusion_figures(report: Report) -> dict[str, Figure]:
+def confusion_figures(report: Report[Confusion]) -> dict[str, Figure]:
     """Return the confusion matrix as the figure `model`, or with a base as `base`, `adapted` and their `difference`.
 
     The numbers are counts. The colours show the errors on one scale for all figures, without the diagonal, which would dominate. For
     more than 20 classes, the 20 with the lowest recall have one row and column each, and all others share one.
     """
-    shown = report.model.shown()
+    shown = report.adapted.shown()
     names = _names(report, shown)
-    model = shown_alone(report.model.matrix, shown)
+    model = shown_alone(report.adapted.matrix, shown)
     panels = {"model": model}
     if report.base is not None:
         base = shown_alone(report.base.matrix, shown)
@@ -36,15 +37,15 @@ def confusion_figures(report: Report) -> dict[str, Figure]:
     return {title: _figure(title, matrix, names, most_errors) for title, matrix in panels.items()}
 
 
-def classes_figure(report: Report) -> Figure:
+def classes_figure(report: Report[Confusion]) -> Figure:
     """Return a bar chart with the recall of each shown class for the model and its base."""
     from matplotlib.figure import Figure
 
-    shown = report.model.shown()
-    names = [_label(report.model.class_names[index]) for index in shown]
+    shown = report.adapted.shown()
+    names = [_label(report.adapted.class_names[index]) for index in shown]
     figure = Figure(figsize=(7, 1 + 0.35 * len(shown)), layout="constrained")
     axis = figure.subplots()
-    both = {"model": report.model} if report.base is None else {"base": report.base, "adapted": report.model}
+    both = {"model": report.adapted} if report.base is None else {"base": report.base, "adapted": report.adapted}
     height = 0.8 / len(both)
     for number, (title, confusion) in enumerate(both.items()):
         places = [row + (number - (len(both) - 1) / 2) * height for row in range(len(shown))]
@@ -67,21 +68,20 @@ def write_png(figure: Figure, target: Path | IO[bytes]) -> None:
 
 def _label(name: str) -> str:
     """Return a shortened name without the sign that starts mathematics in matplotlib."""
-    short = name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…"
-    return short.replace("$", r"\$")
+    return one_line(name, _LONGEST_LABEL).replace("$", r"\$")
 
 
-def report_figures(report: Report) -> dict[str, Figure]:
+def report_figures(report: Report[Confusion]) -> dict[str, Figure]:
     """Return all figures of a report.
 
     These are the figures of `confusion_figures`, with a separate scale for `difference`; `classes`; `confusion` and
     `confusion_normalized` (in percent of each row), with the base, if any, and the model side by side; and `mistakes`, if samples with an
     image or a text changed.
     """
-    shown = report.model.shown()
+    shown = report.adapted.shown()
     names = _names(report, shown)
     matrices = {} if report.base is None else {"base": shown_alone(report.base.matrix, shown)}
-    matrices["adapted" if matrices else "model"] = shown_alone(report.model.matrix, shown)
+    matrices["adapted" if matrices else "model"] = shown_alone(report.adapted.matrix, shown)
     percents = {key: 100 * each / each.sum(1, keepdim=True).clamp_min(1) for key, each in matrices.items()}
     found = confusion_figures(report) | {"classes": classes_figure(report)}
     found |= {"confusion": _side_by_side(matrices, names), "confusion_normalized": _side_by_side(percents, names)}
@@ -89,14 +89,14 @@ def report_figures(report: Report) -> dict[str, Figure]:
         difference = matrices["adapted"] - matrices["base"]
         found["difference"] = _figure("difference", difference, names, _most(difference))
     if report.pairs is not None:
-        mistakes = samples_figure(report.pairs.samples, report.model.class_names)
+        mistakes = samples_figure(report.pairs.samples, report.adapted.class_names)
         found |= {} if mistakes is None else {"mistakes": mistakes}
     return found
 
 
-def _names(report: Report, shown: list[int]) -> tuple[str, ...]:
-    names = tuple(report.model.class_names[index] for index in shown)
-    return names if len(names) == len(report.model.class_names) else (*names, OTHERS)
+def _names(report: Report[Confusion], shown: list[int]) -> tuple[str, ...]:
+    names = tuple(report.adapted.class_names[index] for index in shown)
+    return names if len(names) == len(report.adapted.class_names) else (*names, OTHERS)
 
 
 def _most(*matrices: torch.Tensor) -> float:

@@ -6,22 +6,24 @@ import csv
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
+from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 
-from lora_lightning.report.changes import Pairs
-from lora_lightning.report.confusion import Report
+from lora_lightning.evaluation import Confusion, Pairs, Report, or_none
 from lora_lightning.report.figure import report_figures, write_png
 from lora_lightning.report.samples import write_samples
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import
     from matplotlib.figure import Figure
 
+_UNCHANGED = ("class", "label", "targets", "support", "samples")
+"""Columns that are the same for the base."""
 _IMAGES = ("confusion", "confusion_normalized", "difference", "mistakes")
-_QUANTITIES = ("errors", "recall", "precision", "f1", "false_positives")
 
 
 def write_report(report: Report, folder: str | Path, figures: dict[str, Figure] | None = None) -> dict[str, str]:
@@ -35,19 +37,21 @@ def write_report(report: Report, folder: str | Path, figures: dict[str, Figure] 
     Returns:
         The paths of the files by their plain names: `confusion.json` with all numbers, `confusion.csv` with one row per class, the images
         `confusion.png`, `confusion_normalized.png` and, with a base, `difference.png`. If samples changed, also `samples.json` and
-        `mistakes.png`.
+        `mistakes.png`. For tasks without classes, only `comparison.json` and `comparison.csv`.
     """
+    kind = "confusion" if isinstance(report.adapted, Confusion) else "comparison"
     ending = "" if report.stage == "test" else f"_{report.stage}"
     ending += report.suffix.replace("/", "_")
-    version = Path(free_name(folder, f"confusion{ending}.json")).stem.removeprefix("confusion")
+    version = Path(free_name(folder, f"{kind}{ending}.json")).stem.removeprefix(kind)
     writers: dict[str, Callable[[Path], object]] = {
-        "confusion.json": lambda path: _write_json(report, path),
-        "confusion.csv": lambda path: _write_csv(report, path),
+        f"{kind}.json": partial(_write_json, report),
+        f"{kind}.csv": partial(_write_csv, report),
     }
     samples = [] if report.pairs is None else report.pairs.samples
     if samples:
-        writers["samples.json"] = lambda path: write_samples(samples, path)
-    figures = report_figures(report) if figures is None else figures
+        writers["samples.json"] = partial(write_samples, samples)
+    if figures is None:
+        figures = report_figures(report) if isinstance(report.adapted, Confusion) else {}
     for name in filter(figures.__contains__, _IMAGES):
         writers[f"{name}.png"] = partial(write_png, figures[name])
     paths = {name: free_name(folder, f"{Path(name).stem}{version}{Path(name).suffix}") for name in writers}
@@ -57,16 +61,25 @@ def write_report(report: Report, folder: str | Path, figures: dict[str, Figure] 
 
 
 def _write_json(report: Report, path: Path) -> None:
-    content = {
+    adapted, test = report.adapted, report.test
+    content: dict[str, Any] = {
         "stage": report.stage,
-        "samples": report.model.total,
-        "class_names": list(report.model.class_names),
-        "matrix_rows": "target",
-        "matrix_columns": "predicted",
+        "task": report.task,
+        "read_as": report.read_as,
+        "samples": adapted.total,
         "base": None if report.base is None else report.base.as_dict(),
-        "model": report.model.as_dict(),
+        "model": adapted.as_dict(),
         "changed": None if report.pairs is None else _pairs(report.pairs),
+        "p_value": report.p_value,
+        "bootstrap": None if test is None else {name: or_none(value) for name, value in asdict(test).items()},
+        "fixed": report.fixed,
+        "broken": report.broken,
+        "improved": report.improved,
+        "worsened": report.worsened,
+        "metrics": {name: [None if v is None else or_none(v) for v in both] for name, both in report.metrics.items()},
     }
+    if isinstance(adapted, Confusion):
+        content |= {"class_names": adapted.class_names, "matrix_rows": "target", "matrix_columns": "predicted"}
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
@@ -75,15 +88,20 @@ def _pairs(pairs: Pairs) -> dict[str, float | None]:
 
 
 def _write_csv(report: Report, path: Path) -> None:
-    columns = {"": report.model} if report.base is None else {"_before": report.base, "_after": report.model}
-    header = ["class", "support", *(f"{q}{when}" for q in _QUANTITIES for when in columns)]
-    with path.open("w", newline="") as file:
+    tables = {"": report.adapted.table()}
+    if report.base is not None:
+        tables = {"_before": report.base.table(), "_after": report.adapted.table()}
+    columns: dict[str, list[Any]] = {}
+    for name in report.adapted.table():
+        if name in _UNCHANGED:
+            columns[name] = report.adapted.table()[name]
+        else:
+            columns |= {f"{name}{when}": table[name] for when, table in tables.items()}
+    with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.writer(file)
-        writer.writerow(header)
-        per_class = [confusion.as_dict()["classes"] for confusion in columns.values()]
-        for index, name in enumerate(report.model.class_names):
-            values = [entries[index][q] for q in _QUANTITIES for entries in per_class]
-            writer.writerow([name, report.model.support[index], *("" if v is None else v for v in values)])
+        writer.writerow(columns)
+        for row in zip(*columns.values(), strict=True):
+            writer.writerow(["" if isinstance(value, float) and isnan(value) else value for value in row])
 
 
 def refuse_to_overwrite(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from math import isnan
@@ -13,16 +14,17 @@ from typing import Any
 
 import torch
 
-from lora_lightning.report.changes import ChangedSample, Pairs
-from lora_lightning.report.confusion import Confusion, Report
+from lora_lightning.evaluation import ChangedSample, Confusion, Pairs, Report
 from lora_lightning.report.figure import OTHERS, shown_alone, write_png
 from lora_lightning.report.files import free_path
 from lora_lightning.report.history import History, curves_figure
 from lora_lightning.report.samples import read_samples
+from lora_lightning.wording import one_line
 
+_LONGEST_NAME = 80
 _MARK = '<meta name="generator" content="lora_lightning">'
-REPORTS = "confusion*.json"
-"""Pattern for the file names of the reports of a run."""
+REPORTS = ("confusion*.json", "comparison*.json")
+"""Patterns for the file names of the reports of a run: of classes, and of other tasks."""
 
 
 def write_page(folders: list[Path], path: Path) -> None:
@@ -61,8 +63,12 @@ class Run:
         self.folder = folder
         facts = folder / "run.json"
         self.facts: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
-        found = sorted(folder.glob(REPORTS), key=lambda path: (path.stat().st_mtime, path.name), reverse=True)
-        self.sections = [Section(path) for path in found]
+        of_classes, of_others = (
+            sorted(folder.glob(pattern), key=lambda path: (path.stat().st_mtime, path.name), reverse=True)
+            for pattern in REPORTS
+        )
+        self.sections = [Section(path) for path in of_classes]
+        self.comparisons = [NumberSection(path) for path in of_others]
 
     @property
     def name(self) -> str:
@@ -127,27 +133,27 @@ class Section:
 
     def __init__(self, path: Path) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
-        names = tuple(content["class_names"])
+        names = _short_names(content["class_names"])
         base, changed = content.get("base"), content.get("changed")
         samples = path.with_name(path.name.replace("confusion", "samples", 1))
         kept = read_samples(samples) if samples.is_file() else []
         pairs = Pairs(changed["fixed"], changed["broke"], kept, changed["mcnemar_p"] is not None) if changed else None
         model = Confusion(_matrix(content["model"], len(names)), names)
         before = None if base is None else Confusion(_matrix(base, len(names)), names)
-        self.report = Report(content["stage"], model, before, pairs=pairs)
+        self.report: Report[Confusion] = Report(content["stage"], model, before, pairs=pairs)
         self.title = path.stem.removeprefix("confusion").strip("_-").replace("_", " ") or "test"
-        self._shown = self.report.model.shown()
+        self._shown = self.report.adapted.shown()
 
     @property
     def names(self) -> list[str]:
         """Return the names of the rows and columns."""
-        names = self.report.model.class_names
+        names = self.report.adapted.class_names
         return [names[index] for index in self._shown] + ([OTHERS] if len(self._shown) < len(names) else [])
 
     @cached_property
     def matrices(self) -> dict[str, list[list[Cell]]]:
         """Return the cells of the matrices of the base, the model and their difference."""
-        found = {"model": shown_alone(self.report.model.matrix, self._shown)}
+        found = {"model": shown_alone(self.report.adapted.matrix, self._shown)}
         if self.report.base is not None:
             found = {"base": shown_alone(self.report.base.matrix, self._shown), "adapted": found["model"]}
             found["difference"] = found["adapted"] - found["base"]
@@ -162,7 +168,7 @@ class Section:
 
     def name_of(self, index: int) -> str:
         """Return the name of a class."""
-        return self.report.model.class_names[index]
+        return self.report.adapted.class_names[index]
 
     def shown_name_of(self, index: int) -> str:
         """Return the name of the row of a class."""
@@ -171,7 +177,7 @@ class Section:
     @property
     def story(self) -> list[str]:
         """Return a summary in up to three sentences."""
-        model, base, pairs = self.report.model, self.report.base, self.report.pairs
+        model, base, pairs = self.report.adapted, self.report.base, self.report.pairs
         worst = model.weakest() if model.total else 0
         if base is None:
             return [
@@ -194,7 +200,7 @@ class Section:
     @property
     def classes(self) -> list[dict[str, Any]]:
         """Return a row for each shown class: recall before and after, errors, F1 and false positives."""
-        model, base = self.report.model, self.report.base
+        model, base = self.report.adapted, self.report.base
         return [
             {
                 "name": self.name_of(index),
@@ -208,6 +214,81 @@ class Section:
             }
             for index in self._shown
         ]
+
+
+def _short_names(names: list[str]) -> tuple[str, ...]:
+    """Return names that are short enough for every cell of a matrix, and still differ."""
+    short = [one_line(name, _LONGEST_NAME) for name in names]
+    counts = Counter(short)
+    return tuple(f"{name} ({place})" if counts[name] > 1 else name for place, name in enumerate(short))
+
+
+class NumberSection:
+    """Reads the report of one pass over data of a task without classes.
+
+    Args:
+        path: The file `comparison*.json`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._content = json.loads(path.read_text(encoding="utf-8"))
+        self.title = path.stem.removeprefix("comparison").strip("_-").replace("_", " ") or "test"
+        self.read_as: str = self._content["read_as"]
+        self.samples: int = self._content["samples"]
+        self.has_base = self._content["base"] is not None
+
+    @property
+    def story(self) -> list[str]:
+        """Return what chance allows, and which samples changed, in up to three sentences."""
+        content, found = self._content, []
+        if content["bootstrap"] is not None:
+            test = content["bootstrap"]
+            found.append(
+                f"The mean absolute error of a sample changed by {test['difference']:+.4g} (95 % interval {test['low']:+.4g} to "
+                f"{test['high']:+.4g}, paired bootstrap over samples, p = {test['p']:.2g})."
+            )
+        elif content["changed"] is not None:
+            changed, p = content["changed"], content["p_value"]
+            allowed = "" if p is None else f" (McNemar's exact test: p = {p:.2g})"
+            found.append(
+                f"Samples that were fixed: {changed['fixed']:,}; that became wrong: {changed['broke']:,}{allowed}."
+            )
+        for change in ("improved", "worsened"):
+            if content[change]:
+                found.append(f"The samples that {change} most: {', '.join(map(str, content[change][:10]))}.")
+        return found
+
+    @property
+    def numbers(self) -> list[tuple[str, str, str]]:
+        """Return the name of each number of all samples, its value before and its value."""
+        base = self._content["base"] or {}
+        found = [
+            (name, _significant(base.get(name)), _significant(value))
+            for name, value in self._content["model"].items()
+            if not isinstance(value, list) and name not in ("samples", "values")
+        ]
+        return found + [(name, _significant(b), _significant(a)) for name, (a, b) in self._content["metrics"].items()]
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """Return a row for each label or part of the data, with values before and after."""
+        after, before = self._rows(self._content["model"]), self._rows(self._content["base"] or {})
+        return [
+            {name: _from_to(before[number].get(name) if before else None, value, name) for name, value in row.items()}
+            for number, row in enumerate(after)
+        ]
+
+    def _rows(self, numbers: dict[str, Any]) -> list[dict[str, Any]]:
+        return next((value for value in numbers.values() if isinstance(value, list)), [])
+
+
+def _significant(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _from_to(before: Any, after: Any, name: str) -> str:
+    shown = [each if isinstance(each, str) else _significant(each) for each in (before, after)]
+    return shown[1] if before is None or name in ("label", "targets", "support", "samples") else " → ".join(shown)
 
 
 def _matrix(content: dict[str, Any], size: int) -> torch.Tensor:

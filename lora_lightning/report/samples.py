@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_lightning.report.changes import ChangedSample
+from lora_lightning.evaluation import ChangedSample
+from lora_lightning.wording import one_line
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import
     from matplotlib.axes import Axes
@@ -84,5 +85,4 @@ def _draw(axis: Axes, sample: ChangedSample, class_names: tuple[str, ...], cente
 
 
 def _short(name: str) -> str:
-    short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
-    return short.replace("$", r"\$")  # otherwise matplotlib would parse it as mathematics
+    return one_line(name, _LONGEST_NAME).replace("$", r"\$")  # otherwise matplotlib would parse it as mathematics

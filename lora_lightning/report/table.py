@@ -8,16 +8,70 @@ from math import isnan
 from rich.table import Table
 from rich.text import Text
 
-from lora_lightning.report.confusion import Confusion, Report
+from lora_lightning.evaluation import SHOWN_CLASSES, Confusion, Report
+from lora_lightning.wording import one_line
+
+_LONGEST_NAME = 60
+_UNCHANGED = ("label", "targets", "support", "samples")
+_LEFT_OUT = ("true_positives", "false_positives", "false_negatives", "true_negatives")
+"""Columns of files that the terminal has no room for."""
 
 
 def report_table(report: Report, title: str | None = None) -> Table:
-    """Return a table with one row per class and a row for all: support, errors, recall and precision, before and after if there is a base.
+    """Return a table of a report for the terminal.
 
+    For classes, it has one row per class and a row for all: support, errors, recall and precision, before and after if there is a base.
     For more than 20 classes, the table contains the 20 with the lowest recall, and the caption says so. The last row contains the accuracy
-    instead of the recall.
+    instead of the recall. For other tasks, it has one row per label or fifth of the targets. Metrics of the user stand below.
     """
-    model, base = report.model, report.base
+    if isinstance(report.adapted, Confusion):
+        table = _table_of_classes(report, title)
+    else:
+        table = _table_of_columns(report, title)
+    below = [] if table.caption is None else [str(table.caption)]
+    numbers = report.metrics if isinstance(report.adapted, Confusion) else report.summary()
+    below += [f"{name}: {_from_to(before, value)}" for name, (value, before) in numbers.items()]
+    if report.p_value is not None and not isinstance(report.adapted, Confusion):
+        below.append(f"p = {report.p_value:.2g} for a difference of zero")
+    table.caption = Text("; ".join(below)) if below else None
+    return table
+
+
+def _table_of_columns(report: Report, title: str | None) -> Table:
+    """Return one row per label or part of the data, with a column for each quantity."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    adapted = report.adapted.table()
+    base = {} if report.base is None else report.base.table()
+    names = [name for name in adapted if name not in _LEFT_OUT]
+    for number, name in enumerate(names):
+        table.add_column(name.replace("_", " "), justify="left" if number == 0 else "right")
+    for row in range(len(adapted[names[0]]))[:SHOWN_CLASSES]:
+        cells = []
+        for name in names:
+            before = base.get(name, adapted[name])[row]
+            after = adapted[name][row]
+            if name in _UNCHANGED or report.base is None:
+                cells.append(Text(_shown(after)))
+            else:
+                cells.append(Text(f"{_shown(before)} → {_shown(after)}"))
+        table.add_row(*cells)
+    if len(adapted[names[0]]) > SHOWN_CLASSES:
+        table.caption = f"the first {SHOWN_CLASSES} of {len(adapted[names[0]]):,} rows; comparison.csv contains all"
+    return table
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return "–" if isnan(value) else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else one_line(str(value), _LONGEST_NAME)
+
+
+def _from_to(before: float | None, value: float) -> str:
+    return _shown(value) if before is None else f"{_shown(before)} → {_shown(value)}"
+
+
+def _table_of_classes(report: Report[Confusion], title: str | None) -> Table:
+    model, base = report.adapted, report.base
     names = model.class_names
     shown = model.shown()
     table = Table(
@@ -38,7 +92,7 @@ def report_table(report: Report, title: str | None = None) -> Table:
     table.add_column("precision %", "", justify="right", no_wrap=True)
 
     for index in shown:
-        cells: list[str | Text] = [names[index], f"{model.support[index]:,}"]
+        cells: list[str | Text] = [Text(one_line(names[index], _LONGEST_NAME)), f"{model.support[index]:,}"]
         if base is not None:
             cells += [f"{base.errors[index]:,}", f"{model.errors[index]:,}", _signed(changes[index])]
         else:

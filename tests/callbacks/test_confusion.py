@@ -45,7 +45,7 @@ def count(model: nn.Module) -> list[list[int]]:
 def test_a_plain_model_is_counted_exactly(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     model, report = Classifier(RichBoyNet(16, 8)), ConfusionReport()
     make_trainer(report).test(model, datamodule=sample(), verbose=False)
-    assert report.report.model.matrix.tolist() == count(model)
+    assert report.report.adapted.matrix.tolist() == count(model)
     assert report.report.base is None
     (path,) = tmp_path.rglob("confusion.json")
     content = json.loads(path.read_text())
@@ -64,9 +64,9 @@ def test_one_test_pass_gives_base_and_adapted_side_by_side(
     trainer.fit(model, datamodule=sample(digits=[9]))
     (logged,) = trainer.test(model, datamodule=sample(), verbose=False)
     assert report.report.base.matrix.tolist() == expected_base
-    assert report.report.model.matrix.tolist() == count(model)
-    assert report.report.model.matrix.tolist() != expected_base
-    assert logged["test/accuracy"] == pytest.approx(report.report.model.accuracy)
+    assert report.report.adapted.matrix.tolist() == count(model)
+    assert report.report.adapted.matrix.tolist() != expected_base
+    assert logged["test/accuracy"] == pytest.approx(report.report.adapted.accuracy)
     printed = capsys.readouterr().out
     assert "before" in printed
     assert "1,000" in printed
@@ -89,7 +89,7 @@ def test_tensorboard_gets_figures_curves_and_settings_and_no_card_for_each_class
     assert not [tag for tag in tags["scalars"] if tag.startswith("test/") and tag.count("/") > 1]
     assert {"lr", "delta_norm", "train/loss", "hp/errors", "hp/base_errors"} <= set(tags["scalars"])
     assert [event.value for event in events.Scalars("lr")] == pytest.approx([0.1] * 2)
-    assert events.Scalars("hp/errors")[0].value == sum(report.report.model.errors)
+    assert events.Scalars("hp/errors")[0].value == sum(report.report.adapted.errors)
     assert "custom_scalars__config__" in tags["tensors"]
     hparams = yaml.safe_load((Path(trainer.log_dir) / "hparams.yaml").read_text())
     assert (hparams["rank"], hparams["target_modules"]) == (1, "all")
@@ -102,7 +102,7 @@ def test_other_loggers_get_numbers_by_class_whatever_the_names(make_trainer: Mak
     trainer.logger.save()
     with (Path(trainer.log_dir) / "metrics.csv").open() as file:
         logged = {name: value for row in csv.DictReader(file) for name, value in row.items() if value}
-    assert float(logged["test/recall/a_b"]) == pytest.approx(report.report.model.recall[1])
+    assert float(logged["test/recall/a_b"]) == pytest.approx(report.report.adapted.recall[1])
     assert "test/recall/_b__x___/b_".replace("/b_", "_b_") in logged
 
 
@@ -110,7 +110,7 @@ def test_validate_reports_too(make_trainer: MakeTrainer, tmp_path: Path, capsys:
     report = ConfusionReport()
     make_trainer(report).validate(Classifier(RichBoyNet(16, 8)), datamodule=sample(), verbose=False)
     assert report.report.stage == "val"
-    assert report.report.model.total == 400
+    assert report.report.adapted.total == 400
     assert "digit" in capsys.readouterr().out
     assert list(tmp_path.rglob("confusion_val.json"))
 
@@ -151,7 +151,7 @@ def own(outputs: Any = lambda logits, targets: {"logits": logits, "targets": tar
 def test_any_number_of_classes_by_name(make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]) -> None:
     report = ConfusionReport(class_names=["cat", "dog", "eel"])
     make_trainer(report).test(own())
-    assert report.report.model.support == [3, 2, 2]
+    assert report.report.adapted.support == [3, 2, 2]
     assert "eel" in capsys.readouterr().out
 
 
@@ -167,7 +167,7 @@ def test_of_many_classes_the_worst_are_logged_and_in_fit_their_mean(make_trainer
         tags = csv.DictReader(file).fieldnames
     assert (Path(logger.log_dir) / "curves.png").is_file()
     assert [tag for tag in tags if tag.startswith("val/") and "recall" in tag] == ["val/mean_recall"]
-    recall = report.report.model.recall
+    recall = report.report.adapted.recall
     shown = {int(tag.rpartition("/")[2]) for tag in tags if tag.startswith("test/recall/")}
     assert len(shown) == 20
     assert max(recall[index] for index in shown) <= min(recall[index] for index in set(range(30)) - shown)
@@ -177,14 +177,14 @@ def test_of_many_classes_the_worst_are_logged_and_in_fit_their_mean(make_trainer
 def test_classes_without_names_are_numbered(make_trainer: MakeTrainer) -> None:
     report = ConfusionReport()
     make_trainer(report).test(own())
-    assert report.report.model.class_names == ("0", "1", "2")
+    assert report.report.adapted.class_names == ("0", "1", "2")
 
 
 def test_names_that_do_not_fit_do_not_end_the_run_and_the_classes_are_numbered(make_trainer: MakeTrainer) -> None:
     report = ConfusionReport(class_names=["cat", "dog"])
     with pytest.warns(UserWarning, match=r"2 class names \(cat, dog\) do not fit a model of 3 classes"):
         make_trainer(report).test(own())
-    assert report.report.model.class_names == ("0", "1", "2")
+    assert report.report.adapted.class_names == ("0", "1", "2")
 
 
 def test_names_may_be_an_array(make_trainer: MakeTrainer) -> None:
@@ -196,7 +196,7 @@ def test_names_may_be_an_array(make_trainer: MakeTrainer) -> None:
 
     report = ConfusionReport()
     make_trainer(report).test(Classifier(nn.Linear(4, 3)), datamodule=Named())
-    assert report.report.model.class_names == ("cat", "dog", "eel")
+    assert report.report.adapted.class_names == ("cat", "dog", "eel")
 
 
 class Task(pl.LightningModule):
@@ -286,7 +286,7 @@ def test_a_step_that_returns_nothing_is_counted_by_what_it_called(
     stir(task.net, 1.0)
     adapted = matrix(task.net.layer(IMAGES).argmax(1), CLASSES, 3)
     trainer.test(task, verbose=False)
-    assert report.report.model.matrix.tolist() == adapted != expected
+    assert report.report.adapted.matrix.tolist() == adapted != expected
     assert report.report.base.matrix.tolist() == expected
     assert task.steps == 2
     assert "forward" not in vars(task)
@@ -307,14 +307,14 @@ def test_a_step_that_returns_nothing_is_counted_by_what_it_called(
 def test_targets_are_found_where_batches_have_them(make_trainer: MakeTrainer, batch: Any) -> None:
     task = Task(nn.Linear(6, 3), [batch], lambda task, batch: task(IMAGES))
     make_trainer(report := ConfusionReport(verbose=False)).test(task, verbose=False)
-    assert report.report.model.matrix.tolist() == matrix(task.net(IMAGES).argmax(1), CLASSES, 3)
+    assert report.report.adapted.matrix.tolist() == matrix(task.net(IMAGES).argmax(1), CLASSES, 3)
 
 
 def test_targets_elsewhere_are_named(make_trainer: MakeTrainer) -> None:
     for batch, key in (({"image": IMAGES, "species": CLASSES}, "species"), ((CLASSES, IMAGES), 0)):
         task = Task(nn.Linear(6, 3), [batch], lambda task, batch: task(IMAGES))
         make_trainer(report := ConfusionReport(verbose=False, target_key=key)).test(task, verbose=False)
-        assert report.report.model.total == 8
+        assert report.report.adapted.total == 8
 
 
 @pytest.mark.parametrize("outputs_are", ["logits", "probabilities"])
@@ -330,7 +330,7 @@ def test_one_output_a_sample_stands_for_two_classes(
     task = Task(Net(6, 1), [{"image": IMAGES, "label": CLASSES.clamp(max=1)}])
     make_trainer(report := ConfusionReport(verbose=False)).test(task, verbose=False)
     logits = nn.functional.linear(IMAGES, task.net.weight, task.net.bias)
-    assert report.report.model.matrix.tolist() == matrix((logits > 0).long(), CLASSES.clamp(max=1), 2)
+    assert report.report.adapted.matrix.tolist() == matrix((logits > 0).long(), CLASSES.clamp(max=1), 2)
 
 
 @pytest.mark.parametrize("classes", [1, 4])
@@ -343,8 +343,8 @@ def test_pixels_are_counted_without_those_to_ignore(make_trainer: MakeTrainer, c
     trainer.test(task, verbose=False)
     logits = task.net(images)
     predicted = logits.argmax(1) if classes > 1 else (logits.squeeze(1) > 0).long()
-    assert report.report.model.matrix.tolist() == matrix(predicted, masks, max(classes, 2))
-    assert report.report.base.total == report.report.model.total == 2 * 5 * 6 - 12
+    assert report.report.adapted.matrix.tolist() == matrix(predicted, masks, max(classes, 2))
+    assert report.report.base.total == report.report.adapted.total == 2 * 5 * 6 - 12
 
 
 def test_tokens_are_counted_with_the_class_last(make_trainer: MakeTrainer) -> None:
@@ -352,8 +352,8 @@ def test_tokens_are_counted_with_the_class_last(make_trainer: MakeTrainer) -> No
     tokens = torch.randn(2, 3, 6)
     task = Task(nn.Linear(6, 4), [{"image": tokens, "labels": labels}])
     make_trainer(report := ConfusionReport(verbose=False)).test(task, verbose=False)
-    assert report.report.model.matrix.tolist() == matrix(task.net(tokens).argmax(2), labels, 4)
-    assert report.report.model.total == 3
+    assert report.report.adapted.matrix.tolist() == matrix(task.net(tokens).argmax(2), labels, 4)
+    assert report.report.adapted.total == 3
 
 
 def test_each_loader_has_a_report(make_trainer: MakeTrainer, tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_each_loader_has_a_report(make_trainer: MakeTrainer, tmp_path: Path) -> 
     task.step = lambda task, batch: task(batch[0])
     trainer = make_trainer(report := ConfusionReport())
     trainer.test(task, loaders, verbose=False)
-    assert [each.model.total for each in report.reports] == [8, 16]
+    assert [each.adapted.total for each in report.reports] == [8, 16]
     assert report.report is report.reports[0]
     names = {f"confusion_dataloader_idx_{i}.json" for i in (0, 1)}
     assert {path.name for path in tmp_path.rglob("*.json")} == {*names, "run.json"}
@@ -392,7 +392,7 @@ def test_classes_have_the_names_of_the_data_set(make_trainer: MakeTrainer) -> No
     data.classes = ["cat", "dog", "eel"]
     task = Task(nn.Linear(6, 3), [], lambda task, batch: task(batch[0]))
     make_trainer(report := ConfusionReport(verbose=False)).test(task, DataLoader(data, batch_size=4), verbose=False)
-    assert report.report.model.class_names == ("cat", "dog", "eel")
+    assert report.report.adapted.class_names == ("cat", "dog", "eel")
 
 
 def test_what_can_not_be_found_is_said_before_training(make_trainer: MakeTrainer) -> None:
@@ -415,7 +415,7 @@ def test_targets_that_are_no_class_are_named(make_trainer: MakeTrainer) -> None:
     task = Task(nn.Linear(6, 3), [{"image": IMAGES, "label": torch.tensor([0, 1, 2, 9, 0, 1, 2, -1])}])
     with pytest.warns(UserWarning, match=r"targets outside 0..2: -1, 9. .*ignore_index"):
         make_trainer(report := ConfusionReport(verbose=False)).test(task, verbose=False)
-    assert report.report.model.total == 6
+    assert report.report.adapted.total == 6
 
 
 class TwoParts(pl.LightningModule):
@@ -435,7 +435,9 @@ def test_children_that_are_called_one_by_one_are_counted_without_the_base(make_t
     with pytest.warns(UserWarning, match="cannot report the base: the step of TwoParts"):
         trainer.test(model := TwoParts(), loader, verbose=False)
     assert report.report.base is None
-    assert report.report.model.matrix.tolist() == matrix(model.head(model.encoder(IMAGES).relu()).argmax(1), CLASSES, 3)
+    assert report.report.adapted.matrix.tolist() == matrix(
+        model.head(model.encoder(IMAGES).relu()).argmax(1), CLASSES, 3
+    )
 
 
 def test_a_step_that_fails_leaves_the_module_as_it_was(make_trainer: MakeTrainer) -> None:

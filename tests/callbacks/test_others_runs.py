@@ -963,8 +963,8 @@ def test_four_children_manual_optimization_and_dict_batches(make_trainer: MakeTr
     torch.manual_seed(4)
     before, after = (torch.bincount(each(x)["logits"].argmax(1), minlength=3) for each in (Four(), module))
     assert torch.equal(report.report.base.matrix.sum(0), before)
-    assert torch.equal(report.report.model.matrix.sum(0), after)
-    assert report.report.model.accuracy > report.report.base.accuracy
+    assert torch.equal(report.report.adapted.matrix.sum(0), after)
+    assert report.report.adapted.accuracy > report.report.base.accuracy
     _, stopped, _ = run(4)
     resumed, _, _ = run(8, stopped.checkpoint_callback.best_model_path)
     assert same(dict(resumed.state_dict()), dict(module.state_dict()))

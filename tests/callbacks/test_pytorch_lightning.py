@@ -89,7 +89,7 @@ def test_fit_test_and_predict_work_as_in_lightning(tmp_path: Path, capsys: pytes
     trainer.test(module, data(), ckpt_path="best", verbose=False)
     assert report.report is not None
     assert report.report.base is not None
-    assert report.report.model.total == report.report.base.total == 24
+    assert report.report.adapted.total == report.report.base.total == 24
     trainer.predict(module, data())
     folder = Path(str(trainer.log_dir))
     assert {"adapter", "report.html", "confusion.json", "predictions.csv"} <= {path.name for path in folder.iterdir()}

@@ -73,12 +73,12 @@ def test_is_trained_tested_and_resumed_as_it_is(kind: str, make_trainer: MakeTra
 
     module, trainer, report = run(2)
     trainer.test(module, datamodule=Data(kind), verbose=False)
-    assert report.report.model.class_names == Rasters.classes
+    assert report.report.adapted.class_names == Rasters.classes
     masks = torch.stack([Rasters(kind)[index].get(kind) for index in range(12)])
-    assert report.report.model.total == report.report.base.total == int((masks > 0).sum() if kind == "mask" else 12)
+    assert report.report.adapted.total == report.report.base.total == int((masks > 0).sum() if kind == "mask" else 12)
     alone = ConfusionReport(verbose=False)
     make_trainer(alone).test(task(kind), datamodule=Data(kind), verbose=False)
-    assert torch.equal(report.report.base.matrix, alone.report.model.matrix)
+    assert torch.equal(report.report.base.matrix, alone.report.adapted.matrix)
     _, stopped, _ = run(1)
     resumed, _, _ = run(2, stopped.checkpoint_callback.best_model_path)
     assert same(dict(resumed.state_dict()), dict(module.state_dict()))

@@ -387,8 +387,8 @@ def test_the_report_of_three_folders_has_their_names(
     report = ConfusionReport()
     model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), num_classes=3)
     make_trainer(report).test(model, datamodule=small(draw(cat=4, dog=3, eel=2)))
-    assert report.report.model.class_names == ("cat", "dog", "eel")
-    assert report.report.model.support == [4, 3, 2]
+    assert report.report.adapted.class_names == ("cat", "dog", "eel")
+    assert report.report.adapted.support == [4, 3, 2]
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("cat", "dog", "eel"))
 

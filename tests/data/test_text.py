@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from lora_lightning import Classifier, ConfusionReport, LoRAFinetuning, TextDataModule, text_backbone
 from lora_lightning.data import LengthGroupedSampler
 from lora_lightning.data.text_files import read_texts
+from lora_lightning.data.text_labels import ordered_labels
 from tests.helpers import same
 
 MakeTrainer = Callable[..., Trainer]
@@ -87,10 +88,10 @@ class TestTraining:
         trainer = make_trainer(LoRAFinetuning(rank=2), report := ConfusionReport(verbose=False), max_epochs=16)
         trainer.fit(module, datamodule=data(files))
         trainer.test(module, datamodule=data(files), verbose=False)
-        assert report.report.model.class_names == ("card", "money", "rate")
-        assert report.report.model.total == 30
+        assert report.report.adapted.class_names == ("card", "money", "rate")
+        assert report.report.adapted.total == 30
         assert report.report.base is not None
-        assert report.report.model.accuracy > max(0.6, report.report.base.accuracy)
+        assert report.report.adapted.accuracy > max(0.6, report.report.base.accuracy)
         config = json.loads(next(tmp_path.rglob("adapter_config.json")).read_text())
         assert config["modules_to_save"] == ["classifier"]
         assert config["peft_type"] == "LORA"
@@ -161,8 +162,8 @@ def test_a_transformers_classifier_on_dict_batches_of_ones_own(
     trainer = make_trainer(LoRAFinetuning(rank=2), report := ConfusionReport(verbose=False), max_epochs=8)
     trainer.fit(module, train)
     trainer.test(module, test, verbose=False)
-    assert report.report.model.total == report.report.base.total == 30
-    assert report.report.model.accuracy > max(0.5, report.report.base.accuracy)
+    assert report.report.adapted.total == report.report.base.total == 30
+    assert report.report.adapted.accuracy > max(0.5, report.report.base.accuracy)
 
 
 class TestBatches:
@@ -278,3 +279,40 @@ def test_the_shipped_configuration_trains_and_tests(
     assert code == 0, output
     (path,) = Path("logs").rglob("predictions.csv")
     assert len(path.read_text().splitlines()) == 3
+
+
+class TestTheOrderOfTheClasses:
+    @pytest.mark.parametrize(
+        ("labels", "head", "expected", "order"),
+        [
+            (["0", "1", "10", "11", "2"], [], ["0", "1", "2", "10", "11"], "in numeric order"),
+            (["-1", "1", "0"], [], ["-1", "0", "1"], "in numeric order"),
+            (["b", "a"], [], ["a", "b"], "sorted"),
+            (["negative", "positive"], ["positive", "neutral", "negative"], None, "in the order of the head"),
+            (["negative", "positive"], ["POSITIVE", "NEGATIVE"], ["positive", "negative"], "in the order of the head"),
+        ],
+    )
+    def test_is_that_of_the_head_or_sorted(
+        self, labels: list[str], head: list[str], expected: list[str] | None, order: str
+    ) -> None:
+        assert ordered_labels(set(labels), head) == (expected or head, order)
+
+    def test_a_head_of_other_classes_is_named(self) -> None:
+        with pytest.warns(
+            UserWarning, match=r"The classes of the head \(x, y\) are not the labels of the data \(a, b\)"
+        ):
+            assert ordered_labels({"a", "b"}, ["x", "y"]) == (["a", "b"], "sorted")
+
+    def test_a_trained_head_keeps_its_order(
+        self, tiny_bert: str, files: dict[str, Path], make_trainer: MakeTrainer, tmp_path: Path
+    ) -> None:
+        names = ["rate", "card", "money"]
+        config = transformers.BertConfig.from_pretrained(tiny_bert, id2label=dict(enumerate(names)))
+        transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "head")
+        transformers.AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "head")
+        module, texts = Classifier(text_backbone(str(tmp_path / "head"))), data(files)
+        make_trainer(ConfusionReport(verbose=False)).test(module, datamodule=texts, verbose=False)
+        assert list(texts.class_names) == names
+        new, texts = Classifier(text_backbone(tiny_bert, 3)), data(files)
+        make_trainer().test(new, datamodule=texts, verbose=False)
+        assert list(texts.class_names) == sorted(names)

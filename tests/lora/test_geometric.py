@@ -126,7 +126,7 @@ def test_a_run_trains_resumes_and_tests_them(net: Graphs, tmp_path: Path) -> Non
     trainer(2).fit(whole, graphs)
     assert same(adapter_state_dict(base), adapter_state_dict(whole))
     resumed.test(base, graphs, verbose=False)
-    assert sum(map(sum, resumed.callbacks[1].report.model.matrix.tolist())) == 6 * 7
+    assert sum(map(sum, resumed.callbacks[1].report.adapted.matrix.tolist())) == 6 * 7
 
 
 class SavesItself(nn.Linear):

@@ -135,3 +135,14 @@ def test_a_backbone_may_return_its_logits_as_one_field_of_several() -> None:
             return SimpleNamespace(logits=2 * x, hidden_states=None)
 
     assert torch.equal(Classifier(Wrapped())(torch.ones(2, 3)), torch.full((2, 3), 2.0))
+
+
+def test_the_accuracy_is_that_of_the_samples_with_a_target(make_trainer: Callable[..., Trainer]) -> None:
+    logits = torch.eye(3)[[0, 0, 0, 0, 1, 2, 0, 1]]
+    targets = torch.tensor([0, -100, -100, -100, 0, 0, 1, -100])  # one of four is right
+    model = Classifier(nn.Identity())
+    for batch_size in (1, 4, 8):
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(logits, targets), batch_size=batch_size)
+        (logged,) = make_trainer().test(model, loader, verbose=False)
+        assert logged["test/accuracy"] == pytest.approx(0.25)
+        assert logged["test/loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, targets)))

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from lora_lightning.evaluation import Confusion, Report
+from lora_lightning.evaluation.changes import ChangedSample, Pairs, small_image
 from lora_lightning.lora import LoRAConfig, adapted_weights, attach
-from lora_lightning.report import Confusion, Report, write_page
-from lora_lightning.report.changes import ChangedSample, Pairs, small_image
+from lora_lightning.report import write_page
 from lora_lightning.report.files import write_report
 from lora_lightning.report.history import History, curves_figure
 from lora_lightning.report.layers import layer_changes

@@ -12,7 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from lora_lightning.report import Confusion, Report, confusion_figures, report_table
+from lora_lightning.evaluation import Confusion, Report
+from lora_lightning.report import confusion_figures, report_table
 from lora_lightning.report.files import free_path, write_report
 from lora_lightning.report.terminal import show
 
@@ -99,7 +100,7 @@ def test_files_hold_every_number(tmp_path: Path) -> None:
     assert content["base"]["matrix"] == BEFORE.matrix.tolist()
     assert content["model"]["classes"][1] == {
         "name": "dog", "support": 10, "errors": 1, "recall": 0.9, "precision": 0.9, "f1": 0.9,
-        "false_positives": 1,
+        "iou": 9 / 11, "false_positives": 1,
     }  # fmt: skip
     assert content["model"]["classes"][2]["recall"] is None
     with csv_path.open() as file:
@@ -107,7 +108,7 @@ def test_files_hold_every_number(tmp_path: Path) -> None:
     assert rows[0] == {
         "class": "cat", "support": "10", "errors_before": "2", "errors_after": "1", "recall_before": "0.8",
         "recall_after": "0.9", "precision_before": str(8 / 12), "precision_after": "0.9",
-        "f1_before": str(16 / 22), "f1_after": "0.9", "false_positives_before": "4", "false_positives_after": "1",
+        "f1_before": str(16 / 22), "f1_after": "0.9", "iou_before": str(8 / 14), "iou_after": str(9 / 11), "false_positives_before": "4", "false_positives_after": "1",
     }  # fmt: skip
     assert rows[2]["recall_after"] == ""
 
@@ -142,13 +143,13 @@ class TestAThousandClasses:
             *map(str, range(99, 80, -1)),
         ]
         assert "│ all " in text
-        assert f"{report.model.total:,}" in text
+        assert f"{report.adapted.total:,}" in text
         assert "20 of 1,000 classes with the lowest recall; confusion.csv contains all" in text
 
     def test_the_figures_count_every_sample(self, report: Report, tmp_path: Path) -> None:
         figures = confusion_figures(report)
         texts = [int(text.get_text()) for text in figures["adapted"].axes[0].texts]
-        assert sum(texts) == report.model.total
+        assert sum(texts) == report.adapted.total
         labels = [label.get_text() for label in figures["adapted"].axes[0].get_xticklabels()]
         assert labels[:2] + labels[20:] == ["kind of animal number 7", "kind of animal number 99", "others"]
         for name, figure in figures.items():
@@ -158,14 +159,14 @@ class TestAThousandClasses:
         paths = write_report(report, tmp_path)
         json_path, csv_path = Path(paths["confusion.json"]), Path(paths["confusion.csv"])
         with csv_path.open() as file:
-            assert [row["class"] for row in csv.DictReader(file)] == list(report.model.class_names)
+            assert [row["class"] for row in csv.DictReader(file)] == list(report.adapted.class_names)
         content = json.loads(json_path.read_text())["model"]
         assert content["matrix"] is None
         assert len(content["classes"]) == 1000
         matrix = torch.zeros(1000, 1000, dtype=torch.int64)
         for target, predicted, count in content["counts"]:
             matrix[target, predicted] = count
-        assert torch.equal(matrix, report.model.matrix)
+        assert torch.equal(matrix, report.adapted.matrix)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from lora_lightning.report.changes import KEPT, Changes, Inputs, Pairs, mcnemar_p, pairs_of_devices, small_image
+from lora_lightning.evaluation.changes import KEPT, Changes, Inputs, Pairs, small_image
+from lora_lightning.evaluation.paired import mcnemar_p
 
 TARGETS = torch.tensor([0, 1, 1, 0, 1])
 BASE = torch.tensor([[3.0, 0], [3, 0], [0, 3], [0, 3], [3, 0]])  # right, wrong, right, wrong, wrong
@@ -26,7 +25,7 @@ MODEL = torch.tensor([[3.0, 0], [0, 2], [3, 0], [3, 0], [3, 0]])  # right, fixed
 def changes(batch: Any = None, decode: Any = None) -> Pairs:
     found = Changes()
     found.update(MODEL, BASE, TARGETS, Inputs(batch, torch.arange(5), decode))
-    return pairs_of_devices({0: found})[0]
+    return found.pairs()
 
 
 def test_fixed_and_broken_samples_are_counted_and_described() -> None:
@@ -38,6 +37,15 @@ def test_fixed_and_broken_samples_are_counted_and_described() -> None:
     assert fixed.confidence == pytest.approx(1 / (1 + math.exp(-2)))
     assert fixed.base_confidence == pytest.approx(1 / (1 + math.exp(-3)))
     assert all(each.image.startswith("data:image/png;base64,") for each in pairs.samples)
+
+
+def test_samples_are_named_by_their_index_in_the_data_set_if_it_is_known() -> None:
+    known, unknown = Changes(), Changes()
+    known.update(MODEL, BASE, TARGETS, Inputs(None, torch.arange(5), indices=[10, 11, 12, 13, 14]))
+    unknown.update(MODEL, BASE, TARGETS, Inputs(None, torch.arange(5)))
+    assert (known.pairs().fixed_indices, known.pairs().broken_indices) == ([11, 13], [12])
+    assert [each.index for each in known.pairs().samples] == [11, 13, 12]
+    assert (unknown.pairs().fixed_indices, unknown.pairs().broken_indices) == ([], [])
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
@@ -60,7 +68,7 @@ def test_one_output_stands_for_two_classes(kind: str) -> None:
     if kind == "logits":
         model, base = model.logit(), base.logit()
     found.update(model, base, torch.tensor([1, 0, 1]), Inputs(None, torch.arange(3)))
-    pairs = pairs_of_devices({0: found})[0]
+    pairs = found.pairs()
     assert (pairs.fixed, pairs.broke) == (1, 1)
     assert [(each.target, each.base, each.model) for each in pairs.samples] == [(1, 0, 1), (1, 1, 0)]
     assert [each.confidence for each in pairs.samples] == pytest.approx([0.9, 0.6])
@@ -69,7 +77,7 @@ def test_one_output_stands_for_two_classes(kind: str) -> None:
 def test_parts_of_samples_are_counted_and_get_no_p_value() -> None:
     found = Changes()
     found.update(MODEL, BASE, TARGETS)
-    pairs = pairs_of_devices({0: found})[0]
+    pairs = found.pairs()
     assert (pairs.fixed, pairs.broke, pairs.samples, pairs.p) == (2, 1, [], None)
 
 
@@ -91,7 +99,7 @@ def test_a_hundred_of_each_kind_are_kept() -> None:
     for _ in range(3):
         found.update(right, wrong, targets, Counted(None, torch.arange(80)))
         found.update(wrong[:5], right[:5], targets[:5], Counted(None, torch.arange(5)))
-    pairs = pairs_of_devices({0: found})[0]
+    pairs = found.pairs()
     assert (pairs.fixed, pairs.broke, len(pairs.samples)) == (240, 15, KEPT + 15)
     assert made == KEPT + 15, "no more are made images or texts than are kept"
 
@@ -122,30 +130,3 @@ def test_images_of_any_size_and_number_of_channels_become_small(shape: tuple[int
     assert max(image.size) <= 96
     assert image.size[0] / image.size[1] == pytest.approx(shape[-1] / shape[-2], rel=0.05)
     assert len(content) < 12_000
-
-
-SCRIPT = """
-import sys, torch
-from torch import distributed
-from lora_lightning.report.changes import Changes, Inputs, pairs_of_devices
-rank = int(sys.argv[1])
-distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-found = {}
-if rank == 0:  # the other device has no samples
-    found = {0: Changes()}
-    found[0].update(torch.tensor([[0.0, 1]]), torch.tensor([[1.0, 0]]), torch.tensor([1]), Inputs(["one"], torch.arange(1)))
-pairs = pairs_of_devices(found)[0]
-print(pairs.fixed, pairs.broke, [each.text for each in pairs.samples])
-distributed.destroy_process_group()
-"""
-
-
-def test_a_device_without_samples_finds_what_the_others_found(tmp_path: Any) -> None:
-    words = [sys.executable, "-c", SCRIPT]
-    both = [
-        subprocess.Popen([*words, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    printed = [process.communicate(timeout=600)[0] for process in both]
-    # Gloo of PyTorch 2.10 prints a line before.
-    assert [text.strip().splitlines()[-1] for text in printed] == ["1 0 ['one']"] * 2

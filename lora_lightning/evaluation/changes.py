@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_lightning.evaluation.paired import mcnemar_p
+
 KEPT = 100
 """Maximum number of samples of each kind, fixed and broken, that are kept for the report."""
 _SIDE = 96
@@ -28,6 +30,7 @@ class ChangedSample:
         model: Prediction of the model, with the probability `confidence`.
         image: A small image as a `data:image/…` URL, or an empty string.
         text: The text, or an empty string.
+        index: Index of the sample in the data set, if it is known.
     """
 
     target: int
@@ -37,6 +40,7 @@ class ChangedSample:
     confidence: float
     image: str = ""
     text: str = ""
+    index: int | None = None
 
     @property
     def is_fixed(self) -> bool:
@@ -46,12 +50,23 @@ class ChangedSample:
 
 @dataclass
 class Pairs:
-    """Counts the samples that only the model (`fixed`) or only the base (`broke`) classifies correctly, and keeps some of them."""
+    """Counts the samples that only the adapted model or only the base gets right, and keeps some of them.
+
+    Args:
+        fixed: Number of samples that only the adapted model gets right.
+        broke: Number of samples that only the base gets right.
+        samples: Some of these samples.
+        are_independent: Whether the samples are independent, unlike pixels of an image.
+        fixed_indices: Indices of the fixed samples in the data set, as far as they are known.
+        broken_indices: Indices of the broken samples in the data set, as far as they are known.
+    """
 
     fixed: int = 0
     broke: int = 0
     samples: list[ChangedSample] = field(default_factory=list)
     are_independent: bool = True
+    fixed_indices: list[int] = field(default_factory=list)
+    broken_indices: list[int] = field(default_factory=list)
 
     @property
     def p(self) -> float | None:
@@ -62,18 +77,35 @@ class Pairs:
         """Return the number of further samples of a kind to keep."""
         return KEPT - sum(each.is_fixed is fixed for each in self.samples)
 
-    def __add__(self, other: Pairs) -> Pairs:
-        samples = [*self.samples, *other.samples]
-        kept = [[each for each in samples if each.is_fixed is kind][:KEPT] for kind in (True, False)]
-        independent = self.are_independent and other.are_independent
-        return Pairs(self.fixed + other.fixed, self.broke + other.broke, kept[0] + kept[1], independent)
+    def add(self, other: Pairs) -> None:
+        """Add the samples of another batch or device."""
+        self.fixed += other.fixed
+        self.broke += other.broke
+        self.are_independent &= other.are_independent
+        self.fixed_indices += other.fixed_indices
+        self.broken_indices += other.broken_indices
+        if other.samples:
+            samples = [*self.samples, *other.samples]
+            kept = [[each for each in samples if each.is_fixed is kind][:KEPT] for kind in (True, False)]
+            self.samples = kept[0] + kept[1]
+
+    def add_unnamed(self, fixed: Tensor, broke: Tensor, inputs: Inputs | None) -> None:
+        """Add a batch of samples of which only the indices are kept.
+
+        Args:
+            fixed: Which rows are fixed, of shape (N,).
+            broke: Which rows are broken, of shape (N,).
+            inputs: The inputs of the rows, or `None` for parts of samples.
+        """
+        of_fixed, of_broken = ([] if inputs is None else inputs.indices_of(each) for each in (fixed, broke))
+        self.add(Pairs(int(fixed.sum()), int(broke.sum()), [], inputs is not None, of_fixed, of_broken))
 
 
 class Changes:
     """Compares the predictions of a model with those of its base on one device.
 
-    A single output per sample means two classes. It is a probability if the outputs of all samples are between 0 and 1, and a logit
-    otherwise. This is only known at the end, so both interpretations are compared until then.
+    A single output per sample means two classes. It is a probability if the outputs of all samples are between 0 and 1,
+    and a logit otherwise. This is only known at the end, so both interpretations are compared until then.
     """
 
     def __init__(self) -> None:
@@ -87,19 +119,26 @@ class Changes:
         """
         if logits.dim() > 1:
             self.are_probabilities = False
-            self._at_zero = _compare(self._at_zero, _of_classes(logits), _of_classes(base), targets, inputs)
+            _compare(self._at_zero, _of_classes(logits), _of_classes(base), targets, inputs)
             return
         self.are_probabilities &= bool(((logits >= 0) & (logits <= 1) & (base >= 0) & (base <= 1)).all())
         logit, probability = (
             (_of_logit(logits.sigmoid()), _of_logit(base.sigmoid())),
             (_of_logit(logits), _of_logit(base)),
         )
-        self._at_zero = _compare(self._at_zero, *logit, targets, inputs)
-        self._at_half = _compare(self._at_half, *probability, targets, inputs)
+        _compare(self._at_zero, *logit, targets, inputs)
+        if self.are_probabilities:
+            _compare(self._at_half, *probability, targets, inputs)
 
-    def pairs(self, are_probabilities: bool) -> Pairs:
-        """Return the result for single outputs that are probabilities or not."""
-        return self._at_half if are_probabilities else self._at_zero
+    def merge(self, other: Changes) -> None:
+        """Add the samples of another device."""
+        self.are_probabilities &= other.are_probabilities
+        self._at_zero.add(other._at_zero)
+        self._at_half.add(other._at_half)
+
+    def pairs(self) -> Pairs:
+        """Return the result."""
+        return self._at_half if self.are_probabilities else self._at_zero
 
 
 class Inputs:
@@ -109,10 +148,31 @@ class Inputs:
         batch: A mapping with one of the usual keys, a sequence whose first element is the input, or the input tensor.
         places: Indices of the samples that are counted, of shape (N,).
         decode: A function that decodes a batch of token ids.
+        indices: Index in the data set of each sample of the batch, or `None` if it is not known.
     """
 
-    def __init__(self, batch: Any, places: Tensor, decode: Callable[[Tensor], list[str]] | None = None) -> None:
+    def __init__(
+        self,
+        batch: Any,
+        places: Tensor,
+        decode: Callable[[Tensor], list[str]] | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> None:
         self._found, self._places, self._decode = _inputs(batch), places, decode
+        self._indices = indices
+
+    def index_of(self, number: int) -> int | None:
+        """Return the index of a sample in the data set, if it is known."""
+        return None if self._indices is None else self._indices[int(self._places[number])]
+
+    def indices_of(self, chosen: Tensor) -> list[int]:
+        """Return the indices in the data set of the chosen samples, or an empty list if they are not known.
+
+        Args:
+            chosen: Which samples, of shape (N,).
+        """
+        indices = self._indices
+        return [] if indices is None else [indices[place] for place in self._places[chosen].tolist()]
 
     def of(self, number: int) -> dict[str, str]:
         """Return the `image` or the `text` of a sample."""
@@ -145,33 +205,6 @@ def small_image(pixels: Tensor) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def mcnemar_p(fixed: int, broke: int) -> float:
-    """Return the two-sided p-value of McNemar's exact test for equal error rates of two models.
-
-    Under the null hypothesis, each sample that only one model classifies correctly is equally likely for both models (McNemar 1947,
-    https://doi.org/10.1007/BF02295996). The exact form is a sign test.
-    """
-    changed = torch.tensor(float(fixed + broke), dtype=torch.float64)
-    fewer = torch.arange(min(fixed, broke) + 1, dtype=torch.float64)
-    choices = torch.lgamma(changed + 1) - torch.lgamma(fewer + 1) - torch.lgamma(changed - fewer + 1)
-    tail = torch.logsumexp(choices - changed * torch.log(torch.tensor(2.0, dtype=torch.float64)), 0).exp()
-    return min(1.0, float(2 * tail))
-
-
-def pairs_of_devices(changes: Mapping[int, Changes], group: Any = None) -> dict[int, Pairs]:
-    """Return the results over all devices by key. Every device has to call this."""
-    devices: list[Mapping[int, Changes]] = [changes]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        devices = [changes] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(devices, changes, group)
-    found = {}
-    for key in sorted({key for each in devices for key in each}):
-        own = [each[key] for each in devices if key in each]
-        are_probabilities = all(each.are_probabilities for each in own)
-        found[key] = sum((each.pairs(are_probabilities) for each in own), Pairs())
-    return found
-
-
 def _of_classes(logits: Tensor) -> tuple[Tensor, Tensor]:
     predicted = logits.argmax(1)
     return predicted, logits.float().softmax(1).gather(1, predicted[:, None])[:, 0]
@@ -183,26 +216,30 @@ def _of_logit(probability: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _compare(
-    before: Pairs, model: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor], targets: Tensor, inputs: Inputs | None
-) -> Pairs:
+    pairs: Pairs, model: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor], targets: Tensor, inputs: Inputs | None
+) -> None:
     """Add the samples of a batch. Only samples that are kept are converted to images or texts."""
     (now, confidence), (was, base_confidence) = model, base
     fixed, broke = (now == targets) & (was != targets), (now != targets) & (was == targets)
-    if inputs is None:
-        return before + Pairs(int(fixed.sum()), int(broke.sum()), are_independent=False)
-    kept = [each.nonzero()[: before.room(kind), 0].tolist() for each, kind in ((fixed, True), (broke, False))]
-    samples = [
-        ChangedSample(
-            int(targets[each]),
-            int(was[each]),
-            int(now[each]),
-            float(base_confidence[each]),
-            float(confidence[each]),
-            **inputs.of(each),
-        )
-        for each in kept[0] + kept[1]
-    ]
-    return before + Pairs(int(fixed.sum()), int(broke.sum()), samples)
+    kept: list[int] = []
+    if inputs is not None:
+        for kind, rows in ((True, fixed), (False, broke)):
+            kept += rows.nonzero()[: pairs.room(kind), 0].tolist()
+    pairs.add_unnamed(fixed, broke, inputs)
+    if inputs is not None and kept:
+        samples = [
+            ChangedSample(
+                int(targets[each]),
+                int(was[each]),
+                int(now[each]),
+                float(base_confidence[each]),
+                float(confidence[each]),
+                **inputs.of(each),
+                index=inputs.index_of(each),
+            )
+            for each in kept
+        ]
+        pairs.add(Pairs(samples=samples))
 
 
 def _inputs(batch: Any) -> Tensor | list[str] | None:

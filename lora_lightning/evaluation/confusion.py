@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from math import isnan
@@ -11,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lightning.report.changes import Pairs
+from lora_lightning.evaluation.results import loggable, mean_of_known, or_none, ratio
 
 SHOWN_CLASSES = 20
-"""Maximum number of classes in tables, figures and scalars, which contain those with the lowest recall. Files contain all."""
+"""Maximum number of classes in tables, figures and scalars: those with the lowest recall. Files contain all."""
+QUANTITIES = ("errors", "recall", "precision", "f1", "iou", "false_positives")
+"""What is known of each class, beside its support."""
 _DENSE_CLASSES = 100
 
 
@@ -60,18 +61,18 @@ class Confusion:
     @cached_property
     def recall(self) -> list[float]:
         """Return the recall of each class, which is NaN for a class without samples."""
-        return [_ratio(correct, support) for correct, support in zip(self.correct, self.support, strict=True)]
+        return [ratio(correct, support) for correct, support in zip(self.correct, self.support, strict=True)]
 
     @cached_property
     def precision(self) -> list[float]:
         """Return the precision of each class, which is NaN for a class that was never predicted."""
         predicted = [int(count) for count in self.matrix.sum(0)]
-        return [_ratio(correct, count) for correct, count in zip(self.correct, predicted, strict=True)]
+        return [ratio(correct, count) for correct, count in zip(self.correct, predicted, strict=True)]
 
     @cached_property
     def accuracy(self) -> float:
         """Return the fraction of correctly classified samples, which is NaN without samples."""
-        return _ratio(sum(self.correct), self.total)
+        return ratio(sum(self.correct), self.total)
 
     @cached_property
     def false_positives(self) -> list[int]:
@@ -80,9 +81,40 @@ class Confusion:
 
     @cached_property
     def f1(self) -> list[float]:
-        """Return the harmonic mean of recall and precision of each class, which is NaN for a class without samples and predictions."""
+        """Return the harmonic mean of recall and precision of each class, which is NaN for one that never occurs."""
         counts = zip(self.correct, self.errors, self.false_positives, strict=True)
-        return [_ratio(2 * correct, 2 * correct + errors + others) for correct, errors, others in counts]
+        return [ratio(2 * correct, 2 * correct + errors + others) for correct, errors, others in counts]
+
+    @cached_property
+    def iou(self) -> list[float]:
+        """Return the intersection over union of each class, which is NaN for one that never occurs."""
+        counts = zip(self.correct, self.errors, self.false_positives, strict=True)
+        return [ratio(correct, correct + errors + others) for correct, errors, others in counts]
+
+    @cached_property
+    def mean_iou(self) -> float:
+        """Return the mean intersection over union of the classes that have one."""
+        return mean_of_known(self.iou)
+
+    @cached_property
+    def mean_recall(self) -> float:
+        """Return the mean recall of the classes with samples."""
+        return mean_of_known(self.recall)
+
+    def summary(self) -> dict[str, float]:
+        """Return the numbers of all classes together, by name."""
+        return {"accuracy": self.accuracy, "mean_recall": self.mean_recall, "mean_iou": self.mean_iou}
+
+    def table(self) -> dict[str, list[Any]]:
+        """Return one column for each quantity, with a row for each class."""
+        columns: dict[str, list[Any]] = {"class": list(self.class_names), "support": self.support}
+        return columns | {name: getattr(self, name) for name in QUANTITIES}
+
+    def recall_to_log(self) -> dict[str, float]:
+        """Return the recall of each class with samples as `recall/<class>`, or of more than 20 their mean."""
+        recalls = zip(self.class_names, self.recall, strict=True)
+        known = {f"recall/{loggable(name)}": recall for name, recall in recalls if not isnan(recall)}
+        return {"mean_recall": self.mean_recall} if len(known) > SHOWN_CLASSES else known
 
     def weakest(self) -> int:
         """Return the first class with the lowest recall among those with samples."""
@@ -90,7 +122,7 @@ class Confusion:
         return min(known, key=lambda index: self.recall[index])
 
     def shown(self) -> list[int]:
-        """Return the classes to show: all, or for more than 20 classes the 20 with the lowest recall that have samples."""
+        """Return the classes to show: all, or of more than 20 those 20 with samples and the lowest recall."""
         classes = range(len(self.class_names))
         if len(classes) <= SHOWN_CLASSES:
             return list(classes)
@@ -100,22 +132,24 @@ class Confusion:
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers for JSON. An undefined ratio is `None`.
 
-        For more than 100 classes, `matrix` is `None`, and `counts` lists `[target, predicted, count]` for non-zero counts.
+        For more than 100 classes, `matrix` is `None`, and `counts` lists `[target, predicted, count]` for non-zero
+        counts.
         """
         dense = len(self.class_names) <= _DENSE_CLASSES
         places = self.matrix.nonzero()
         counts = torch.cat([places, self.matrix[places[:, :1], places[:, 1:]]], dim=1)
         return {
-            "accuracy": _or_none(self.accuracy),
+            "accuracy": or_none(self.accuracy),
             "errors": sum(self.errors),
             "classes": [
                 {
                     "name": name,
                     "support": self.support[index],
                     "errors": self.errors[index],
-                    "recall": _or_none(self.recall[index]),
-                    "precision": _or_none(self.precision[index]),
-                    "f1": _or_none(self.f1[index]),
+                    "recall": or_none(self.recall[index]),
+                    "precision": or_none(self.precision[index]),
+                    "f1": or_none(self.f1[index]),
+                    "iou": or_none(self.iou[index]),
                     "false_positives": self.false_positives[index],
                 }
                 for index, name in enumerate(self.class_names)
@@ -123,51 +157,3 @@ class Confusion:
             "matrix": self.matrix.tolist() if dense else None,
             **({} if dense else {"counts": counts.tolist()}),
         }
-
-
-@dataclass(frozen=True)
-class Report:
-    """Holds the counts of one pass over the data for the model and, if it has adapters, for its base.
-
-    Args:
-        stage: `"test"` or `"val"`.
-        model: Counts of the model.
-        base: Counts of the model with disabled adapters, or `None` for a model without adapters.
-        loader: Number of the data loader, if there are several.
-        pairs: The samples that only one of the two models classifies correctly, or `None` without a base.
-    """
-
-    stage: str
-    model: Confusion
-    base: Confusion | None = None
-    loader: int | None = None
-    pairs: Pairs | None = None
-
-    @property
-    def suffix(self) -> str:
-        """Return Lightning's suffix for the names of this data loader, which is empty for a single one."""
-        return "" if self.loader is None else f"/dataloader_idx_{self.loader}"
-
-    def metrics(self) -> dict[str, float]:
-        """Return `test/recall/9`, `test/precision/9` and, for the base, `test/base_recall/9`, ..., for the shown classes."""
-        found = {}
-        for prefix, confusion in {"": self.model, "base_": self.base}.items():
-            for ratio in ("recall", "precision") if confusion else ():
-                for index in self.model.shown():
-                    name, value = loggable(self.model.class_names[index]), getattr(confusion, ratio)[index]
-                    if not isnan(value):
-                        found[f"{self.stage}/{prefix}{ratio}/{name}{self.suffix}"] = value
-        return found
-
-
-def loggable(name: str) -> str:
-    """Return the name of a class with underscores for characters that some loggers refuse."""
-    return re.sub(r"[^\w\-. ]", "_", name)
-
-
-def _ratio(count: int, total: int) -> float:
-    return count / total if total else float("nan")
-
-
-def _or_none(value: float) -> float | None:
-    return None if isnan(value) else value

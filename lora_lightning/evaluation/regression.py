@@ -1,0 +1,237 @@
+"""Reads values: regression and forecasting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import fsum, isnan, sqrt
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lora_lightning.evaluation.paired import paired_bootstrap
+from lora_lightning.evaluation.reading import Aligned, Batch, Context, Evidence, Reading, Sources, Tally, both_squeezed
+from lora_lightning.evaluation.report import Report
+from lora_lightning.evaluation.results import or_none, ratio
+
+_QUANTILES = 5
+_KEPT = 20
+_COUNT, _MEAN, _SPREAD = 0, 1, 2
+"""Columns of the targets of a sample: their number, mean, and sum of squared deviations from it."""
+_ABSOLUTE, _SQUARED, _SIGNED = 0, 1, 2
+"""Columns of the errors of a sample: sums of |e|, e² and e, with e = output - target."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """Holds the errors of one model, by sample.
+
+    Sums over samples are rounded once, so that they do not depend on the order of the samples.
+
+    Args:
+        targets: Number of values, mean and sum of squared deviations of the targets of each sample, of shape (N, 3),
+            float64.
+        errors: Sums of |e|, e² and e of each sample, of shape (N, 3), float64, with e = output - target.
+    """
+
+    targets: Tensor
+    errors: Tensor
+
+    @property
+    def total(self) -> int:
+        """Return the number of samples."""
+        return len(self.targets)
+
+    @cached_property
+    def values(self) -> int:
+        """Return the number of values of all samples."""
+        return int(self.targets[:, _COUNT].sum())
+
+    @cached_property
+    def mae(self) -> float:
+        """Return the mean absolute error."""
+        return ratio(_sum(self.errors[:, _ABSOLUTE]), self.values)
+
+    @cached_property
+    def rmse(self) -> float:
+        """Return the root of the mean squared error."""
+        return sqrt(mean) if not isnan(mean := ratio(_sum(self.errors[:, _SQUARED]), self.values)) else mean
+
+    @cached_property
+    def bias(self) -> float:
+        """Return the mean of output - target."""
+        return ratio(_sum(self.errors[:, _SIGNED]), self.values)
+
+    @cached_property
+    def r2(self) -> float:
+        """Return R², the share of the variance of all values that the outputs explain. It is NaN for equal targets."""
+        counts, means = self.targets[:, _COUNT], self.targets[:, _MEAN]
+        mean = ratio(_sum(counts * means), self.values)
+        spread = fsum((self.targets[:, _SPREAD] + counts * (means - mean) ** 2).tolist())
+        return 1 - ratio(_sum(self.errors[:, _SQUARED]), spread)
+
+    def summary(self) -> dict[str, float]:
+        """Return the numbers of all samples together, by name."""
+        return {"mae": self.mae, "rmse": self.rmse, "bias": self.bias, "r2": self.r2}
+
+    def table(self) -> dict[str, list[Any]]:
+        """Return one column for each quantity, with a row for each fifth of the samples by their mean target."""
+        groups = self.targets[:, _MEAN].sort(stable=True).indices.tensor_split(min(_QUANTILES, max(self.total, 1)))
+        parts = [(self.targets[group], self.errors[group]) for group in groups if len(group)]
+        each = [Values(targets, errors) for targets, errors in parts]
+        return {
+            "targets": [
+                f"{float(part.targets[:, _MEAN].min()):.4g} to {float(part.targets[:, _MEAN].max()):.4g}"
+                for part in each
+            ],
+            "samples": [part.total for part in each],
+            "mae": [part.mae for part in each],
+            "rmse": [part.rmse for part in each],
+            "bias": [part.bias for part in each],
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers for JSON. An undefined number is `None`."""
+        columns = self.table()
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        numbers: dict[str, Any] = {name: or_none(value) for name, value in self.summary().items()}
+        return numbers | {"samples": self.total, "values": self.values, "quantiles": rows}
+
+
+class ValueTally(Tally):
+    """Keeps the errors of each sample: some 70 bytes, whatever its number of values."""
+
+    def __init__(self) -> None:
+        self._targets: list[Tensor] = []
+        self._adapted: list[Tensor] = []
+        self._base: list[Tensor] = []
+        self._indices: list[int] | None = []
+
+    @override
+    def update(self, aligned: Aligned, base: Tensor | None, sources: Sources) -> None:
+        counted, samples = _precise(aligned.counted), aligned.samples
+        known = counted.any(1)
+        counts = counted.sum(1).double()
+        targets = torch.where(counted, _precise(aligned.targets), 0).double()
+        means = targets.sum(1) / counts
+        spread = torch.where(counted, targets - means[:, None], 0).square().sum(1)
+        self._targets.append(torch.stack((counts, means, spread), 1)[known].cpu())
+        self._adapted.append(_errors(_precise(aligned.outputs), targets, counted)[known].cpu())
+        if base is not None:
+            self._base.append(_errors(_precise(base), targets, counted)[known].cpu())
+        if self._indices is not None:
+            indices = sources.indices
+            chosen = samples[known.to(samples.device)].tolist()
+            self._indices = None if indices is None else self._indices + [indices[place] for place in chosen]
+
+    @override
+    def merge(self, other: Self) -> None:
+        self._targets += other._targets
+        self._adapted += other._adapted
+        self._base += other._base
+        known = self._indices is not None and other._indices is not None
+        self._indices = [*(self._indices or ()), *(other._indices or ())] if known else None
+
+    @override
+    def report(self, context: Context) -> Report[Values]:
+        targets, adapted = torch.cat(self._targets), torch.cat(self._adapted)
+        base = torch.cat(self._base) if self._base else None
+        test = None
+        improved: tuple[int, ...] = ()
+        worsened: tuple[int, ...] = ()
+        if base is not None:
+            changes = (adapted - base)[:, _ABSOLUTE] / targets[:, _COUNT]
+            test = paired_bootstrap(changes)
+            improved, worsened = self._most(changes), self._most(-changes)
+        return Report(
+            context.stage,
+            Values(targets, adapted),
+            None if base is None else Values(targets, base),
+            context.loader,
+            None,
+            "regression",
+            context.read_as,
+            test,
+            context.metrics,
+            improved,
+            worsened,
+        )
+
+    @property
+    @override
+    def number_of_names(self) -> int:
+        return 0
+
+    @property
+    @override
+    def counted(self) -> int:
+        return sum(map(len, self._targets))
+
+    def _most(self, changes: Tensor) -> tuple[int, ...]:
+        """Return the indices of the samples with the most negative change."""
+        if self._indices is None:
+            return ()
+        places = [place for place in changes.argsort(stable=True)[:_KEPT].tolist() if float(changes[place]) < 0]
+        return tuple(self._indices[place] for place in places)
+
+
+class Regression(Reading[ValueTally]):
+    """Reads values of shape (B, ...) and outputs of the same shape."""
+
+    task = "regression"
+
+    @override
+    def align(self, batch: Batch) -> Aligned | None:
+        outputs, targets = both_squeezed(batch)
+        if outputs.shape != targets.shape or targets.is_complex() or targets.dtype == torch.bool:
+            return None
+        rows = targets.reshape(len(targets), -1)
+        counted = torch.ones_like(rows, dtype=torch.bool)
+        if rows.is_floating_point():
+            counted = ~rows.isnan()
+        if batch.ignore_index is not None:
+            counted &= rows != batch.ignore_index
+        samples = torch.arange(len(targets), device=targets.device)
+        return Aligned(outputs.reshape(len(targets), -1), rows, samples, counted)
+
+    @override
+    def tally(self, aligned: Aligned) -> ValueTally:
+        return ValueTally()
+
+    @override
+    def words(self, width: int, evidence: Evidence) -> str:
+        return f"values: {width} per sample, from outputs {evidence.shapes()}"
+
+    @override
+    def doubt(self, evidence: Evidence, others: Sequence[str]) -> str | None:
+        if evidence.are_whole and len(evidence.values) < 3:
+            values = " or ".join(f"{value:g}" for value in sorted(evidence.values))
+            return (
+                f'all targets are {values}: set task to "regression" if they are values, or use 0 and 1 for two classes'
+            )
+        if evidence.are_shares:
+            return (
+                'the targets of each sample add up to 1, as shares of classes do: set task to "regression" for values'
+            )
+        return None
+
+
+def _errors(outputs: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+    errors = torch.where(counted, outputs.double() - targets, 0)
+    return torch.stack((errors.abs().sum(1), errors.square().sum(1), errors.sum(1)), 1)
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """Return a tensor on a device that has float64."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
+def _range(values: Tensor) -> str:
+    return f"{float(values.min()):.4g} to {float(values.max()):.4g}"
+
+
+def _sum(values: Tensor) -> float:
+    return fsum(values.tolist())

@@ -1,0 +1,416 @@
+"""`ComparisonReport`: any task, base beside adapted, in real passes over data."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision
+from torchmetrics.regression import MeanAbsoluteError, PearsonCorrCoef
+
+from lora_lightning import ComparisonReport, ConfusionReport, LoRAConfig
+from lora_lightning.evaluation import Confusion, Labels, Report, Values
+from lora_lightning.lora import adapter_parameters, attach, disabled, merged
+
+MakeTrainer = Callable[..., Trainer]
+SIZES = (1, 2, 7, 64)
+N = 64
+
+
+class Task(pl.LightningModule):
+    """A user's module: a test step that returns nothing."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0]).square().mean()
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self(batch[0])
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+
+def adapted(net: nn.Module, by: float = 1.0) -> Task:
+    """A task whose adapters do something."""
+    attach(net, LoRAConfig(rank=2))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapter_parameters(net):
+            parameter += by * torch.randn(parameter.shape, generator=generator)
+    return Task(net)
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(N, 6)
+
+
+def evaluated(
+    make_trainer: MakeTrainer, module: Task, inputs: Tensor, targets: Tensor, size: int = 7, **arguments: Any
+) -> ComparisonReport:
+    callback = ComparisonReport(verbose=False, **arguments)
+    loader = DataLoader(TensorDataset(inputs, targets), batch_size=size)
+    make_trainer(callback, logger=False).test(module, loader, verbose=False)
+    return callback
+
+
+def both(task: Task, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs of the adapted model and of its base."""
+    with torch.no_grad():
+        after = task(inputs)
+        with disabled(task):
+            return after, task(inputs)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_classes_are_counted_as_by_hand(make_trainer: MakeTrainer, inputs: Tensor, size: int) -> None:
+    task, targets = adapted(nn.Linear(6, 4)), torch.arange(N) % 4
+    report = evaluated(make_trainer, task, inputs, targets, size).report
+    assert report is not None
+    right = []
+    for outputs, result in zip(both(task, inputs), (report.adapted, report.base), strict=True):
+        matrix = torch.zeros(4, 4, dtype=torch.int64)
+        for target, predicted in zip(targets, outputs.argmax(1), strict=True):
+            matrix[target, predicted] += 1
+        assert torch.equal(result.matrix, matrix)
+        right.append(outputs.argmax(1) == targets)
+    assert report.fixed == tuple((right[0] & ~right[1]).nonzero()[:, 0].tolist())
+    assert report.broken == tuple((right[1] & ~right[0]).nonzero()[:, 0].tolist())
+    assert report.fixed
+    assert report.broken
+    assert report.p_value == report.pairs.p
+
+
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+@pytest.mark.parametrize("size", SIZES)
+def test_labels_are_counted_as_by_hand(make_trainer: MakeTrainer, inputs: Tensor, size: int, kind: str) -> None:
+    net = nn.Sequential(nn.Linear(6, 3), nn.Sigmoid() if kind == "probabilities" else nn.Identity())
+    task, targets = adapted(net), torch.randint(2, (N, 3)).float()
+    report = evaluated(make_trainer, task, inputs, targets, size).report
+    assert report.task == "multilabel"
+    assert report.read_as == "labels: 3, from outputs (B, 3) and float targets (B, 3), all 0 or 1"
+    exact = []
+    for outputs, result in zip(both(task, inputs), (report.adapted, report.base), strict=True):
+        predicted, true = outputs > (0.5 if kind == "probabilities" else 0), targets == 1
+        assert isinstance(result, Labels)
+        assert result.true_positives == (predicted & true).sum(0).tolist()
+        assert result.false_positives == (predicted & ~true).sum(0).tolist()
+        assert result.false_negatives == (~predicted & true).sum(0).tolist()
+        assert result.true_negatives == (~predicted & ~true).sum(0).tolist()
+        exact.append((predicted == true).all(1))
+        assert result.accuracy == pytest.approx(float(exact[-1].float().mean()))
+    assert report.fixed == tuple((exact[0] & ~exact[1]).nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("size", SIZES)
+def test_values_are_measured_as_by_hand(make_trainer: MakeTrainer, inputs: Tensor, size: int, outputs: int) -> None:
+    task, targets = adapted(nn.Linear(6, outputs)), 5 + torch.randn(N, outputs)
+    report = evaluated(make_trainer, task, inputs, targets, size).report
+    assert report.task == "regression"
+    for predicted, result in zip(both(task, inputs), (report.adapted, report.base), strict=True):
+        errors = predicted.double() - targets.double()
+        spread = (targets.double() - targets.double().mean()).square().sum()
+        assert isinstance(result, Values)
+        assert result.mae == pytest.approx(float(errors.abs().mean()), rel=1e-6)
+        assert result.rmse == pytest.approx(float(errors.square().mean().sqrt()), rel=1e-6)
+        assert result.bias == pytest.approx(float(errors.mean()), rel=1e-5)
+        assert result.r2 == pytest.approx(1 - float(errors.square().sum() / spread), rel=1e-6)
+        assert sum(result.table()["samples"]) == N
+    after, before = ((each - targets).abs().mean(1) for each in both(task, inputs))
+    assert report.improved[0] == int((after - before).argmin())
+    assert report.worsened[0] == int((after - before).argmax())
+    assert report.test.difference == pytest.approx(float((after - before).mean()), rel=1e-4)
+    assert report.test.low < report.test.difference < report.test.high
+
+
+def test_pixels_have_an_iou_by_class_and_a_bootstrap_over_images(make_trainer: MakeTrainer) -> None:
+    torch.manual_seed(0)
+    images, masks = torch.randn(12, 3, 8, 6), torch.randint(3, (12, 8, 6))
+    task = adapted(nn.Conv2d(3, 3, 1))
+    report = evaluated(make_trainer, task, images, masks, 5).report
+    assert report.task == "segmentation"
+    after, before = (each.argmax(1) for each in both(task, images))
+    for label in range(3):
+        common, either = (after == label) & (masks == label), (after == label) | (masks == label)
+        assert report.adapted.iou[label] == pytest.approx(int(common.sum()) / int(either.sum()))
+    change = (after == masks).double().mean((1, 2)) - (before == masks).double().mean((1, 2))
+    assert report.test.difference == pytest.approx(float(change.mean()))
+    assert report.p_value == report.test.p
+    assert report.fixed is None
+
+
+def test_metrics_of_the_user_are_computed_for_both_models(make_trainer: MakeTrainer, inputs: Tensor) -> None:
+    targets = torch.arange(N) % 4
+    task = adapted(nn.Linear(6, 4))
+    metrics = MetricCollection({"top2": MulticlassAccuracy(4, top_k=2, average="micro")})
+    report = evaluated(make_trainer, task, inputs, targets, metrics=metrics).report
+    expected = [float(metrics["top2"](outputs, targets)) for outputs in both(task, inputs)]
+    assert report.metrics == {"top2": pytest.approx(tuple(expected))}
+
+    labels = torch.randint(2, (N, 3))
+    task, metric = adapted(nn.Linear(6, 3)), MultilabelAveragePrecision(3)
+    report = evaluated(make_trainer, task, inputs, labels, metrics=metric).report
+    expected = [float(metric(outputs, labels)) for outputs in both(task, inputs)]
+    assert report.metrics == {"MultilabelAveragePrecision": pytest.approx(tuple(expected))}
+
+    values = torch.randn(N)
+    task, both_metrics = adapted(nn.Linear(6, 1)), MetricCollection([MeanAbsoluteError(), PearsonCorrCoef()])
+    report = evaluated(make_trainer, task, inputs, values, metrics=both_metrics).report
+    assert set(report.metrics) == {"MeanAbsoluteError", "PearsonCorrCoef"}
+    assert report.metrics["MeanAbsoluteError"][0] == pytest.approx(report.adapted.mae)
+    assert report.metrics["MeanAbsoluteError"][1] == pytest.approx(report.base.mae)
+
+
+def test_a_metric_that_fails_does_not_end_the_run(make_trainer: MakeTrainer, inputs: Tensor) -> None:
+    metric = MulticlassAccuracy(3)  # of a model of four classes
+    with pytest.warns(UserWarning, match="The metrics are not computed: "):
+        report = evaluated(make_trainer, adapted(nn.Linear(6, 4)), inputs, torch.arange(N) % 4, metrics=metric).report
+    assert report.metrics == {}
+    assert report.adapted.total == N
+
+
+class InPlace(nn.Module):
+    """Normalizes its input in place, as some networks do, and adds noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(0.5).div_(0.1)
+        return self.layer(x) + torch.randn(len(x), 4)
+
+
+def test_untrained_adapters_give_the_same_matrix_whatever_forward_does_to_its_input(
+    make_trainer: MakeTrainer, inputs: Tensor
+) -> None:
+    net = InPlace()
+    attach(net, LoRAConfig(rank=2))
+    torch.manual_seed(1)
+    report = evaluated(make_trainer, Task(net), inputs.clone(), torch.arange(N) % 4).report
+    with_report = torch.rand(1)
+    assert torch.equal(report.adapted.matrix, report.base.matrix)
+    assert (report.fixed, report.broken) == ((), ())
+    torch.manual_seed(1)
+    make_trainer(logger=False).test(
+        Task(net), DataLoader(TensorDataset(inputs.clone(), torch.arange(N) % 4), batch_size=7), verbose=False
+    )
+    assert torch.equal(torch.rand(1), with_report), "the run keeps its random numbers"
+
+
+def test_the_base_is_that_without_adapters_in_a_merged_model(make_trainer: MakeTrainer, inputs: Tensor) -> None:
+    task, targets = adapted(nn.Linear(6, 4)), torch.arange(N) % 4
+    plain = evaluated(make_trainer, task, inputs, targets).report
+    with merged(task.net):
+        inside = evaluated(make_trainer, task, inputs, targets).report
+    assert torch.equal(plain.base.matrix, inside.base.matrix)
+
+
+def test_a_report_is_a_table_for_pandas_and_a_page_for_a_notebook(make_trainer: MakeTrainer, inputs: Tensor) -> None:
+    task, targets = adapted(nn.Linear(6, 4)), torch.arange(N) % 4
+    names = ["<b>cat</b>", "dog", "eel", "x" * 5000]
+    callback = evaluated(make_trainer, task, inputs, targets, class_names=names)
+    table = callback.report.table()
+    assert table["class"] == names
+    assert table["recall_adapted"] == callback.report.adapted.recall
+    assert table["recall_base"] == callback.report.base.recall
+    assert {len(column) for column in table.values()} == {4}
+    page = callback._repr_html_()
+    assert "<b>cat</b>" not in page
+    assert "&lt;b&gt;cat&lt;/b&gt;" in page
+    assert "classes: 4, from logits (B, 4) and integer targets (B)" in page
+    assert len(page) < 10_000
+    assert "nothing counted yet" in ComparisonReport()._repr_html_()
+
+
+def test_the_indices_are_unknown_if_the_loader_shuffles(make_trainer: MakeTrainer, inputs: Tensor) -> None:
+    callback = ComparisonReport(verbose=False)
+    loader = DataLoader(TensorDataset(inputs, torch.arange(N) % 4), batch_size=7, shuffle=True)
+    with pytest.warns(UserWarning, match="shuffl"):
+        make_trainer(callback, logger=False).test(adapted(nn.Linear(6, 4)), loader, verbose=False)
+    assert callback.report.pairs.fixed > 0
+    assert callback.report.fixed is callback.report.broken is None
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "regression"])
+def test_other_tasks_have_a_table_files_and_logged_numbers(
+    make_trainer: MakeTrainer, inputs: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    targets = torch.randn(N, 3) if kind == "regression" else torch.randint(2, (N, 3))
+    loader = DataLoader(TensorDataset(inputs, targets), batch_size=7)
+    task, callback = adapted(nn.Linear(6, 3)), ComparisonReport()
+    trainer = make_trainer(callback, max_epochs=1, limit_train_batches=1)
+    trainer.fit(task, loader, loader)
+    assert {"val/mae" if kind == "regression" else "val/micro_f1"} <= set(trainer.callback_metrics)
+    trainer.test(task, loader, verbose=False)
+    printed = capsys.readouterr().out
+    assert callback.report.read_as in printed
+    assert ("mae" if kind == "regression" else "micro_f1") in printed
+    (path,) = tmp_path.rglob("comparison.json")
+    content = json.loads(path.read_text())
+    assert (content["task"], content["samples"], content["p_value"]) == (kind, N, callback.report.p_value)
+    with path.with_suffix(".csv").open() as file:
+        assert len(list(csv.DictReader(file))) == (5 if kind == "regression" else 3)
+    assert not list(tmp_path.rglob("confusion*"))
+    page = path.with_name("report.html").read_text()
+    assert callback.report.read_as in page
+    assert ("paired bootstrap over samples" if kind == "regression" else "Samples that were fixed: ") in page
+
+
+def test_a_confusion_report_counts_no_other_task_and_says_so(make_trainer: MakeTrainer, inputs: Tensor) -> None:
+    for targets, words in (
+        (torch.randn(N, 3), "values: 3 per sample"),
+        (torch.randint(2, (N, 3)), "labels: 3"),
+    ):
+        callback = ConfusionReport(verbose=False)
+        loader = DataLoader(TensorDataset(inputs, targets), batch_size=1)
+        with pytest.warns(UserWarning, match=f"counts nothing: .* These are {words}.*ComparisonReport reports them"):
+            make_trainer(callback).test(Task(nn.Linear(6, 3)), loader, verbose=False)
+        assert callback.report is None
+
+
+def test_what_can_not_be_known_is_asked(make_trainer: MakeTrainer) -> None:
+    tokens, targets = torch.randn(8, 5, 6), torch.randint(5, (8, 5))
+    task = Task(nn.Linear(6, 5))
+    with pytest.warns(UserWarning, match='counts nothing: two dimensions are equal: set task to "tokens"'):
+        assert evaluated(make_trainer, task, tokens, targets).report is None
+    report = evaluated(make_trainer, task, tokens, targets, task="tokens").report
+    assert report.adapted.matrix.sum() == 40
+    assert isinstance(report.adapted, Confusion)
+    with pytest.raises(ValueError, match="task='ages': expected one of classes"):
+        ComparisonReport(task="ages")
+    with pytest.raises(ValueError, match="task='regression': expected one of classes"):
+        ConfusionReport(task="regression")
+
+
+SCRIPT = """
+import sys, warnings, json, torch
+warnings.simplefilter("ignore")
+from torch.utils.data import DataLoader, TensorDataset
+from lightning.pytorch import Trainer
+from torchmetrics.regression import MeanAbsoluteError
+from torchmetrics.classification import MulticlassAccuracy
+from lora_lightning import ComparisonReport
+from lora_lightning.data.samplers import UnrepeatedSampler
+from tests.callbacks.test_comparison import adapted, nn
+torch.manual_seed(0)
+inputs, devices = torch.randn(65, 6), int(sys.argv[1])
+found = {}
+for kind, targets, outputs in (("classes", torch.arange(65) % 4, 4), ("values", torch.randn(65), 1), ("labels", torch.randint(2, (65, 3)), 3)):
+    torch.manual_seed(1)
+    task = adapted(nn.Linear(6, outputs))
+    metric = {"classes": MulticlassAccuracy(4), "values": MeanAbsoluteError(), "labels": None}[kind]
+    callback = ComparisonReport(verbose=False, metrics=metric)
+    trainer = Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False, callbacks=[callback],
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=kind == "labels")
+    data = TensorDataset(inputs, targets)
+    sampler = UnrepeatedSampler(65, num_replicas=devices, rank=trainer.global_rank) if devices > 1 and kind != "labels" else None
+    trainer.test(task, DataLoader(data, batch_size=1, sampler=sampler), verbose=False)
+    report = callback.report
+    found[kind] = [report.adapted.as_dict(), report.base.as_dict(), report.p_value, report.fixed, report.broken, sorted(report.improved), report.metrics]
+if trainer.is_global_zero:
+    print("FOUND" + json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 3])
+def test_the_numbers_are_the_same_on_any_number_of_devices(devices: int, tmp_path: Path) -> None:
+    root, path = Path(__file__).parents[2], tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(root)}
+
+    def run(number: int) -> Any:
+        script = subprocess.run(
+            [sys.executable, str(path), str(number)],
+            capture_output=True,
+            text=True,
+            cwd=root,
+            env=environment,
+            check=False,
+            timeout=600,
+        )
+        lines = [line for line in script.stdout.splitlines() if line.startswith("FOUND")]
+        assert lines, script.stderr
+        return json.loads(lines[0].removeprefix("FOUND"))
+
+    one, several = run(1), run(devices)
+    for kind in one:
+        *numbers, metrics = one[kind]
+        *others, other_metrics = several[kind]
+        assert numbers == others
+        assert all(other_metrics[name] == pytest.approx(values) for name, values in metrics.items())
+
+
+def test_reports_of_hand_made_counts_have_no_indices() -> None:
+    report = Report("test", Confusion(torch.eye(2, dtype=torch.int64), ("a", "b")))
+    assert (report.fixed, report.broken, report.p_value) == (None, None, None)
+    assert report.model is report.adapted
+
+
+class Fragile(nn.Module):
+    """Works once per step, and not a second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 4:
+            raise RuntimeError("not again")
+        return self.layer(x)
+
+
+def test_a_base_that_fails_does_not_end_the_run(make_trainer: MakeTrainer, inputs: Tensor) -> None:
+    net = Fragile()
+    attach(net, LoRAConfig(rank=2))
+    with pytest.warns(UserWarning, match="ComparisonReport counts nothing: RuntimeError: not again"):
+        callback = evaluated(make_trainer, Task(net), inputs, torch.arange(N) % 4)
+    assert callback.report is None
+
+
+def test_class_names_of_any_kind_are_text_everywhere(
+    make_trainer: MakeTrainer, inputs: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["[red]</script><b>", "\x1b[31mred\x07", "half \ud83d of a pair", "x" * 5000 + "$x_{"]
+    callback = ComparisonReport(names)
+    loader = DataLoader(TensorDataset(inputs, torch.arange(N) % 4), batch_size=7)
+    make_trainer(callback).test(adapted(nn.Linear(6, 4)), loader, verbose=False)
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "\x07" not in printed
+    assert "[red]" in printed
+    assert max(map(len, printed.splitlines())) < 200
+    page = next(tmp_path.rglob("report.html")).read_text()
+    assert "</script><b>" not in page
+    assert len(page) < 100_000
+    assert {"confusion.json", "confusion.csv", "confusion.png", "difference.png"} <= {
+        path.name for path in next(tmp_path.rglob("confusion.json")).parent.iterdir()
+    }
