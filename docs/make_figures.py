@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from lora_lightning.evaluation import Confusion, Report
 from lora_lightning.repair.baselines import Row, tradeoff_figure
 from lora_lightning.repair.predictions import Tally
-from lora_lightning.report import Confusion, Report, confusion_figures
+from lora_lightning.report import confusion_figures
 
 
 def main(folder: Path) -> None:

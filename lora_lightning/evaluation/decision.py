@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -205,8 +205,7 @@ class LoaderCounts:
         """Return a batch with what follows from the task that the user has named."""
         if self._task not in ("tokens", "next_tokens"):
             return batch
-        is_next = self._task == "next_tokens"
-        return Batch(batch.outputs, batch.targets, batch.ignore_index, True, is_next)
+        return replace(batch, is_text=True, is_per_token=True, is_next_token=self._task == "next_tokens")
 
 
 def sum_over_devices(

@@ -160,8 +160,7 @@ class Evaluation:
                 Candidate(each.place, each.tensor.detach(), each.is_named)
                 for each in candidates(call.output, self._settings.output_key)
             ]
-            is_text, is_next = self._texts.look(call, targets)
-            seen = Batch(targets, targets, ignored, is_text, is_next)
+            seen = self._texts.look(call, Batch(targets, targets, ignored))
             if outputs:
                 possible.append((call, outputs, seen))
         fitting = (each for each in possible if len(possible) == 1 or counts.fits(each[1], each[2]))

@@ -27,7 +27,8 @@ class Batch:
         outputs: Tensor of shape (B, ...).
         targets: Tensor of shape (B, ...).
         ignore_index: Target to ignore, in addition to -100 for classes.
-        is_text: Whether the inputs are token ids, so that the second dimension is a position in the text.
+        is_text: Whether the inputs are texts, so that the second dimension of three is a position in the text.
+        is_per_token: Whether there is a target for each token of the inputs.
         is_next_token: Whether the model predicts the following token, so that the target of a position is one further.
     """
 
@@ -35,6 +36,7 @@ class Batch:
     targets: Tensor
     ignore_index: int | None = None
     is_text: bool = False
+    is_per_token: bool = False
     is_next_token: bool = False
 
     def with_outputs(self, outputs: Tensor) -> Batch:

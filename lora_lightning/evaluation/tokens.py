@@ -66,7 +66,7 @@ class BinaryTokens(Tokens):
     @override
     def align(self, batch: Batch) -> Aligned | None:
         outputs = squeezed(batch.outputs) if batch.outputs.dim() == 3 else batch.outputs
-        if not batch.is_text or batch.targets.dim() != 2 or outputs.shape != batch.targets.shape:
+        if not batch.is_per_token or batch.targets.dim() != 2 or outputs.shape != batch.targets.shape:
             return None
         return binary_rows(outputs, batch.targets, batch)
 

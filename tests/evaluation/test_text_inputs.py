@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lora_lightning import ConfusionReport, LoRAConfig
+from lora_lightning import ComparisonReport, ConfusionReport, LoRAConfig
 from lora_lightning.evaluation import Confusion
 from lora_lightning.lora import attach
 
@@ -112,3 +112,15 @@ def test_the_following_token_is_compared_where_the_model_predicts_it(
     for result in (report.report.adapted, report.report.base):
         assert isinstance(result, Confusion)
         assert torch.equal(result.matrix, matrix)
+
+
+def test_labels_of_texts_are_no_classes_of_tokens(make_trainer: Callable[..., Trainer]) -> None:
+    config = transformers.BertConfig(**SMALL, num_labels=4, problem_type="multi_label_classification")
+    labels = torch.randint(2, (10, 4), generator=torch.Generator().manual_seed(1)).float()
+    rows = [{"input_ids": text, "labels": each} for text, each in zip(TEXTS, labels, strict=True)]
+    net = transformers.BertForSequenceClassification(config)
+    make_trainer(report := ComparisonReport(verbose=False), logger=False).test(
+        Texts(net, whole), DataLoader(rows, batch_size=3), verbose=False
+    )
+    assert report.report is not None
+    assert report.report.read_as == "labels: 4, from outputs (B, 4) and float targets (B, 4), all 0 or 1"

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_lightning.evaluation import Confusion
 from lora_lightning.repair.choice import choose, classes_in_focus, matched_bias, one_bias
 from lora_lightning.repair.predictions import Predictions, Tally, mcnemar
 from lora_lightning.repair.verdict import KEPT, REPAIRED, TRADED, Verdict
-from lora_lightning.report import Confusion
 
 BASE = Tally(focus_errors=20, other_errors=100, false_positives=10, total=1000)
 
