@@ -54,8 +54,8 @@ class LoRAFinetuning(Callback):
         config: A `LoRAConfig` or its arguments, instead of or in addition to `arguments`.
         base_checkpoint: Checkpoint of the base, a file of Lightning or a bare state dict, or a log folder, whose newest checkpoint is used.
             `None` adapts the model as it is.
-        weights_only: Whether to refuse objects other than tensors and plain values in `base_checkpoint`, as in `torch.load`. Reading others
-            may run code. `None` is for PyTorch's default.
+        weights_only: Whether to refuse `base_checkpoint` if it holds objects other than tensors and plain values, as in `torch.load`.
+            `False` makes them, which may run code. With `None`, they are neither refused nor made, as only tensors are needed.
         adapter: Folder of adapters to start from, written by `fit` or PEFT, or a log folder, whose newest adapter is used. The folder
             determines the adapted layers, and `config` is ignored. `None` creates new adapters.
         checkpoints: What checkpoints hold. `"adapters"`: the adapters without the base. `"full"`: the merged weights under the keys of the

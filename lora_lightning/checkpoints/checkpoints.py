@@ -10,11 +10,12 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
-from typing import Any
+from typing import Any, Self
 from zipfile import BadZipFile
 
 import torch
 from lightning.pytorch import LightningModule
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from lora_lightning.wording import some_of
 
@@ -189,11 +190,30 @@ def load_base(pl_module: LightningModule, path: Path, weights_only: bool | None 
     pl_module.load_state_dict(saved)
 
 
+class _Unread:
+    """Stands for an object of a class that is not read from a checkpoint."""
+
+    def __new__(cls, *arguments: object, **keywords: object) -> Self:
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: object, **keywords: object) -> None:
+        """Ignore the arguments of the class."""
+
+    def __setstate__(self, state: object) -> None:
+        """Ignore the state of the object."""
+
+
 def _read_base(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    """Read a checkpoint, or a file that holds a state dict alone."""
+    """Read a checkpoint, or a file that holds a state dict alone.
+
+    Unless `weights_only` says otherwise, objects of unknown classes are not made: an empty one stands for each, so no code
+    of the file runs. Only tensors are needed.
+    """
     check_file(path)
     with explain_damage(path), paths_are_safe():
-        found = torch.load(path, map_location="cpu", weights_only=weights_only)
+        unknown = get_unsafe_globals_in_checkpoint(path) if weights_only is None else []
+        with safe_globals([(_Unread, name) for name in unknown]):
+            found = torch.load(path, map_location="cpu", weights_only=weights_only)
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         return found
     if isinstance(found, dict) and found and all(isinstance(value, torch.Tensor) for value in found.values()):

@@ -265,7 +265,21 @@ def test_states_of_metrics_and_extra_states_are_no_part_of_the_frozen_base(tmp_p
     fit(Measured(), tmp_path, epochs=3, ckpt_path=str(tmp_path / "c" / "last.ckpt"))
 
 
-def test_a_base_with_objects_is_read_when_told_to_and_a_bare_state_dict_always(tmp_path: Path) -> None:
+def leave_a_trace(path: str) -> None:
+    Path(path).touch()
+
+
+class Trap:
+    """Would leave a file if it were made from a checkpoint."""
+
+    def __reduce__(self) -> Any:
+        return leave_a_trace, ("trapped",)
+
+
+def test_a_base_with_objects_and_a_bare_state_dict_are_read_and_no_code_in_them_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     plain, path = Module(extra=functools.partial(torch.optim.SGD, lr=0.1)), tmp_path / "base.ckpt"
     with torch.no_grad():
         plain.encoder.weight.fill_(0.25)
@@ -282,10 +296,14 @@ def test_a_base_with_objects_is_read_when_told_to_and_a_bare_state_dict_always(t
         ).fit(module, loader(), loader())  # fmt: skip
         return module
 
+    torch.save({"state_dict": plain.state_dict(), "object": Trap()}, tmp_path / "trap.ckpt")
     with pytest.raises(ValueError, match=r"functools.partial.* pass weights_only=False to fit, test or LoRAFinetuning"):
-        start(base_checkpoint=path)
-    for module in (start(base_checkpoint=path, weights_only=False), start(base_checkpoint=tmp_path / "bare.pt")):
+        start(base_checkpoint=path, weights_only=True)
+    for name in ("base.ckpt", "trap.ckpt", "bare.pt"):
+        module = start(base_checkpoint=tmp_path / name)
         assert torch.equal(module.encoder._parameters["weight"], plain.encoder.weight)
+    assert not Path("trapped").exists()
+    assert torch.equal(start(base_checkpoint=path, weights_only=False).decoder.weight, plain.decoder.weight)
 
 
 @pytest.mark.parametrize("source", ["log folder", "checkpoint", "adapter folder"])
