@@ -105,6 +105,8 @@ class FreezeReplacedNorms:
 
 def keep_frozen(module: nn.Module) -> list[RemovableHandle]:
     """Freeze norm layers that will take the place of frozen ones, and return the handles of the hooks that do so."""
+    if not any(isinstance(layer, FrozenStatistics) for layer in module.modules()):
+        return []
     hooks = ((child, FreezeReplacedNorms(child)) for child in module.modules())
     return [child.register_forward_pre_hook(hook) for child, hook in hooks if hook.places]
 

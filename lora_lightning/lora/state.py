@@ -65,7 +65,7 @@ def saved_keys(module: nn.Module) -> set[str]:
 @contextmanager
 def with_values(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Give the trained tensors of `module` these values within this context, if there is one for each."""
-    own = adapter_state_dict(module)
+    own = adapter_state_dict(module) if values else {}
     differing = [key for key, value in own.items() if key in values and values[key].data_ptr() != value.data_ptr()]
     if not differing or not own.keys() <= values.keys():
         yield
