@@ -591,6 +591,9 @@ def set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
     """Replace the class of a layer. Forward passes that a hook of accelerate keeps on the object follow."""
     before = type(layer).forward
     object.__setattr__(layer, "__class__", cls)
+    # To see whether a module has changed, torch.compile of PyTorch 2.10 looks at its dictionaries alone.
+    layer.__dict__["lora_class"] = cls
+    del layer.__dict__["lora_class"]
     for name in ("forward", "_old_forward"):
         method = vars(layer).get(name)
         if isinstance(method, MethodType) and method.__self__ is layer and method.__func__ is before:
