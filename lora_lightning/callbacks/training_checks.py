@@ -182,4 +182,4 @@ class FiniteAdapters:
 
 
 def _ups(adapted: nn.Module) -> dict[str, nn.Parameter]:
-    return {each.name: each.factors[1] for each in adapted_weights(adapted)}
+    return {each.title: each.factors[1] for each in adapted_weights(adapted) if each.is_trained}

@@ -11,7 +11,7 @@ type of layer; a type of layer is a `Kind` and knows no variant. `Adapters` hold
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import RLock, get_ident
@@ -331,6 +331,7 @@ class Adapters(nn.Module):
 
     Attributes:
         active: The names that were chosen.
+        trained: Those of them that are trained. The others are frozen.
         in_effect: What the layer computes with.
         formed: W' during a forward pass that reads it more than once, by thread.
         is_computed: Whether the weight is computed by a hook or a parametrization, as in pruning and weight
@@ -341,6 +342,7 @@ class Adapters(nn.Module):
         super().__init__()
         self.kind, self.layout, self.parameter = kind, layout, parameter
         self.active: tuple[str, ...] = ()
+        self.trained: tuple[str, ...] = ()
         self.in_effect = InEffect(None, ())
         self.formed: dict[int, Tensor] = {}
         self.is_computed = False
@@ -357,13 +359,17 @@ class Adapters(nn.Module):
         assert isinstance(found, Adapter)
         return found
 
-    def activate(self, *names: str) -> None:
-        """Compute with the adapters of these names, as far as there are any, train them, and freeze the others."""
+    def activate(self, names: Collection[str], trained: Collection[str]) -> None:
+        """Compute with the sum of the adapters of these names, as far as there are any.
+
+        Those that are also in `trained` are trained, and all others frozen.
+        """
         self.active = tuple(name for name in names if name in self._modules)
+        self.trained = tuple(name for name in self.active if name in trained)
         for name in self._modules:
             adapter = self.adapter(name)
-            adapter.requires_grad_(name in self.active)
-            if name not in self.active:
+            adapter.requires_grad_(name in self.trained)
+            if name not in self.trained:
                 drop_gradients(adapter)
         self.update()
 
@@ -414,6 +420,7 @@ class Adapters(nn.Module):
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
         self.active = tuple(other for other in self.active if other != name)
+        self.trained = tuple(other for other in self.trained if other != name)
         self.update()
 
     def __getstate__(self) -> dict[str, object]:

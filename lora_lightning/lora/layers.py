@@ -280,6 +280,16 @@ class AdaptedWeight(Target):
         return adapters_of(self.layer, self.parameter)
 
     @property
+    def is_trained(self) -> bool:
+        """Return whether the adapter is trained, and not frozen or inactive."""
+        return self.adapter_name in self.adapters.trained
+
+    @property
+    def title(self) -> str:
+        """Return the name of the weight, with that of the adapter in brackets if several of them are active."""
+        return self.name if len(self.adapters.active) < 2 else f"{self.name} ({self.adapter_name})"
+
+    @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """Return the trained parameters A and B, of the shapes that `Adapter` describes."""
         return self.adapter.lora_A, self.adapter.lora_B

@@ -9,6 +9,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
+from lora_lightning.lora.adapter import Adapters
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.matching import Names
 
@@ -43,7 +44,12 @@ class SavedModules:
             self._claim(name)
         state = module.state_dict(keep_vars=True)
         prefixes = tuple(f"{name}." for name in self.names)
-        self.keys = [key for key, value in state.items() if key.startswith(prefixes) and isinstance(value, Tensor)]
+        adapters = tuple(f"{name}." for name, child in module.named_modules() if isinstance(child, Adapters))
+        self.keys = [
+            key
+            for key, value in state.items()
+            if key.startswith(prefixes) and not key.startswith(adapters) and isinstance(value, Tensor)
+        ]
         memory = shared_memory(module)
         copies: dict[int, Tensor] = {}
         self._others: dict[str, Tensor] = {}

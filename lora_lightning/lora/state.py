@@ -5,14 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adaptation import Attachment, adapted_weights, attachment_of, is_adapted, unwrapped
+from lora_lightning.lora.adaptation import (
+    Attachment,
+    adapted_weights,
+    attachment_of,
+    is_adapted,
+    trained_names,
+    unwrapped,
+)
 from lora_lightning.lora.adapter import Adapters
 
 
 def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the trained parameters: those of the active adapters and of the modules trained in full with them."""
+    """Return the trained parameters: those of active adapters and of the modules trained in full with them.
+
+    Adapters that are active and frozen are left out.
+    """
     module = unwrapped(module)
-    trained = _active_keys(module) | saved_keys(module)
+    trained = {
+        f"{prefix}.{name}.{key}"
+        for prefix, adapters in _containers(module)
+        for name in adapters.trained
+        for key in _keys(adapters.adapter(name))
+    }
+    trained |= _saved_keys(module, only_trained=True)
     return [value for key, value in module.named_parameters() if key in trained]
 
 
@@ -50,13 +66,7 @@ def adapter_keys(module: nn.Module) -> set[str]:
 
 def saved_keys(module: nn.Module) -> set[str]:
     """Return the state-dict keys of the modules that are trained in full with the active adapters."""
-    found = set()
-    for name, child in module.named_modules():
-        attachment = vars(child).get("_lora_attachment")
-        if isinstance(attachment, Attachment):
-            chosen = (saved for saved in attachment.saved.values() if saved.is_chosen)
-            found |= {f"{name}.{key}".lstrip(".") for saved in chosen for key in saved.keys}
-    return found
+    return _saved_keys(module, only_trained=False)
 
 
 def is_untrained(module: nn.Module) -> bool:
@@ -67,6 +77,22 @@ def is_untrained(module: nn.Module) -> bool:
 
 def _containers(module: nn.Module) -> list[tuple[str, Adapters]]:
     return [(name, child) for name, child in module.named_modules() if isinstance(child, Adapters)]
+
+
+def _saved_keys(module: nn.Module, only_trained: bool) -> set[str]:
+    """Return the state-dict keys of the modules trained in full with the active adapters, or with the trained ones."""
+    found = set()
+    for prefix, child in module.named_modules():
+        attachment = vars(child).get("_lora_attachment")
+        if isinstance(attachment, Attachment) and attachment.saved:
+            trained = trained_names(child)
+            found |= {
+                f"{prefix}.{key}".lstrip(".")
+                for name, saved in attachment.saved.items()
+                if saved.is_chosen and (name in trained or not only_trained)
+                for key in saved.keys
+            }
+    return found
 
 
 def _keys(module: nn.Module) -> list[str]:

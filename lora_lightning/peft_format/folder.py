@@ -22,7 +22,7 @@ from lora_lightning.lora import (
     is_adapted,
     set_adapter,
 )
-from lora_lightning.lora.adaptation import attach_to, config_of, unwrapped
+from lora_lightning.lora.adaptation import attach_to, config_of, the_active_name, unwrapped
 from lora_lightning.lora.bypass import bypass_target
 from lora_lightning.lora.layers import Target
 from lora_lightning.lora.matching import Names
@@ -56,8 +56,8 @@ from lora_lightning.peft_format.mapping import (
 from lora_lightning.peft_format.model_card import CARD_NAME, model_card
 
 
-def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write the adapters of `module` to `folder`, in PEFT's format with a model card.
+def save_adapter(module: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> None:
+    """Write the adapters of one name to `folder`, in PEFT's format with a model card.
 
     Modules that are trained in full are written, too.
 
@@ -67,12 +67,14 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     Args:
         module: The module that `attach` was called with. The layer names in the files are relative to it.
         folder: The folder to write. It is created if necessary.
+        name: Name of the adapters. `None` is for the active ones, if they have a single name.
 
     Raises:
-        ValueError: If `module` is not adapted.
+        ValueError: If `module` is not adapted, there are no adapters with this name, or several are active and none is
+            named.
         FileExistsError: If the folder already contains an adapter.
     """
-    AdapterFolder(module).write(folder)
+    AdapterFolder(module, name=name).write(folder)
 
 
 class AdapterFolder:
@@ -87,6 +89,7 @@ class AdapterFolder:
         metrics: Metrics for this file, by name.
         values: Values to write instead of those of the module, by state-dict key. They are used if no adapter is
             missing.
+        name: Name of the adapters, as in `save_adapter`.
     """
 
     def __init__(
@@ -95,10 +98,12 @@ class AdapterFolder:
         data: str | None = None,
         metrics: Mapping[str, float] | None = None,
         values: Mapping[str, Tensor] | None = None,
+        name: str | None = None,
     ) -> None:
         module = unwrapped(module)
-        with _with_values(module, values or {}):
-            description, tensors = describe(module), exported(module)
+        chosen = the_active_name(module) if name is None else name
+        with _with_values(module, values or {}, chosen):
+            description, tensors = describe(module, chosen), exported(module, chosen)
         self._files = description, tensors, base_metadata(module)
         self._card = model_card(description, sum(tensor.numel() for tensor in tensors.values()), data, metrics)
 
@@ -119,9 +124,9 @@ class AdapterFolder:
 
 
 @contextmanager
-def _with_values(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give the trained tensors of `module` these values within this context, if there is one for each."""
-    own = adapter_state_dict(module)
+def _with_values(module: nn.Module, values: Mapping[str, Tensor], name: str) -> Iterator[None]:
+    """Give the tensors of the adapters with a name these values within this context, if there is one for each."""
+    own = adapter_state_dict(module, name)
     differing = [key for key, value in own.items() if key in values and values[key].data_ptr() != value.data_ptr()]
     if not differing or not own.keys() <= values.keys():
         yield
@@ -188,8 +193,8 @@ def load_adapter(
         warnings.warn(other_base, stacklevel=2)
     _warn_if_edited(folder)
     if description["peft_type"] != OWN_TYPE:
-        _warn_where_peft_is_wrong(module, folder)
-    return [adapted.name for adapted in adapted_weights(module)]
+        _warn_where_peft_is_wrong(module, folder, name)
+    return [adapted.name for adapted in adapted_weights(module, name)]
 
 
 def trained_on(folder: str | os.PathLike[str]) -> str | None:
@@ -295,8 +300,8 @@ def _warn_if_edited(folder: Path) -> None:
         )
 
 
-def _warn_where_peft_is_wrong(module: nn.Module, folder: Path) -> None:
-    wrong = unknown_to_peft(module)
+def _warn_where_peft_is_wrong(module: nn.Module, folder: Path, name: str) -> None:
+    wrong = unknown_to_peft(module, name)
     if wrong:
         warnings.warn(
             f"{folder} was written by PEFT, whose outputs differ for the adapters of {', '.join(wrong)}: PEFT ignores "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora import AdaptedWeight, LoRAConfig, adapted_weights, adapter_names
+from lora_lightning.lora import AdaptedWeight, LoRAConfig, adapted_weights
 from lora_lightning.lora.adaptation import attachment_of, config_of
 from lora_lightning.lora.layers import ConvKind, EmbeddingKind, Target
 from lora_lightning.lora.matching import endings, exactly, literally
@@ -49,13 +49,13 @@ _ONLY_DRAWS_A = ("gaussian", "orthogonal", "eva")
 _SUFFIXES = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
 
 
-def describe(module: nn.Module) -> dict[str, Any]:
-    """Return the configuration of the adapters for `adapter_config.json`.
+def describe(module: nn.Module, name: str) -> dict[str, Any]:
+    """Return the configuration of the adapters with a name for `adapter_config.json`.
 
     PiSSA's difference to the initial values is plain LoRA with twice the rank and the same scale.
     """
-    found, config = adapted_weights(module), config_of(module)
-    saved = attachment_of(module).saved.get(adapter_names(module)[0])
+    found, config = adapted_weights(module, name), config_of(module, name)
+    saved = attachment_of(module).saved.get(name)
     doubled = 2 if config.init == "pissa" else 1
     rank, alpha = doubled * config.rank, config.alpha_of() * doubled ** (0.5 if config.use_rslora else 1)
     ranks, alphas = dict[str, float](), dict[str, float]()
@@ -85,7 +85,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
     }
     if config.qkv:
         description["qkv"] = config.qkv  # PEFT reports that it ignores this, and would train all rows of B
-    if unknown_to_peft(module):
+    if unknown_to_peft(module, name):
         description["peft_type"] = OWN_TYPE
         description["target_parameters"] = [adapted.name for adapted in found if adapted.kind.is_reader]
         description["bypass"] = config.bypass
@@ -110,14 +110,14 @@ def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
     return {literally(name): values[name] for name in sorted(names, key=len, reverse=True)}
 
 
-def exported(module: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of the adapters by PEFT's keys.
+def exported(module: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return the tensors of the adapters with a name by PEFT's keys.
 
     Those of PiSSA are the difference to the initial values, with twice the rank.
     """
     tensors: dict[str, Tensor] = {}
-    to_peft = not unknown_to_peft(module)
-    for adapted in adapted_weights(module):
+    to_peft = not unknown_to_peft(module, name)
+    for adapted in adapted_weights(module, name):
         if to_peft and is_experts(adapted):
             tensors |= experts_to_peft(adapted, PREFIX)
             continue
@@ -133,7 +133,7 @@ def exported(module: nn.Module) -> dict[str, Tensor]:
             tensors[f"{PREFIX}{_holder_name(adapted)}.{leaf}{suffix}".replace("..", ".")] = to_file(
                 adapted, parameter, value
             )
-    saved = attachment_of(module).saved.get(adapter_names(module)[0])
+    saved = attachment_of(module).saved.get(name)
     if saved is not None:
         tensors |= {f"{PREFIX}{key}": value for key, value in saved.trained_values().items()}
     return {key: full(value.detach()).cpu().contiguous().clone() for key, value in tensors.items()}
