@@ -7,7 +7,7 @@ called with remembers what was trainable before, and the modules that are traine
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -24,18 +24,20 @@ from lora_lightning.lora.layers import (
     Target,
     adapters_of,
     bare_layers,
+    bias_with_updates,
     computing_without_updates,
     is_computed,
     place,
     require_own_class,
     restore,
     stored,
+    stored_bias,
     take_away,
     with_updates,
 )
 from lora_lightning.lora.modules_to_save import SavedModules, shared_memory
 from lora_lightning.lora.packed import become_linear, keep_packing
-from lora_lightning.lora.selection import check_name, select
+from lora_lightning.lora.selection import bias_keys, check_name, select
 from lora_lightning.lora.variants import adapter_class
 from lora_lightning.wording import some_of
 
@@ -95,14 +97,15 @@ def attach_to(module: nn.Module, selected: list[Target], config: LoRAConfig, nam
     """Attach adapters to weights that were selected, as `attach` does."""
     check_name(module, selected, name)
     require_no_context(module, "attach adapters")
+    biases = bias_keys(module, selected, config)
     made = [_make(target, config) for target in selected]  # nothing has changed so far
     attachment = vars(module).get("_lora_attachment") or Attachment.of(module)
     placed, chosen = list[nn.Module](), [saved for saved in attachment.saved.values() if saved.is_chosen]
     try:
-        if config.modules_to_save:
+        if config.modules_to_save or biases:
             for saved in chosen:
                 saved.choose(False)
-            attachment.saved[name] = SavedModules(module, config)
+            attachment.saved[name] = SavedModules(module, config, biases)
         for target, adapter in zip(selected, made, strict=True):
             placed.append(target.layer)
             place(target, name, adapter)
@@ -245,17 +248,36 @@ def _check_overlap(attachment: Attachment, names: list[str]) -> None:
         )
 
 
+@contextmanager
+def alone(module: nn.Module, name: str) -> Iterator[None]:
+    """Give the modules that are trained in full the values that go with the adapters of one name, within this context.
+
+    Those that other adapters train have their original values. The adapters themselves stay as they are.
+    """
+    attachment = vars(unwrapped(module)).get("_lora_attachment")
+    saved = attachment.saved if isinstance(attachment, Attachment) else {}
+    chosen = {other: values.is_chosen for other, values in saved.items()}
+    try:
+        _choose(saved, {other: other == name for other in chosen})
+        yield
+    finally:
+        _choose(saved, chosen)
+
+
+def _choose(saved: Mapping[str, SavedModules], chosen: Mapping[str, bool]) -> None:
+    """Put the values of some adapters into the modules that are trained in full, after those of others are out."""
+    for name in sorted(chosen, key=chosen.__getitem__):
+        saved[name].choose(chosen[name])
+
+
 def activate(module: nn.Module, names: Sequence[str], trained: Sequence[str]) -> None:
     """Activate the adapters with these names, train some of them, and freeze all else."""
     attachment = attachment_of(module)
-    for name, saved in attachment.saved.items():
-        if name not in names:
-            saved.choose(False)
-    for name in names:
-        if name in attachment.saved:
-            attachment.saved[name].choose(True)
+    _choose(attachment.saved, {name: name in names for name in attachment.saved})
     in_full = [attachment.saved[name] for name in trained if name in attachment.saved]
     freeze(module, [child for saved in in_full for child in saved.modules])
+    for saved in in_full:
+        saved.train()
     for adapters in _containers(module):
         adapters.activate(names, trained)
     drop_gradients(module)
@@ -340,13 +362,13 @@ def merged(module: nn.Module) -> Iterator[None]:
         ValueError: If another layer shares an adapted weight, or if there is a bypass, which cannot be merged.
     """
     key = object()
-    found = [(weight.adapters, _merged_weight(weight)) for weight in _mergeable(module)]
+    found = [(weight.adapters, _merged_weight(weight), _merged_bias(weight)) for weight in _mergeable(module)]
     try:
-        for adapters, weight in found:
-            adapters.merge(key, weight)
+        for adapters, weight, bias in found:
+            adapters.merge(key, weight, bias)
         yield
     finally:
-        for adapters, _ in found:
+        for adapters, _, _ in found:
             adapters.unmerge(key)
 
 
@@ -381,9 +403,16 @@ def merge(module: nn.Module, check_finite: bool = True) -> None:
                 f"The weight of {weight.name!r} is computed from other parameters (pruned, normed or parametrized), so "
                 "there is nothing to merge into. Make it permanent first, or keep the adapters unmerged."
             )
-    new = [_merged_weight(weight) for weight in found]
+        if _adds_bias(weight) and stored_bias(weight.layer) is None:
+            raise ValueError(
+                f"The adapter of {weight.name!r} has a bias (lora_bias=True), and the layer has none to merge it into. "
+                "Keep the adapters unmerged."
+            )
+    new, biases = [_merged_weight(weight) for weight in found], [_merged_bias(weight) for weight in found]
     if check_finite:
-        bad = [weight.name for weight, value in zip(found, new, strict=True) if not _is_finite(weight, value)]
+        bad = [
+            weight.name for weight, *values in zip(found, new, biases, strict=True) if not _is_finite(weight, values)
+        ]
         if bad:
             raise ValueError(
                 f"The adapters of {some_of(map(repr, bad))} contain NaN or infinity: merging would destroy the base."
@@ -405,6 +434,10 @@ def merge(module: nn.Module, check_finite: bool = True) -> None:
             weight.layer._parameters[weight.parameter] = nn.Parameter(value, requires_grad=False)
         else:
             stored(weight.layer, weight.parameter).data.copy_(value)
+    for weight, bias in zip(found, biases, strict=True):
+        own = stored_bias(weight.layer)
+        if bias is not None and own is not None:
+            own.data.copy_(bias)
 
 
 def adapted_weights(module: nn.Module, name: str | None = None) -> list[AdaptedWeight]:
@@ -568,9 +601,24 @@ def _merged_weight(weight: AdaptedWeight) -> Tensor:
         return with_updates(weight.layer, weight.parameter, chosen)
 
 
-def _is_finite(weight: AdaptedWeight, value: Tensor) -> bool:
+@torch.no_grad()
+def _merged_bias(weight: AdaptedWeight) -> Tensor | None:
+    """Return b + Σ s c, or `None` if no active adapter has a bias."""
+    if not _adds_bias(weight):
+        return None
+    in_effect = weight.adapters.in_effect
+    if in_effect.merged is not None:
+        return in_effect.bias
+    return bias_with_updates(weight.layer, tuple(map(weight.adapters.adapter, weight.adapters.active)))
+
+
+def _adds_bias(weight: AdaptedWeight) -> bool:
+    return any(weight.adapters.adapter(name).config.lora_bias for name in weight.adapters.active)
+
+
+def _is_finite(weight: AdaptedWeight, values: Iterable[Tensor | None]) -> bool:
     """Return whether an update is finite. A base that was not finite before is not the fault of the adapter."""
-    if bool(value.isfinite().all()):
+    if all(value is None or bool(value.isfinite().all()) for value in values):
         return True
     chosen = map(weight.adapters.adapter, weight.adapters.active)
     return all(bool(value.isfinite().all()) for adapter in chosen for value in adapter.parameters())

@@ -10,6 +10,7 @@ from lora_lightning.lora.matching import Names
 
 INITS = ("kaiming", "gaussian", "pissa")
 QKV = ("q", "k", "v", "qk", "qv", "kv")
+BIASES = ("none", "all", "lora_only")
 _PATTERNS = (
     "target_modules",
     "exclude_modules",
@@ -52,6 +53,10 @@ class LoRAConfig:
         use_dora: Train the norm of each row of W + s B A as a vector m (DoRA, https://arxiv.org/abs/2402.09353,
             equation 5).
         qkv: Which of query, key and value to adapt, such as `"qv"`, in targets whose output is their concatenation.
+        bias: Biases of the base to train in full: `"none"`, `"all"` of them (parameters named `bias`), or `"lora_only"`
+            for those of the adapted layers.
+        lora_bias: Whether B has a bias c, for `y = W x + b + s (B A x + c)`. For layers that are called, such as linear
+            layers and convolutions.
         bypass: `(in_features, out_features)` of an adapter around the whole module f, for `f(x) + s B A flatten(x)`.
 
     Raises:
@@ -71,6 +76,8 @@ class LoRAConfig:
     use_rslora: bool = False
     use_dora: bool = False
     qkv: str = ""
+    bias: str = "none"
+    lora_bias: bool = False
     bypass: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -91,6 +98,10 @@ class LoRAConfig:
             )
         if self.qkv and self.qkv not in QKV:
             raise ValueError(f"qkv={self.qkv!r}: expected one or two of q, k, v, as 'qv'.")
+        if self.bias not in BIASES:
+            raise ValueError(f"bias={self.bias!r}: expected one of {', '.join(BIASES)}.")
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias=True cannot be combined with use_dora=True, as in PEFT: use one of them.")
         if self.bypass is not None and (len(self.bypass) != 2 or min(self.bypass) < 1):
             raise ValueError(
                 f"bypass={self.bypass!r}: expected sizes of flattened input and output, for example (784, 10)."

@@ -104,6 +104,17 @@ def check_name(module: nn.Module, selected: Iterable[Target], name: str) -> None
             )
 
 
+def bias_keys(module: nn.Module, selected: Iterable[Target], config: LoRAConfig) -> list[str]:
+    """Return the state-dict keys of the biases that `config` trains in full: parameters named `bias`, as in PEFT."""
+    adapted = {target.layer for target in selected if target.parameter}
+    return [
+        f"{name}.bias".lstrip(".")
+        for name, layer in layers_of(module)
+        if config.bias == "all" or (config.bias == "lora_only" and layer in adapted)
+        if (bias := layer._parameters.get("bias")) is not None and bias.is_floating_point()
+    ]
+
+
 def limit_ranks(selected: list[Target]) -> list[Target]:
     """Return the weights with ranks that are not larger than the weights. A log line names those that were lowered."""
     lowered = [target for target in selected if target.rank > min(target.shape)]

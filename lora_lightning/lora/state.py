@@ -72,7 +72,7 @@ def saved_keys(module: nn.Module) -> set[str]:
 def is_untrained(module: nn.Module) -> bool:
     """Return whether `module` has adapters and none of them has an effect yet."""
     with torch.no_grad():
-        return is_adapted(module) and not any(bool(found.adapter.product().any()) for found in adapted_weights(module))
+        return is_adapted(module) and all(found.adapter.is_zero() for found in adapted_weights(module))
 
 
 def _containers(module: nn.Module) -> list[tuple[str, Adapters]]:

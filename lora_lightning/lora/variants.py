@@ -52,6 +52,8 @@ class PiSSAAdapter(Adapter):
         """Return to the initial values."""
         self.lora_A.copy_(self.lora_A_initial)
         self.lora_B.copy_(self.lora_B_initial)
+        if self.lora_bias is not None:
+            self.lora_bias.zero_()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return factors of rank 2 r for B A - B0 A0 = (B - B0) A + B0 (A - A0), which is exactly zero initially."""
@@ -172,6 +174,10 @@ class QKVAdapter(Adapter):
         a, b = super().factors()
         kept = zip(b.chunk(3), "qkv", strict=True)
         return a, torch.cat([part * float(name in self.config.qkv) for part, name in kept])
+
+    def bias_update(self) -> Tensor:
+        kept = zip(super().bias_update().chunk(3), "qkv", strict=True)
+        return torch.cat([part * float(name in self.config.qkv) for part, name in kept])
 
 
 def adapter_class(config: LoRAConfig) -> type[Adapter]:

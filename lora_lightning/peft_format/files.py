@@ -85,9 +85,10 @@ def read_content(path: Path, description: dict[str, Any], module: nn.Module) -> 
     written_here = any(key.startswith("lora_lightning") for key in metadata)
     if written_here and metadata.get(_DIGEST) != _digest(tensors, metadata):
         raise ValueError(f"{path} is damaged: its checksum does not match its content. Write the adapter again.")
+    tensors = {key: value for key, value in tensors.items() if not _is_second_copy(key, tensors)}
     state = module.state_dict()
     own = {key: name for key in tensors if (name := own_key(key))}
-    saved = {key: key.removeprefix(PREFIX) for key in tensors if key not in own and _is_saved(key, description)}
+    saved = {key: name for key in tensors if key not in own and (name := _saved_key(key, description)) is not None}
     base = {
         key: name
         for key in tensors
@@ -100,13 +101,24 @@ def read_content(path: Path, description: dict[str, Any], module: nn.Module) -> 
     return Content(*({names[key]: tensors[key] for key in names} for names in (own, saved, base)))
 
 
-def _is_saved(key: str, description: dict[str, Any]) -> bool:
-    """Return whether a key belongs to a module in `modules_to_save`.
+def _is_second_copy(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a key is that of a bias in a wrapper of PEFT, which `bias="all"` writes beside the bias itself."""
+    owner, _, wrapper = key.removesuffix(".bias").rpartition(".")
+    return key.endswith(".bias") and wrapper in ("original_module", "modules_to_save") and f"{owner}.bias" in tensors
 
-    PEFT matches any suffix of the name, with or without a dot.
+
+def _saved_key(key: str, description: dict[str, Any]) -> str | None:
+    """Return the state-dict key of a tensor in `modules_to_save`, or of a trained bias, and `None` for other keys.
+
+    PEFT matches any suffix of the name of a module, with or without a dot.
     """
+    name = base_key(key)
+    if name is None:
+        return None
     endings = tuple(description.get("modules_to_save") or [])
-    return key.startswith(PREFIX) and any(parent.endswith(endings) for parent in parents_of(key.removeprefix(PREFIX)))
+    in_full = any(parent.endswith(endings) for parent in parents_of(name))
+    is_bias = description.get("bias", "none") != "none" and (name == "bias" or name.endswith(".bias"))
+    return name if in_full or is_bias else None
 
 
 def parents_of(key: str) -> list[str]:

@@ -22,11 +22,11 @@ from lora_lightning.lora import (
     is_adapted,
     set_adapter,
 )
-from lora_lightning.lora.adaptation import attach_to, config_of, the_active_name, unwrapped
+from lora_lightning.lora.adaptation import alone, attach_to, config_of, the_active_name, unwrapped
 from lora_lightning.lora.bypass import bypass_target
 from lora_lightning.lora.layers import Target
 from lora_lightning.lora.matching import Names
-from lora_lightning.lora.selection import candidates, check, layers_of
+from lora_lightning.lora.selection import bias_keys, candidates, check, layers_of
 from lora_lightning.lora.state import adapter_keys
 from lora_lightning.peft_format.base_check import base_metadata, base_of, check_base
 from lora_lightning.peft_format.differences import unknown_to_peft
@@ -104,7 +104,8 @@ class AdapterFolder:
         chosen = the_active_name(module) if name is None else name
         with _with_values(module, values or {}, chosen):
             description, tensors = describe(module, chosen), exported(module, chosen)
-        self._files = description, tensors, base_metadata(module)
+        with alone(module, chosen):
+            self._files = description, tensors, base_metadata(module)
         self._card = model_card(description, sum(tensor.numel() for tensor in tensors.values()), data, metrics)
 
     def write(self, folder: str | os.PathLike[str]) -> None:
@@ -176,7 +177,8 @@ def load_adapter(
     content = read_content(folder / WEIGHTS_NAME, description, module)
     config, selected = _config_and_weights(module, folder, description, content)
     _check_shapes(module, folder, config, selected, content)
-    other_base = check_base(module, folder, read_metadata(folder), content.base, content.saved, strict)
+    with alone(module, name):
+        other_base = check_base(module, folder, read_metadata(folder), content.base, content.saved, strict)
     if is_adapted(module) and name in adapter_names(module):
         _activate_if_equal(module, config, selected, folder, name)
     else:
@@ -253,6 +255,7 @@ def _check_shapes(
 ) -> None:
     shapes = {key: tuple(value.shape) for key, value in (content.adapters | content.saved).items()}
     saved, of_adapters = Names(config.modules_to_save), adapter_keys(module)
+    state = module.state_dict()
     expected = {key: shape for adapted in selected for key, shape in expected_shapes(adapted, config).items()}
     expected |= {
         f"{name}.{key}": tuple(value.shape)
@@ -261,6 +264,7 @@ def _check_shapes(
         for key, value in child.state_dict().items()
         if f"{name}.{key}" not in of_adapters
     }
+    expected |= {key: tuple(state[key].shape) for key in bias_keys(module, selected, config)}
     if shapes != expected:
         wrong = sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key))
         listed = "; ".join(
