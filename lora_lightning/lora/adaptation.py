@@ -37,8 +37,7 @@ from lora_lightning.lora.layers import (
 )
 from lora_lightning.lora.modules_to_save import SavedModules, shared_memory
 from lora_lightning.lora.packed import become_linear, keep_packing
-from lora_lightning.lora.selection import bias_keys, check_name, select
-from lora_lightning.lora.variants import adapter_class
+from lora_lightning.lora.selection import bias_keys, check_name, select, variant_of
 from lora_lightning.wording import some_of
 
 
@@ -526,7 +525,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def _make(target: Target, config: LoRAConfig) -> Adapter:
     """Return an untrained adapter for a weight, on the device of the weight."""
-    variant = adapter_class(config) if target.parameter else Adapter
+    variant = variant_of(target, config)
     weight = target.weight
     device = target.dense_weight().device if weight is None else weight.device
     values = target.dense_weight() if variant.reads_weight else target.outline()

@@ -52,7 +52,8 @@ class LoRAConfig:
         use_rslora: Scale by alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732, equation 5).
         use_dora: Train the norm of each row of W + s B A as a vector m (DoRA, https://arxiv.org/abs/2402.09353,
             equation 5).
-        qkv: Which of query, key and value to adapt, such as `"qv"`, in targets whose output is their concatenation.
+        qkv: Which of query, key and value to adapt, such as `"qv"`, in targets whose output holds all three: those
+            with three times as many outputs as inputs. Other targets are adapted as usual.
         bias: Biases of the base to train in full: `"none"`, `"all"` of them (parameters named `bias`), or `"lora_only"`
             for those of the adapted layers.
         lora_bias: Whether B has a bias c, for `y = W x + b + s (B A x + c)`. For layers that are called, such as linear

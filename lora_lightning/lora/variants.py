@@ -162,13 +162,7 @@ class QKVAdapter(Adapter):
     def refusal(cls, weight: Tensor, layout: Layout, config: LoRAConfig) -> str | None:
         if config.use_dora or config.init == "pissa":
             return f"cannot combine qkv={config.qkv!r} with DoRA or PiSSA, which change all rows of a weight"
-        if layout.experts:
-            return f"contains one matrix per expert, which qkv={config.qkv!r} does not support"
-        if any("query_key_value" in name for name in (config.target_modules, *config.target_modules)):
-            return f"may interleave query, key and value by head, but qkv={config.qkv!r} expects three blocks"
-        rows, columns = layout.matrix(weight).shape
-        expected = f"expected three times as many outputs as inputs for qkv={config.qkv!r}"
-        return None if rows == 3 * columns else f"has {rows} outputs and {columns} inputs: {expected}"
+        return super().refusal(weight, layout, config)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         a, b = super().factors()
@@ -180,9 +174,14 @@ class QKVAdapter(Adapter):
         return torch.cat([part * float(name in self.config.qkv) for part, name in kept])
 
 
-def adapter_class(config: LoRAConfig) -> type[Adapter]:
-    """Return the class of the adapters for a configuration."""
-    if config.qkv:
+def adapter_class(config: LoRAConfig, is_qkv: bool = False) -> type[Adapter]:
+    """Return the class of the adapters for a configuration.
+
+    Args:
+        config: The configuration.
+        is_qkv: Whether the output of the layer is the concatenation of query, key and value.
+    """
+    if config.qkv and is_qkv:
         return QKVAdapter
     if config.use_dora:
         return PiSSADoRAAdapter if config.init == "pissa" else DoRAAdapter
