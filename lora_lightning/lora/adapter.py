@@ -158,11 +158,13 @@ class Adapter(nn.Module):
         reads_weight: Whether the initial values, or the forward pass, depend on the values of W.
         is_linear: Whether the update is a linear function of B A, so that updates can be added up by their factors.
         label: Name of the variant, if any.
+        fixed: Names of parameters that stay frozen while the others are trained.
     """
 
     reads_weight: ClassVar[bool] = False
     is_linear: ClassVar[bool] = True
     label: ClassVar[str] = ""
+    fixed: ClassVar[tuple[str, ...]] = ()
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_bias: nn.Parameter | None
@@ -387,6 +389,8 @@ class Adapters(nn.Module):
         for name in self._modules:
             adapter = self.adapter(name)
             adapter.requires_grad_(name in self.trained)
+            for fixed in adapter.fixed:
+                adapter.get_parameter(fixed).requires_grad_(False)
             if name not in self.trained:
                 drop_gradients(adapter)
         self.update()

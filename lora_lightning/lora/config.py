@@ -8,7 +8,7 @@ from functools import cached_property
 
 from lora_lightning.lora.matching import Names
 
-INITS = ("kaiming", "gaussian", "pissa")
+INITS = ("kaiming", "gaussian", "pissa", "mica")
 QKV = ("q", "k", "v", "qk", "qv", "kv")
 BIASES = ("none", "all", "lora_only")
 _PATTERNS = (
@@ -48,7 +48,8 @@ class LoRAConfig:
         alpha_pattern: Other alphas, in the format of `rank_pattern`.
         init: `"kaiming"`: A uniform, B zero. `"gaussian"`: A normal with standard deviation 1 / r, B zero. `"pissa"`:
             from the largest singular values of W (https://arxiv.org/abs/2404.02948), where the layer adds the
-            difference to the initial values.
+            difference to the initial values. `"mica"`: B from the left singular vectors of W with the smallest singular
+            values, A zero, and only A is trained (https://arxiv.org/abs/2604.01694).
         use_rslora: Scale by alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732, equation 5).
         use_dora: Train the norm of each row of W + s B A as a vector m (DoRA, https://arxiv.org/abs/2402.09353,
             equation 5).
@@ -103,6 +104,9 @@ class LoRAConfig:
             raise ValueError(f"bias={self.bias!r}: expected one of {', '.join(BIASES)}.")
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias=True cannot be combined with use_dora=True, as in PEFT: use one of them.")
+        others = [name for name in ("use_dora", "qkv", "lora_bias") if getattr(self, name)]
+        if self.init == "mica" and others:
+            raise ValueError(f"init='mica' cannot be combined with {', '.join(others)}. Use one of them.")
         if self.bypass is not None and (len(self.bypass) != 2 or min(self.bypass) < 1):
             raise ValueError(
                 f"bypass={self.bypass!r}: expected sizes of flattened input and output, for example (784, 10)."

@@ -27,6 +27,7 @@ def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
         for prefix, adapters in _containers(module)
         for name in adapters.trained
         for key in _keys(adapters.adapter(name))
+        if key not in adapters.adapter(name).fixed
     }
     trained |= _saved_keys(module, only_trained=True)
     return [value for key, value in module.named_parameters() if key in trained]

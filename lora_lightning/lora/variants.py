@@ -1,4 +1,4 @@
-"""Variants of LoRA: DoRA, PiSSA, and adapters of some of query, key and value. Each is a subclass of `Adapter`."""
+"""Variants of LoRA: DoRA, PiSSA, MiCA, and adapters of some of query, key and value, as subclasses of `Adapter`."""
 
 from __future__ import annotations
 
@@ -64,6 +64,43 @@ class PiSSAAdapter(Adapter):
         raise ValueError(
             "Adapters of PiSSA add the difference to their initial values, which cannot be scaled by a factor of B."
         )
+
+
+class MiCAAdapter(Adapter):
+    """Trains A alone, on a B of the left singular vectors of W with the smallest singular values.
+
+    A is zero initially (MiCA, https://arxiv.org/abs/2604.01694).
+    """
+
+    reads_weight = True
+    label = "MiCA"
+    fixed = ("lora_B",)
+
+    @classmethod
+    def refusal(cls, weight: Tensor, layout: Layout, config: LoRAConfig) -> str | None:
+        if layout.experts:
+            return "contains one matrix per expert, for which only plain LoRA is supported: use no other init"
+        if weight.is_meta:
+            return "is on meta, and MiCA starts from its singular vectors: load the weights first"
+        if not bool(weight.isfinite().all()):
+            return "has weights that are not finite, so MiCA cannot compute singular vectors"
+        return super().refusal(weight, layout, config)
+
+    @torch.no_grad()
+    def start(self, weight: Tensor) -> None:
+        left, _, _ = torch.linalg.svd(self.layout.matrix(weight.detach()).to(self.lora_B.dtype), full_matrices=False)
+        self.lora_B.copy_(left[:, -self.rank :])
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set A to zero."""
+        self.lora_A.zero_()
+
+    def load_base(self, weight: Tensor) -> None:
+        """Start from a W that was loaded, if the adapter is untrained."""
+        if self.is_zero():
+            self.start(weight)
 
 
 class DoRAAdapter(Adapter):
@@ -185,4 +222,6 @@ def adapter_class(config: LoRAConfig, is_qkv: bool = False) -> type[Adapter]:
         return QKVAdapter
     if config.use_dora:
         return PiSSADoRAAdapter if config.init == "pissa" else DoRAAdapter
+    if config.init == "mica":
+        return MiCAAdapter
     return PiSSAAdapter if config.init == "pissa" else Adapter

@@ -1,4 +1,7 @@
-"""Reads and writes the two files of an adapter folder: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Reads and writes the two files of an adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
+
+Older versions of PEFT wrote `adapter_model.bin`, which is read as well.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lora_lightning.checkpoints.checkpoints import check_file, explain_damage
 from lora_lightning.peft_format.mapping import PREFIX, base_key, own_key
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+OLD_WEIGHTS_NAME = "adapter_model.bin"
+"""The file that PEFT wrote before version 0.5, and later with `safe_serialization=False`."""
 _DIGEST, _CONFIG_DIGEST = "lora_lightning_sha256", "lora_lightning_config_sha256"
 """Metadata of the weights: SHA-256 digests of the rest of the file and of the configuration, which the format lacks."""
 
@@ -70,16 +76,7 @@ class Content:
 
 
 def read_content(path: Path, description: dict[str, Any], module: nn.Module) -> Content:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist. Expected the weights of the adapter next to its {CONFIG_NAME}."
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({error}). Write the adapter again.") from None
+    tensors, metadata = _read(path)
     # A file with a flipped bit in the name of its checksum must not be mistaken for a file of PEFT, which has no
     # checksum.
     written_here = any(key.startswith("lora_lightning") for key in metadata)
@@ -99,6 +96,32 @@ def read_content(path: Path, description: dict[str, Any], module: nn.Module) -> 
         found = f"contains {', '.join(foreign[:5])}" if foreign else "is empty"
         raise ValueError(f"{path} {found}; expected only keys like '{PREFIX}<layer>.lora_A.weight'.")
     return Content(*({names[key]: tensors[key] for key in names} for names in (own, saved, base)))
+
+
+def weights_file(folder: Path) -> Path:
+    """Return the file with the weights: that of safetensors, unless there is only the one of older versions of PEFT."""
+    new, old = folder / WEIGHTS_NAME, folder / OLD_WEIGHTS_NAME
+    return old if old.is_file() and not new.exists() else new
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a file with weights. Reading it runs no code, whatever it contains."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist. Expected the weights of the adapter next to its {CONFIG_NAME}."
+        )
+    if path.name == OLD_WEIGHTS_NAME:
+        check_file(path)
+        with explain_damage(path):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+            raise ValueError(f"{path} holds something other than tensors by name. Write the adapter again.")
+        return {str(key): value for key, value in found.items()}, {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a dictionary
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}). Write the adapter again.") from None
 
 
 def _is_second_copy(key: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -134,7 +157,10 @@ def is_edited(folder: Path) -> bool:
 
 
 def read_metadata(folder: Path) -> dict[str, str]:
-    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+    path = weights_file(folder)
+    if path.name == OLD_WEIGHTS_NAME:
+        return {}
+    with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 

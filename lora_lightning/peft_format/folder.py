@@ -40,6 +40,7 @@ from lora_lightning.peft_format.files import (
     read_content,
     read_description,
     read_metadata,
+    weights_file,
     write_files,
 )
 from lora_lightning.peft_format.from_checkpoint import load_from_checkpoint
@@ -174,7 +175,7 @@ def load_adapter(
         folder = newest_adapter(folder)
     description = read_description(folder / CONFIG_NAME)
     check_method(description, folder / CONFIG_NAME)
-    content = read_content(folder / WEIGHTS_NAME, description, module)
+    content = read_content(weights_file(folder), description, module)
     config, selected = _config_and_weights(module, folder, description, content)
     _check_shapes(module, folder, config, selected, content)
     with alone(module, name):

@@ -44,8 +44,13 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA",
     "arrow_config": "Arrow",
 }
-_ONLY_DRAWS_A = ("gaussian", "orthogonal", "eva")
-_SUFFIXES = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_B.bias": "lora_bias"}
+_LEAVES_THE_BASE = ("gaussian", "orthogonal", "eva", "mica")
+_SUFFIXES = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_B.bias": "lora_bias",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",  # of PEFT 0.12
+}
 
 
 def describe(module: nn.Module, name: str) -> dict[str, Any]:
@@ -62,6 +67,7 @@ def describe(module: nn.Module, name: str) -> dict[str, Any]:
         factor = doubled if adapted.parameter else 1  # a bypass is never PiSSA
         ranks[adapted.name] = adapted.rank * factor
         alphas[adapted.name] = _alpha(adapted, config) * factor ** (0.5 if config.use_rslora else 1)
+    of_convolutions = any(isinstance(adapted.kind, ConvKind) for adapted in found)  # which MiCA of PEFT refuses
     description: dict[str, Any] = {
         "peft_type": PEFT_TYPE,
         "auto_mapping": None,
@@ -76,7 +82,7 @@ def describe(module: nn.Module, name: str) -> dict[str, Any]:
         "bias": config.bias,
         "lora_bias": config.lora_bias,
         "fan_in_fan_out": any(isinstance(adapted.kind, TransposedLinearKind) for adapted in found),
-        "init_lora_weights": True,
+        "init_lora_weights": "mica" if config.init == "mica" and not of_convolutions else True,
         "modules_to_save": (saved.names if saved else None) or None,
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": _pattern(alphas, alpha),
@@ -173,7 +179,7 @@ def check_method(description: dict[str, Any], file: Path) -> None:
     if kind not in (PEFT_TYPE, OWN_TYPE):
         raise ValueError(f"{file} is of peft_type {kind!r}; expected 'LORA', the only kind that can be loaded here.")
     unsupported = [f"{key} ({what})" for key, what in _UNSUPPORTED.items() if description.get(key)]
-    if isinstance(init := description.get("init_lora_weights"), str) and init not in _ONLY_DRAWS_A:
+    if isinstance(init := description.get("init_lora_weights"), str) and init not in _LEAVES_THE_BASE:
         unsupported.append(f"init_lora_weights={init!r} (may have changed the base)")
     if unsupported:
         raise ValueError(f"{file} has settings that cannot be loaded: {', '.join(unsupported)}.")
@@ -205,6 +211,7 @@ def configuration(
             target_parameters=exactly(by_name, weights) if by_name else [],
             modules_to_save=exactly(trained, modules) if trained else [],
             qkv=description.get("qkv") or "",
+            init="mica" if description.get("init_lora_weights") == "mica" else "kaiming",
             bias=description.get("bias") or "none",
             lora_bias=bool(description.get("lora_bias")),
             bypass=(bypass[0], bypass[1]) if bypass else None,
