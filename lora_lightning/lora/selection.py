@@ -94,13 +94,18 @@ def check(selected: Iterable[Target], config: LoRAConfig) -> None:
         raise ValueError(f"{some_of(refused)}. Leave such layers out with exclude_modules, or do not name them.")
 
 
+def can_be_name(name: str) -> bool:
+    """Return whether adapters can have this name, which is that of a module."""
+    return bool(name) and "." not in name and name not in _TAKEN
+
+
 def check_name(module: nn.Module, selected: Iterable[Target], name: str) -> None:
     """Check that adapters with this name can be added.
 
     Raises:
         ValueError: If the name cannot be that of a module, or is in use.
     """
-    if not name or "." in name or name in _TAKEN:
+    if not can_be_name(name):
         raise ValueError(
             f"{name!r} cannot be the name of adapters, since these are modules with this name: use letters, digits and "
             "underscores, for example 'digit_9'."
