@@ -59,6 +59,10 @@ CONFIGS = [
     LoRAConfig(rank=2, target_modules=["in_proj_weight"], qkv="qv", alpha=1),
     LoRAConfig(rank=3, target_modules=["head"], use_rslora=True, bypass=(48, 4)),
     LoRAConfig(rank=1, target_modules=["lstm.weight_hh_l0", "out_proj"], init="gaussian"),
+    LoRAConfig(rank=2, alpha=5, target_modules=["conv", "head", "out_proj"], lora_bias=True),
+    LoRAConfig(rank=1, target_modules=["head", "lstm.weight_ih_l0"], init="mica", alpha=2),
+    LoRAConfig(rank=1, target_modules=["conv", "head"], bias="lora_only", use_dora=True),
+    LoRAConfig(rank=1, qkv="kv"),
 ]
 
 
@@ -72,22 +76,33 @@ def x() -> Tensor:
     return torch.randn(5, 3, 4, 4, dtype=torch.float64)
 
 
-def tensors_of(net: nn.Module, name: str) -> dict[tuple[str, str], dict[str, Tensor]]:
-    """Return copies of the tensors of adapters by layer and parameter, which can be differentiated."""
-    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+Tensors = dict[tuple[str, str], dict[str, Tensor]]
+
+
+def tensors_of(net: nn.Module, name: str) -> Tensors:
+    """Return copies of the tensors of adapters by layer and parameter, which can be differentiated.
+
+    Those of parameters that are trained in full are under the name `in_full`.
+    """
+    found: Tensors = {}
     for key, value in adapter_state_dict(net, name).items():
-        layer, _, rest = key.rpartition("lora_" + key.rpartition("lora_")[2])[0].rpartition("lora_")
-        parameter = rest.split(".")[0]
-        leaf = key.rpartition(".")[2]
-        found.setdefault((layer.strip("."), parameter), {})[leaf] = value.clone().requires_grad_()
+        *layer, holder, leaf = key.replace(f".{name}.", ".").split(".")
+        place = (".".join(layer), holder.removeprefix("lora_"))
+        if not holder.startswith("lora_"):
+            place, leaf = (".".join([*layer, holder]), leaf), "in_full"
+        found.setdefault(place, {})[leaf] = value.detach().clone().requires_grad_()
     return found
 
 
-def update(weight: Tensor, values: dict[str, Tensor], config: LoRAConfig, requested: int) -> Tensor:
+def scale_of(config: LoRAConfig) -> float:
+    return (config.alpha or config.rank) / (config.rank**0.5 if config.use_rslora else config.rank)
+
+
+def update(weight: Tensor, values: dict[str, Tensor], config: LoRAConfig) -> Tensor:
     """Return W' - W of one adapter, by the formulas of the papers."""
-    scale = (config.alpha or requested) / (requested**0.5 if config.use_rslora else requested)
+    scale = scale_of(config)
     a, b, matrix = values["lora_A"], values["lora_B"], weight.flatten(1)
-    if config.qkv:
+    if config.qkv and len(b) == 3 * matrix.shape[1]:
         b = torch.cat([part * (name in config.qkv) for part, name in zip(b.chunk(3), "qkv", strict=True)])
     product = scale * (b @ a)
     if config.init == "pissa":
@@ -99,26 +114,30 @@ def update(weight: Tensor, values: dict[str, Tensor], config: LoRAConfig, reques
     return product.view(weight.shape)
 
 
-def oracle(
-    plain: Net, stack: dict[str, LoRAConfig], values: dict[str, dict[tuple[str, str], dict[str, Tensor]]], x: Tensor
-) -> Tensor:
+def oracle(plain: Net, stack: dict[str, LoRAConfig], values: dict[str, Tensors], x: Tensor) -> Tensor:
     """Return the output of the network with dense weights W + Σ ΔW, and Σ s B A x of bypasses."""
     weights = dict(plain.named_parameters())
     changed, around = dict(weights), torch.zeros(())
+    for name in stack:  # biases that are trained in full, to which others may add
+        for (layer, parameter), tensors in values[name].items():
+            if "in_full" in tensors:
+                changed[f"{layer}.{parameter}"] = tensors["in_full"]
     for name, config in stack.items():
         for (layer, parameter), tensors in values[name].items():
             if parameter == "bypass":
-                scale = (config.alpha or config.rank) / (config.rank**0.5 if config.use_rslora else config.rank)
-                around = around + scale * x.flatten(1) @ tensors["lora_A"].T @ tensors["lora_B"].T
-                continue
-            key = f"{layer}.{parameter}"
-            changed[key] = changed[key] + update(weights[key], tensors, config, config.rank)
+                around = around + scale_of(config) * x.flatten(1) @ tensors["lora_A"].T @ tensors["lora_B"].T
+            elif "in_full" not in tensors:
+                key = f"{layer}.{parameter}"
+                changed[key] = changed[key] + update(weights[key], tensors, config)
+                if config.lora_bias:
+                    bias = f"{layer}.bias"
+                    changed[bias] = changed[bias] + scale_of(config) * tensors["lora_bias"]
     return functional_call(plain, changed, (x,)) + around
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(32))
 def test_a_stack_computes_the_sum_of_its_updates(net: Net, x: Tensor, seed: int, tmp_path: Path) -> None:
-    """Outputs and gradients are those of dense weights W + Σ ΔW, also merged, copied, and after the folders are loaded."""
+    """Outputs and gradients are those of dense weights W + Σ ΔW, also merged, copied, and loaded from folders."""
     draw = random.Random(seed)
     plain, digest = copy.deepcopy(net), base_fingerprint(net)
     chosen = draw.sample(CONFIGS, draw.randint(1, 4))
@@ -126,41 +145,37 @@ def test_a_stack_computes_the_sum_of_its_updates(net: Net, x: Tensor, seed: int,
     for name, config in stack.items():
         attach(net, config, name)
         stir(net, 0.3)
+    set_adapter(net, list(stack))
     if len(stack) > 1 and draw.random() < 0.4:
         gone = draw.choice(list(stack))
-        set_adapter(net, list(stack))
         delete_adapter(net, gone)
         del stack[gone]
-        assert adapter_names(net) == [*dict.fromkeys(name for name in adapter_names(net) if name != gone)]
-    else:
-        set_adapter(net, list(stack))
+        assert set(adapter_names(net)) == set(stack)
     trained = draw.sample(list(stack), draw.randint(0, len(stack)))
     set_adapter(net, list(stack), trained)
 
     values = {name: tensors_of(net, name) for name in stack}
     expected = oracle(plain, stack, values, x)
     torch.testing.assert_close(net(x), expected)
-    wanted = {
-        id(value) for name in trained for weight in adapted_weights(net, name) for value in weight.adapter.parameters()
-    }
-    assert {id(value) for value in adapter_parameters(net)} == wanted
-    assert {id(value) for value in net.parameters() if value.requires_grad} == wanted
+    parameters = dict(net.named_parameters())
+    places = {key: place for key in parameters for place in [place_of(key, values)] if place is not None}
+    wanted = {key for key, (name, _, leaf) in places.items() if name in trained and not is_fixed(stack[name], leaf)}
+    assert {key for key, value in parameters.items() if value.requires_grad} == wanted
+    assert {id(value) for value in adapter_parameters(net)} == {id(parameters[key]) for key in wanted}
     if trained:
         net(x).square().sum().backward()
         expected.square().sum().backward()
-        for name in stack:
-            for key, value in net.named_parameters():
-                parts = key.split(".")
-                if len(parts) > 2 and parts[-2] == name:
-                    place = ".".join(parts[:-3]), parts[-3].removeprefix("lora_")
-                    if name in trained:
-                        torch.testing.assert_close(value.grad, values[name][place][parts[-1]].grad)
-                    else:
-                        assert value.grad is None
+        for key, (name, place, leaf) in places.items():
+            if key in wanted:
+                torch.testing.assert_close(parameters[key].grad, values[name][place][leaf].grad)
+            else:
+                assert parameters[key].grad is None
 
     with disabled(net):
         torch.testing.assert_close(net(x), plain(x))
-    assert base_fingerprint(net) == digest
+    in_full = {f"{layer}.{parameter}" for found in values.values() for layer, parameter in found} & set(parameters)
+    if not in_full:
+        assert base_fingerprint(net) == digest
     torch.testing.assert_close(copy.deepcopy(net)(x), expected)
     if not any(config.bypass for config in stack.values()):
         with merged(net):
@@ -168,15 +183,34 @@ def test_a_stack_computes_the_sum_of_its_updates(net: Net, x: Tensor, seed: int,
         other = copy.deepcopy(net)
         merge(other)
         torch.testing.assert_close(other(x), expected)
-        assert not any("lora" in key for key in other.state_dict())
+        assert other.state_dict().keys() == plain.state_dict().keys()
     loaded = copy.deepcopy(plain)
     for name in stack:
         save_adapter(net, tmp_path / name, name)
-        load_adapter(loaded, tmp_path / name, name)
+        load_adapter(loaded, tmp_path / name, name, strict=True)
     set_adapter(loaded, list(stack))
     torch.testing.assert_close(loaded(x), expected)
     detach(net)
     assert torch.equal(net(x), plain(x))
+    assert base_fingerprint(net) == digest
+
+
+def place_of(key: str, values: dict[str, Tensors]) -> tuple[str, tuple[str, str], str] | None:
+    """Return the adapter that a parameter belongs to, and its place among the tensors."""
+    for name, found in values.items():
+        for place, tensors in found.items():
+            layer, parameter = place
+            if "in_full" in tensors and key == f"{layer}.{parameter}":
+                return name, place, "in_full"
+            for leaf in tensors:
+                if key == f"{layer}.lora_{parameter}.{name}.{leaf}".lstrip("."):
+                    return name, place, leaf
+    return None
+
+
+def is_fixed(config: LoRAConfig, leaf: str) -> bool:
+    """Return whether a tensor is not trained: B of MiCA, which is a parameter all the same."""
+    return config.init == "mica" and leaf == "lora_B"
 
 
 def test_two_plain_adapters_equal_pefts_to_the_bit(tmp_path: Path) -> None:
