@@ -270,3 +270,56 @@ def test_a_step_with_one_adapter_keeps_the_fused_pass() -> None:
     attach(layer, LoRAConfig(rank=2))
     assert type(layer(torch.randn(3, 6)).grad_fn).__name__ == "_FusedBackward"
     assert adapted_weights(layer)[0].is_trained
+
+
+class TestSettings:
+    """The biases work in the settings that adapters work in."""
+
+    CONFIG = LoRAConfig(rank=2, lora_bias=True, bias="all", alpha=3)
+
+    @pytest.fixture
+    def mlp(self) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3, bias=False))
+
+    def test_compiled(self, mlp: nn.Sequential) -> None:
+        attach(mlp, self.CONFIG)
+        stir(mlp)
+        x = torch.randn(4, 6)
+        compiled = torch.compile(copy.deepcopy(mlp), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), mlp(x))
+        compiled(x).square().sum().backward()
+        mlp(x).square().sum().backward()
+        of_compiled = dict(compiled.named_parameters())
+        for key, value in mlp.named_parameters():
+            if value.requires_grad:
+                torch.testing.assert_close(of_compiled[f"_orig_mod.{key}"].grad, value.grad)
+
+    @pytest.mark.parametrize("autocast", [True, False])
+    def test_half_precision(self, mlp: nn.Sequential, autocast: bool) -> None:
+        attach(mlp, self.CONFIG)
+        stir(mlp)
+        x = torch.randn(4, 6)
+        exact = mlp(x)
+        if not autocast:
+            mlp.to(torch.bfloat16)
+            x = x.to(torch.bfloat16)
+            assert mlp[0].lora_weight.default.lora_bias.dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = mlp(x)
+        torch.testing.assert_close(output.float(), exact, rtol=0.05, atol=0.05)
+        output.float().square().sum().backward()
+        assert all(value.grad is not None for value in adapter_parameters(mlp))
+
+    def test_transforms(self, mlp: nn.Sequential) -> None:
+        attach(mlp, self.CONFIG)
+        stir(mlp)
+        x = torch.randn(4, 6)
+        parameters = {key: value for key, value in mlp.named_parameters() if value.requires_grad}
+
+        def loss(values: dict[str, Tensor], sample: Tensor) -> Tensor:
+            return torch.func.functional_call(mlp, values, (sample[None],)).square().sum()
+
+        each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+        mlp(x).square().sum().backward()
+        for key, value in parameters.items():
+            torch.testing.assert_close(each[key].sum(0), value.grad)
