@@ -69,6 +69,8 @@ SHARED = {
         "lora.state.saved_keys",
     },
     "the callback prepares, watches and describes adapters in every precision and strategy": {
+        "lora.adaptation.active_names",
+        "lora.adaptation.trained_names",
         "lora.adaptation.unwrapped",
         "lora.adapter.is_quantized",
         "lora.fingerprint.base_tensors",
@@ -77,6 +79,7 @@ SHARED = {
         "lora.packed.keep_packing",
         "lora.sharding.distribute_adapters",
         "lora.sharding.full",
+        "lora.selection.can_be_name",
         "lora.sharding.is_distributed",
     },
     "names in folders and in the callback are matched as in LoRAConfig": {
@@ -94,8 +97,11 @@ SHARED = {
         "lora.registry.kind_of",
     },
     "a folder is attached whole or not at all, to exactly the weights that it names": {
+        "lora.adaptation.alone",
         "lora.adaptation.attach_to",
+        "lora.adaptation.the_active_name",
         "lora.bypass.bypass_target",
+        "lora.selection.bias_keys",
         "lora.selection.candidates",
         "lora.selection.check",
         "lora.selection.layers_of",

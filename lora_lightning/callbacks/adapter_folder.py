@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_lightning.callbacks.summary import stage_metrics
 from lora_lightning.lightning_packages import is_a
+from lora_lightning.lora.adaptation import active_names, trained_names
 from lora_lightning.peft_format.folder import AdapterFolder
 from lora_lightning.report.files import free_name, write_to
 
@@ -63,7 +64,7 @@ class RunAdapters:
     def __init__(self, trainer: Trainer, pl_module: LightningModule, adapted: nn.Module) -> None:
         self._trainer, self._pl_module, self._adapted = trainer, pl_module, adapted
         self._best: BestCheckpoint | None = None
-        self._content: AdapterFolder | None = None
+        self._content: _Folders | None = None
 
     def saved(self, path: str, state: Mapping[str, Tensor]) -> None:
         """Keep the adapters in the state that is saved to a checkpoint, if this is the best one so far.
@@ -78,7 +79,7 @@ class RunAdapters:
         prefix = next(name for name, module in self._pl_module.named_modules() if module is self._adapted)
         start = f"{prefix}." if prefix else ""
         values = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-        self._content = AdapterFolder(self._adapted, self._data(), best.metrics, values)
+        self._content = _Folders(self._adapted, self._data(), best.metrics, values)
         self._best = best
         if self._trainer.is_global_zero:
             try:
@@ -121,7 +122,7 @@ class RunAdapters:
         else:
             content = self._content if best is not None else None
             if content is None:  # gathers distributed tensors, on all processes
-                content = AdapterFolder(self._adapted, self._data(), stage_metrics(trainer, "val"))
+                content = _Folders(self._adapted, self._data(), stage_metrics(trainer, "val"))
             if trainer.is_global_zero:
                 write_to(place, content.write)
         return (place if "://" in place else Path(place)), (f", {best.in_words()}" if best else "")
@@ -155,6 +156,36 @@ class RunAdapters:
     def _data(self) -> str | None:
         data = self._trainer.datamodule  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         return type(data).__name__ if data else None
+
+
+class _Folders:
+    """Holds the content of the adapter folder of a run: the trained adapters.
+
+    Those of several names are in folders of these names. Active adapters that are frozen are in folders already.
+
+    Args:
+        adapted: The part of the model that `attach` was called with.
+        data: Name of the data that `metrics` were measured on.
+        metrics: Metrics, by name.
+        values: Values to write instead of those of the module, by state-dict key.
+    """
+
+    def __init__(
+        self,
+        adapted: nn.Module,
+        data: str | None,
+        metrics: Mapping[str, float],
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        names = trained_names(adapted) or active_names(adapted)
+        self._folders = {
+            (name if len(names) > 1 else ""): AdapterFolder(adapted, data, metrics, values, name) for name in names
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write the folder."""
+        for name, content in self._folders.items():
+            content.write(folder / name)
 
 
 class _Copy:

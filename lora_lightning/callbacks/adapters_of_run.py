@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields, replace
+from typing import TypeAlias
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,32 +14,64 @@ from lora_lightning.backbone_facts import backbone_facts
 from lora_lightning.callbacks.relative_names import relative_names
 from lora_lightning.checkpoints import newest_adapter
 from lora_lightning.checkpoints.random_state import own_random_numbers
-from lora_lightning.lora import LoRAConfig, attach, backbone_of
+from lora_lightning.lora import LoRAConfig, attach, backbone_of, set_adapter
 from lora_lightning.lora.adaptation import config_of, unwrapped
 from lora_lightning.lora.matching import Names
+from lora_lightning.lora.selection import can_be_name
 from lora_lightning.peft_format import load_adapter
 from lora_lightning.wording import some_of
 
+Folder: TypeAlias = str | os.PathLike[str]
+_NEW = "default"
+"""Name of the new adapters of a run."""
 
-def attach_adapters(pl_module: LightningModule, config: LoRAConfig, folder: str | os.PathLike[str] | None) -> None:
-    """Attach the adapters of a folder, or new ones, to a model without adapters.
+
+def attach_adapters(
+    pl_module: LightningModule, config: LoRAConfig, folders: list[Folder] | Folder | None, with_new: bool
+) -> None:
+    """Attach the adapters of folders, or new ones, or both, to a model without adapters.
 
     Args:
         pl_module: The model. Its child with all parameters is adapted.
         config: The configuration of new adapters. Names can be relative to the child or to the whole module.
-        folder: An adapter folder, or a log folder, whose newest adapter is used. `None` creates new adapters.
+        folders: One adapter folder, or several, whose updates add up; or log folders, whose newest adapter is used.
+            `None` creates new adapters.
+        with_new: Whether to train new adapters beside those of a list of folders, which are then frozen.
     """
     adapted = backbone_of(pl_module)
-    if folder is not None:
-        folder = newest_adapter(folder)
+    if folders is None:
+        _attach_new(pl_module, adapted, config)
+    elif isinstance(folders, list):
+        names = _load_all(adapted, folders)
+        if with_new:
+            _attach_new(pl_module, adapted, config)
+        set_adapter(adapted, [*names, _NEW] if with_new else names, trained=_NEW if with_new else names)
+    else:
+        folder = newest_adapter(folders)
         rank_zero_info(f"Adapter: {folder}")
         load_adapter(adapted, folder)
-        return
+
+
+def _load_all(adapted: nn.Module, folders: list[Folder]) -> list[str]:
+    """Load the adapters of several folders, and return their names: those of the folders, or else adapter_1, ...."""
+    if not folders:
+        raise ValueError("adapter=[] names no folder. Leave it out to train new adapters.")
+    found = [newest_adapter(folder) for folder in folders]
+    names = [folder.resolve().name for folder in found]
+    if len({*names, _NEW}) <= len(names) or not all(map(can_be_name, names)):
+        names = [f"adapter_{number}" for number in range(1, len(found) + 1)]
+    for name, folder in zip(names, found, strict=True):
+        rank_zero_info(f"Adapter {name}: {folder}")
+        load_adapter(adapted, folder, name)
+    return names
+
+
+def _attach_new(pl_module: LightningModule, adapted: nn.Module, config: LoRAConfig) -> None:
     complete, new = _complete(config, pl_module, adapted)
     if new:
         rank_zero_info(f"New layers are trained in full: {', '.join(new)}.")
     with own_random_numbers():
-        attach(adapted, complete)
+        attach(adapted, complete, _NEW)
 
 
 def check_present_adapters(pl_module: LightningModule, config: LoRAConfig, source: str | None) -> None:
@@ -87,5 +120,8 @@ def _complete(config: LoRAConfig, pl_module: LightningModule, adapted: nn.Module
     config = relative_names(config, pl_module, adapted)
     facts, saved = backbone_facts(adapted), config.modules_to_save
     new_head = () if facts is None else facts.new_head
-    new = [name for name in new_head if not Names(saved).match(name)] if isinstance(saved, list) else []
+    present = vars(adapted).get("_lora_attachment")
+    trained = {name for values in present.saved.values() for name in values.names} if present else set()
+    missing = [name for name in new_head if name not in trained and not Names(saved).match(name)]
+    new = missing if isinstance(saved, list) else []
     return (replace(config, modules_to_save=[*saved, *new]) if new else config), new

@@ -53,6 +53,13 @@ def plain_arguments(config: LoRAConfig | Mapping[str, Any] | None, arguments: Ma
     return {name: value for name, value in given.items() if value is not None}
 
 
+def describes_new_adapters(arguments: Mapping[str, Any]) -> bool:
+    """Return whether any argument of `LoRAConfig` was chosen. A command line gives all of them, with their defaults."""
+    default = LoRAConfig()
+    all_given = all(name in arguments for name, value in asdict(default).items() if value is not None)
+    return LoRAConfig(**arguments) != default or (bool(arguments) and not all_given)
+
+
 def plain(value: object) -> Any:
     """Return a list or mapping of another library, such as OmegaConf, as a plain one."""
     if isinstance(value, Mapping):

@@ -15,11 +15,11 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lora_lightning.callbacks.adapter_folder import BEST_ADAPTER, RunAdapters
-from lora_lightning.callbacks.adapters_of_run import attach_adapters, check_present_adapters
+from lora_lightning.callbacks.adapters_of_run import Folder, attach_adapters, check_present_adapters
 from lora_lightning.callbacks.averaged_base import average_with_adapters, restore_averaged_base, restore_statistics
 from lora_lightning.callbacks.frozen_base import FrozenBase
 from lora_lightning.callbacks.late_layers import AfterLayers, convert_layers
-from lora_lightning.callbacks.lora_arguments import plain_arguments
+from lora_lightning.callbacks.lora_arguments import describes_new_adapters, plain, plain_arguments
 from lora_lightning.callbacks.spawned_adapters import SpawnedAdapters
 from lora_lightning.callbacks.summary import trained_parameters, what_trains
 from lora_lightning.callbacks.training_checks import (
@@ -57,7 +57,9 @@ class LoRAFinetuning(Callback):
         weights_only: Whether to refuse `base_checkpoint` if it holds objects other than tensors and plain values, as in `torch.load`.
             `False` makes them, which may run code. With `None`, they are neither refused nor made, as only tensors are needed.
         adapter: Folder of adapters to start from, written by `fit` or PEFT, or a log folder, whose newest adapter is used. The folder
-            determines the adapted layers, and `config` is ignored. `None` creates new adapters.
+            determines the adapted layers, and `config` is ignored. `None` creates new adapters. A list of folders adds up their
+            adapters under the names of the folders, or `adapter_1`, .... With arguments of `LoRAConfig` other than the defaults, these
+            adapters stay frozen, and new ones are trained beside them; without any, they are trained themselves.
         checkpoints: What checkpoints hold. `"adapters"`: the adapters without the base. `"full"`: the merged weights under the keys of the
             plain model, for libraries that read checkpoints themselves, and the adapters beside them for resuming.
         verify: Whether to warn after the first epoch about adapters that training has not changed.
@@ -84,13 +86,14 @@ class LoRAFinetuning(Callback):
         *,
         base_checkpoint: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
-        adapter: str | os.PathLike[str] | None = None,
+        adapter: list[str | os.PathLike[str]] | str | os.PathLike[str] | None = None,
         checkpoints: Literal["adapters", "full"] = "adapters",
         verify: bool = True,
         **arguments: Any,
     ) -> None:
         arguments = plain_arguments(config, arguments)
         self.config = LoRAConfig(**arguments)  # which tells jsonargparse what the arguments are
+        self._trains_new = describes_new_adapters(arguments)
         self.base_checkpoint = base_checkpoint
         self.weights_only = weights_only
         self.base_path: Path | None = None
@@ -98,7 +101,7 @@ class LoRAFinetuning(Callback):
         self.base_in_words = ""
         if checkpoints not in ("adapters", "full"):
             raise ValueError(f"checkpoints={checkpoints!r}: expected 'adapters' or 'full'.")
-        self.adapter = adapter
+        self.adapter: list[Folder] | Folder | None = plain(adapter)
         self.checkpoints = checkpoints
         self.verify = verify
         self.adapter_folder: Path | str | None = None
@@ -289,7 +292,7 @@ class LoRAFinetuning(Callback):
         if not is_adapted(pl_module):
             self._load_base(pl_module)
             convert_layers(trainer, pl_module)
-            attach_adapters(pl_module, self.config, self.adapter)
+            attach_adapters(pl_module, self.config, self.adapter, self._trains_new)
         self.adapted = backbone_of(pl_module)
         self._updated = set()
         self._spawned.load(self.adapted)

@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_lightning.lora import AdaptedWeight, adapted_weights, adapter_parameters
 from lora_lightning.lora.modules_to_save import shared_memory
+from lora_lightning.lora.state import adapter_keys
 
 
 def what_trains(adapted: nn.Module) -> str:
@@ -17,11 +18,11 @@ def what_trains(adapted: nn.Module) -> str:
     for weight in adapted_weights(adapted):
         size = sum(value.numel() for value in weight.adapter.parameters())
         lines.append(
-            f"  {weight.name or type(adapted).__name__}: {_sizes(weight)}, rank {weight.rank}, scale "
-            f"{weight.adapter.scaling:g}, {size:,} parameters"
+            f"  {weight.title or type(adapted).__name__}: {_sizes(weight)}, rank {weight.rank}, scale "
+            f"{weight.adapter.scaling:g}, {size:,} parameters{'' if weight.is_trained else ', frozen'}"
         )
     memory = shared_memory(adapted)
-    for weight in adapted_weights(adapted):
+    for weight in {weight.name: weight for weight in adapted_weights(adapted)}.values():
         if len(names := memory.get(id(weight.weight), ())) > 1:
             lines.append(
                 f"  {weight.name} shares its weight ({', '.join(names)}): the adapter only affects {weight.name}."
@@ -39,8 +40,11 @@ def _sizes(weight: AdaptedWeight) -> str:
 def trained_parameters(adapted: nn.Module) -> str:
     """Return the number of trained parameters: `6,794 of 2,813,804 parameters, 0.242% of the base`."""
     trained = sum(parameter.numel() for parameter in adapter_parameters(adapted))
-    total = sum(parameter.numel() for parameter in adapted.parameters())
-    return f"{trained:,} of {total:,} parameters, {trained / (total - trained):.3%} of the base"
+    of_adapters, ours = adapter_keys(adapted), {id(parameter) for parameter in adapter_parameters(adapted)}
+    sizes = {key: parameter.numel() for key, parameter in adapted.named_parameters()}
+    others = [key for key, value in adapted.named_parameters() if key in of_adapters and id(value) not in ours]
+    base = sum(sizes.values()) - trained - sum(sizes[key] for key in others)
+    return f"{trained:,} of {sum(sizes.values()):,} parameters, {trained / base:.3%} of the base"
 
 
 def trained_and_total(module: nn.Module) -> tuple[int, int]:

@@ -182,4 +182,10 @@ class FiniteAdapters:
 
 
 def _ups(adapted: nn.Module) -> dict[str, nn.Parameter]:
-    return {each.name: each.factors[1] for each in adapted_weights(adapted)}
+    """Return B of each trained adapter, or A if that alone is trained, by the name of the weight."""
+    found = {}
+    for each in adapted_weights(adapted):
+        if each.is_trained:
+            a, b = each.factors
+            found[each.title] = a if "lora_B" in each.adapter.fixed else b
+    return found

@@ -16,7 +16,7 @@ from typing_extensions import override
 from lora_lightning.checkpoints.checkpoints import ADAPTER_KEY
 from lora_lightning.checkpoints.packed_layers import packed_keys
 from lora_lightning.lora import AdaptedWeight, adapted_weights, adapter_names, is_adapted
-from lora_lightning.lora.adaptation import config_of
+from lora_lightning.lora.adaptation import active_names, config_of, trained_names
 from lora_lightning.lora.fingerprint import digests
 from lora_lightning.lora.merged_state import base_weights, merged_weights, require_mergeable
 from lora_lightning.lora.sharding import local
@@ -95,9 +95,10 @@ class AdapterContent:
     def description(self) -> dict[str, Any]:
         """Return the entry `lora_lightning`."""
         return {
-            "config": asdict(config_of(self.adapted)),
+            "configs": {name: asdict(config_of(self.adapted, name)) for name in adapter_names(self.adapted)},
             "adapters": self._adapters(),
-            "active": adapter_names(self.adapted)[0],
+            "active": active_names(self.adapted),
+            "trained": trained_names(self.adapted),
             "part": self.part(),
             "base_fingerprint": self.base_fingerprint,
             "base_path": self.base_path,
@@ -197,11 +198,11 @@ class AdapterContent:
     def _adapters(self) -> dict[str, str]:
         """Describe each adapter by name, for example `rank 1, scale 1`, and the modules that are trained in full.
 
-        Those that are not active have their name in brackets.
+        They have their name in brackets, but for active ones of a single name.
         """
-        active, *_ = names = adapter_names(self.adapted)
+        active, names = active_names(self.adapted), adapter_names(self.adapted)
         described = {
-            (weight.name if name == active else f"{weight.name} ({name})"): _describe(weight)
+            (weight.name if [name] == active else f"{weight.name} ({name})"): _describe(weight, active)
             for name in names
             for weight in adapted_weights(self.pl_module, name)
         }
@@ -313,9 +314,11 @@ def not_written(path: object, names: list[str]) -> str:
     )
 
 
-def _describe(weight: AdaptedWeight) -> str:
-    label = [weight.adapter.label] if weight.adapter.label else []
-    return ", ".join([f"rank {weight.rank}", f"scale {weight.adapter.scaling:g}", *label])
+def _describe(weight: AdaptedWeight, active: list[str]) -> str:
+    words = [f"rank {weight.rank}", f"scale {weight.adapter.scaling:g}", weight.adapter.label]
+    if len(active) > 1 and not weight.is_trained:
+        words.append("frozen" if weight.adapter_name in active else "inactive")
+    return ", ".join(filter(None, words))
 
 
 def _summary(adapters: dict[str, str]) -> str:

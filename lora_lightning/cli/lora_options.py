@@ -17,7 +17,7 @@ from lora_lightning.lora import LoRAConfig
 _OWN = {
     "base_checkpoint": str | None,
     "weights_only": bool | None,
-    "adapter": str | None,
+    "adapter": list[str] | str | None,
     "checkpoints": Literal["adapters", "full"] | None,
     "verify": bool | None,
 }
@@ -55,10 +55,11 @@ def apply_lora_options(settings: Namespace) -> None:
     if "lr_ratio" in given:
         raise ValueError(LR_RATIO_IS_OF_THE_OPTIMIZER)
     of_config = [f"--lora.{name}" for name in given if name in LoRAConfig.__dataclass_fields__]
-    if "adapter" in given and of_config:
+    if isinstance(given.get("adapter"), str) and of_config:
         raise ValueError(
             f"--lora.adapter {given['adapter']} starts from adapters that have their configuration: "
-            f"{', '.join(of_config)} would have no effect. Leave one of them out."
+            f"{', '.join(of_config)} would have no effect. Leave one of them out, or name the folder "
+            "in a list to keep these adapters frozen and train new ones beside them."
         )
     callbacks = configured_callbacks(settings.trainer)
     ours = [callback for callback in callbacks if is_lora_finetuning(callback)]
@@ -71,8 +72,11 @@ def apply_lora_options(settings: Namespace) -> None:
         for name, value in given.items():
             arguments[name] = value
         for name, newest in (("base_checkpoint", newest_checkpoint), ("adapter", newest_adapter)):
-            if (path := arguments.get(name)) is not None and Path(path).is_dir():
-                arguments[name] = str(newest(path))
+            given_paths = arguments.get(name)
+            if isinstance(given_paths, list):
+                arguments[name] = [str(newest(path)) if Path(path).is_dir() else path for path in given_paths]
+            elif given_paths is not None and Path(given_paths).is_dir():
+                arguments[name] = str(newest(given_paths))
 
 
 def configured_callbacks(trainer: Namespace) -> list[Any]:

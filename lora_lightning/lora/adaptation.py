@@ -7,7 +7,7 @@ called with remembers what was trainable before, and the modules that are traine
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -24,19 +24,20 @@ from lora_lightning.lora.layers import (
     Target,
     adapters_of,
     bare_layers,
+    bias_with_updates,
     computing_without_updates,
     is_computed,
     place,
     require_own_class,
     restore,
     stored,
+    stored_bias,
     take_away,
     with_updates,
 )
 from lora_lightning.lora.modules_to_save import SavedModules, shared_memory
 from lora_lightning.lora.packed import become_linear, keep_packing
-from lora_lightning.lora.selection import check_name, select
-from lora_lightning.lora.variants import adapter_class
+from lora_lightning.lora.selection import bias_keys, check_name, select, variant_of
 from lora_lightning.wording import some_of
 
 
@@ -95,14 +96,15 @@ def attach_to(module: nn.Module, selected: list[Target], config: LoRAConfig, nam
     """Attach adapters to weights that were selected, as `attach` does."""
     check_name(module, selected, name)
     require_no_context(module, "attach adapters")
+    biases = bias_keys(module, selected, config)
     made = [_make(target, config) for target in selected]  # nothing has changed so far
     attachment = vars(module).get("_lora_attachment") or Attachment.of(module)
     placed, chosen = list[nn.Module](), [saved for saved in attachment.saved.values() if saved.is_chosen]
     try:
-        if config.modules_to_save:
+        if config.modules_to_save or biases:
             for saved in chosen:
                 saved.choose(False)
-            attachment.saved[name] = SavedModules(module, config)
+            attachment.saved[name] = SavedModules(module, config, biases)
         for target, adapter in zip(selected, made, strict=True):
             placed.append(target.layer)
             place(target, name, adapter)
@@ -116,7 +118,7 @@ def attach_to(module: nn.Module, selected: list[Target], config: LoRAConfig, nam
         raise
     vars(module)["_lora_attachment"] = attachment
     keep_packing(module)
-    activate(module, name)
+    activate(module, [name], [name])
     return [found.name for found in adapted_weights(module)]
 
 
@@ -130,44 +132,153 @@ def adapter_names(module: nn.Module) -> list[str]:
     return _names(module)
 
 
-def set_adapter(module: nn.Module, name: str) -> None:
-    """Activate and train the adapters with this name. The others become inactive and keep their values.
-
-    All else is frozen, but for the modules that are trained in full with these adapters. Gradients of what is frozen
-    are dropped. Set the adapter before the module is wrapped by `DistributedDataParallel`, which remembers what was
-    trainable.
+def active_names(module: nn.Module) -> list[str]:
+    """Return the names of the active adapters.
 
     Raises:
-        ValueError: If there are no adapters with this name.
+        ValueError: If `module` has no adapters.
+    """
+    attachment_of(module)
+    return list(dict.fromkeys(name for adapters in _containers(module) for name in adapters.active))
+
+
+def trained_names(module: nn.Module) -> list[str]:
+    """Return the names of the adapters that are trained.
+
+    Raises:
+        ValueError: If `module` has no adapters.
+    """
+    attachment_of(module)
+    return list(dict.fromkeys(name for adapters in _containers(module) for name in adapters.trained))
+
+
+def the_active_name(module: nn.Module) -> str:
+    """Return the name of the active adapters, if they have a single one.
+
+    Raises:
+        ValueError: If several are active.
+    """
+    names = active_names(module)
+    if len(names) > 1:
+        raise ValueError(
+            f"The adapters {', '.join(map(repr, names))} of this {type(module).__name__} are active: say which of them "
+            f"is meant, for example name={names[-1]!r}."
+        )
+    return names[0]
+
+
+def set_adapter(module: nn.Module, name: str | Sequence[str], trained: str | Sequence[str] | None = None) -> None:
+    """Activate the adapters with these names, whose updates add up. The others become inactive and keep their values.
+
+    What is not trained is frozen, and its gradients are dropped. Modules that are trained in full with adapters are
+    trained or frozen with them. Set the adapters before the module is wrapped by `DistributedDataParallel`, which
+    remembers what was trainable.
+
+    Args:
+        module: A module with adapters.
+        name: One name, or several.
+        trained: Which of them to train, all by default. The others are frozen.
+
+    Raises:
+        ValueError: If there are no adapters with one of these names, or several of them train the same module or bias
+            in full, so that these values cannot add up. Nothing changes then.
         RuntimeError: Within `bare` or `merged`, or if the adapters are distributed by `fully_shard`.
+
+    Example::
+
+        set_adapter(net, ["digit7", "digit9"], trained=["digit9"])
     """
     module = unwrapped(module)
-    attachment_of(module)
+    attachment = attachment_of(module)
     require_no_bare_layers(module)
-    names = _names(module)
-    if name not in names:
-        raise ValueError(f"This {type(module).__name__} has no adapters named {name!r}; it has {', '.join(names)}.")
+    names = _listed(name)
+    of_training = names if trained is None else _listed(trained)
+    _check_names(module, names)
+    strangers = [other for other in of_training if other not in names]
+    if strangers:
+        raise ValueError(
+            f"trained={strangers} cannot be trained, since only {', '.join(map(repr, names))} become active. Name them "
+            "there as well."
+        )
+    _check_overlap(attachment, names)
     if any(adapters.is_merged for adapters in _containers(module)):
         raise RuntimeError("The adapters are merged for a while: choose others outside of merged(net).")
     if any(is_sharded(parameter) for adapters in _containers(module) for parameter in adapters.parameters()):
         raise RuntimeError(
             "The adapters are distributed by fully_shard, which has noted what is trained. Choose one before that."
         )
-    activate(module, name)
+    activate(module, names, of_training)
 
 
-def activate(module: nn.Module, name: str) -> None:
-    """Activate and train the adapters with this name, and freeze all else."""
+def _listed(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _check_names(module: nn.Module, names: list[str]) -> None:
+    """Check that there are adapters with these names.
+
+    Raises:
+        ValueError: If a name is missing or occurs twice, or there is none.
+    """
+    known = _names(module)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"This {type(module).__name__} has no adapters named {name!r}; it has {', '.join(known)}.")
+    if len(set(names)) != len(names) or not names:
+        raise ValueError(f"{names} cannot become active: expected different names among {', '.join(known)}.")
+
+
+def _check_overlap(attachment: Attachment, names: list[str]) -> None:
+    """Check that no two of these adapters have a module that both train in full, whose values cannot add up.
+
+    Raises:
+        ValueError: If there are any. The message names all of these adapters.
+    """
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        for key in attachment.saved[name].keys if name in attachment.saved else ():
+            owners.setdefault(key, []).append(name)
+    shared = {key: found for key, found in owners.items() if len(found) > 1}
+    if shared:
+        together = [name for name in names if any(name in found for found in shared.values())]
+        raise ValueError(
+            f"The adapters {', '.join(map(repr, together))} cannot be active together: each of them has trained values "
+            f"of {some_of(shared)} in full, and these do not add up. Activate one of them."
+        )
+
+
+@contextmanager
+def alone(module: nn.Module, name: str) -> Iterator[None]:
+    """Give the modules that are trained in full the values that go with the adapters of one name, within this context.
+
+    Those that other adapters train have their original values. The adapters themselves stay as they are.
+    """
+    attachment = vars(unwrapped(module)).get("_lora_attachment")
+    saved = attachment.saved if isinstance(attachment, Attachment) else {}
+    chosen = {other: values.is_chosen for other, values in saved.items()}
+    try:
+        _choose(saved, {other: other == name for other in chosen})
+        yield
+    finally:
+        _choose(saved, chosen)
+
+
+def _choose(saved: Mapping[str, SavedModules], chosen: Mapping[str, bool]) -> None:
+    """Put the values of some adapters into the modules that are trained in full, after those of others are out."""
+    for name in sorted(chosen, key=chosen.__getitem__):
+        saved[name].choose(chosen[name])
+
+
+def activate(module: nn.Module, names: Sequence[str], trained: Sequence[str]) -> None:
+    """Activate the adapters with these names, train some of them, and freeze all else."""
     attachment = attachment_of(module)
-    for other, saved in attachment.saved.items():
-        if other != name:
-            saved.choose(False)
-    trained = attachment.saved.get(name)
-    if trained is not None:
-        trained.choose(True)
-    freeze(module, () if trained is None else trained.modules)
+    _choose(attachment.saved, {name: name in names for name in attachment.saved})
+    in_full = [attachment.saved[name] for name in trained if name in attachment.saved]
+    freeze(module, [child for saved in in_full for child in saved.modules])
+    for saved in in_full:
+        saved.train()
     for adapters in _containers(module):
-        adapters.activate(name)
+        adapters.activate(names, trained)
     drop_gradients(module)
     for hook in attachment.hooks:
         hook.remove()
@@ -175,7 +286,9 @@ def activate(module: nn.Module, name: str) -> None:
 
 
 def delete_adapter(module: nn.Module, name: str) -> None:
-    """Remove the adapters with this name. If they are active, the next ones become active; the last ones are detached.
+    """Remove the adapters with this name.
+
+    If no others are active, the next ones become active and are trained. The last ones are detached.
 
     Raises:
         ValueError: If there are no adapters with this name.
@@ -184,15 +297,16 @@ def delete_adapter(module: nn.Module, name: str) -> None:
     module = unwrapped(module)
     attachment_of(module)
     require_no_bare_layers(module)
-    names = _names(module)
-    if name not in names:
-        raise ValueError(f"This {type(module).__name__} has no adapters named {name!r}; it has {', '.join(names)}.")
-    others = [other for other in names if other != name]
+    _check_names(module, [name])
+    others = [other for other in _names(module) if other != name]
     if not others:
         detach(module)
         return
-    if name == names[0]:
+    active, trained = active_names(module), trained_names(module)
+    if active == [name]:
         set_adapter(module, others[0])
+    elif name in active:
+        set_adapter(module, [each for each in active if each != name], [each for each in trained if each != name])
     for layer in _layers(module):
         take_away(layer, name)
     attachment_of(module).saved.pop(name, None)
@@ -247,13 +361,13 @@ def merged(module: nn.Module) -> Iterator[None]:
         ValueError: If another layer shares an adapted weight, or if there is a bypass, which cannot be merged.
     """
     key = object()
-    found = [(weight.adapters, _merged_weight(weight)) for weight in _mergeable(module)]
+    found = [(weight.adapters, _merged_weight(weight), _merged_bias(weight)) for weight in _mergeable(module)]
     try:
-        for adapters, weight in found:
-            adapters.merge(key, weight)
+        for adapters, weight, bias in found:
+            adapters.merge(key, weight, bias)
         yield
     finally:
-        for adapters, _ in found:
+        for adapters, _, _ in found:
             adapters.unmerge(key)
 
 
@@ -288,9 +402,16 @@ def merge(module: nn.Module, check_finite: bool = True) -> None:
                 f"The weight of {weight.name!r} is computed from other parameters (pruned, normed or parametrized), so "
                 "there is nothing to merge into. Make it permanent first, or keep the adapters unmerged."
             )
-    new = [_merged_weight(weight) for weight in found]
+        if _adds_bias(weight) and stored_bias(weight.layer) is None:
+            raise ValueError(
+                f"The adapter of {weight.name!r} has a bias (lora_bias=True), and the layer has none to merge it into. "
+                "Keep the adapters unmerged."
+            )
+    new, biases = [_merged_weight(weight) for weight in found], [_merged_bias(weight) for weight in found]
     if check_finite:
-        bad = [weight.name for weight, value in zip(found, new, strict=True) if not _is_finite(weight, value)]
+        bad = [
+            weight.name for weight, *values in zip(found, new, biases, strict=True) if not _is_finite(weight, values)
+        ]
         if bad:
             raise ValueError(
                 f"The adapters of {some_of(map(repr, bad))} contain NaN or infinity: merging would destroy the base."
@@ -312,6 +433,10 @@ def merge(module: nn.Module, check_finite: bool = True) -> None:
             weight.layer._parameters[weight.parameter] = nn.Parameter(value, requires_grad=False)
         else:
             stored(weight.layer, weight.parameter).data.copy_(value)
+    for weight, bias in zip(found, biases, strict=True):
+        own = stored_bias(weight.layer)
+        if bias is not None and own is not None:
+            own.data.copy_(bias)
 
 
 def adapted_weights(module: nn.Module, name: str | None = None) -> list[AdaptedWeight]:
@@ -340,13 +465,21 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def config_of(module: nn.Module, name: str | None = None) -> LoRAConfig:
-    """Return the configuration of the active adapters, or of those with a given name.
+    """Return the configuration of the adapters with a name, or of the active ones.
+
+    Of several active ones, these are the first that are trained, or else the first.
 
     Raises:
         ValueError: If there are none.
     """
     attachment_of(module)
-    return adapted_weights(module, name)[0].adapter.config
+    chosen = name or next(iter([*trained_names(module), *active_names(module)]))
+    found = adapted_weights(module, chosen)
+    if not found:
+        raise ValueError(
+            f"This {type(module).__name__} has no adapters named {chosen!r}; it has {', '.join(_names(module))}."
+        )
+    return found[0].adapter.config
 
 
 def attachment_of(module: nn.Module) -> Attachment:
@@ -397,7 +530,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def _make(target: Target, config: LoRAConfig) -> Adapter:
     """Return an untrained adapter for a weight, on the device of the weight."""
-    variant = adapter_class(config) if target.parameter else Adapter
+    variant = variant_of(target, config)
     weight = target.weight
     device = target.dense_weight().device if weight is None else weight.device
     values = target.dense_weight() if variant.reads_weight else target.outline()
@@ -443,7 +576,7 @@ def _names(module: nn.Module) -> list[str]:
 
 
 def _mergeable(module: nn.Module) -> list[AdaptedWeight]:
-    """Return the adapted weights, or raise a `ValueError` if they cannot be merged."""
+    """Return each adapted weight once, or raise a `ValueError` if they cannot be merged."""
     module = unwrapped(module)
     attachment_of(module)
     found, memory = adapted_weights(module), shared_memory(module)
@@ -459,7 +592,7 @@ def _mergeable(module: nn.Module) -> list[AdaptedWeight]:
                 f"The weight of {weight.name!r} is shared ({', '.join(names)}): merging would change the other layer "
                 "too. Keep the adapters unmerged, or leave the shared layer out of target_modules."
             )
-    return found
+    return list({(weight.layer, weight.parameter): weight for weight in found}.values())
 
 
 @torch.no_grad()
@@ -472,8 +605,24 @@ def _merged_weight(weight: AdaptedWeight) -> Tensor:
         return with_updates(weight.layer, weight.parameter, chosen)
 
 
-def _is_finite(weight: AdaptedWeight, value: Tensor) -> bool:
+@torch.no_grad()
+def _merged_bias(weight: AdaptedWeight) -> Tensor | None:
+    """Return b + Σ s c, or `None` if no active adapter has a bias."""
+    if not _adds_bias(weight):
+        return None
+    in_effect = weight.adapters.in_effect
+    if in_effect.merged is not None:
+        return in_effect.bias
+    return bias_with_updates(weight.layer, tuple(map(weight.adapters.adapter, weight.adapters.active)))
+
+
+def _adds_bias(weight: AdaptedWeight) -> bool:
+    return any(weight.adapters.adapter(name).config.lora_bias for name in weight.adapters.active)
+
+
+def _is_finite(weight: AdaptedWeight, values: Iterable[Tensor | None]) -> bool:
     """Return whether an update is finite. A base that was not finite before is not the fault of the adapter."""
-    if bool(value.isfinite().all()):
+    if all(value is None or bool(value.isfinite().all()) for value in values):
         return True
-    return all(bool(parameter.isfinite().all()) for parameter in weight.adapter.parameters())
+    chosen = map(weight.adapters.adapter, weight.adapters.active)
+    return all(bool(value.isfinite().all()) for adapter in chosen for value in adapter.parameters())

@@ -11,7 +11,7 @@ type of layer; a type of layer is a `Kind` and knows no variant. `Adapters` hold
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import RLock, get_ident
@@ -151,19 +151,23 @@ class Adapter(nn.Module):
     Attributes:
         lora_A: A of shape (r, in), in at least float32, or (r, experts, in) where the weight has experts.
         lora_B: B of shape (out, r), or (out, r, experts). It is zero initially, so an untrained adapter changes no bit.
+        lora_bias: The bias c of B, of shape (out,), or `None`. The layer adds s c to its own bias.
         scaling: Scale s. It is that of the requested rank, even if the layer is too small for this rank.
         strength: Factor λ of the update W + λ ΔW, 1 except within `scaled`.
         config: The configuration that the adapter was made from. There is no other record of it.
         reads_weight: Whether the initial values, or the forward pass, depend on the values of W.
         is_linear: Whether the update is a linear function of B A, so that updates can be added up by their factors.
         label: Name of the variant, if any.
+        fixed: Names of parameters that stay frozen while the others are trained.
     """
 
     reads_weight: ClassVar[bool] = False
     is_linear: ClassVar[bool] = True
     label: ClassVar[str] = ""
+    fixed: ClassVar[tuple[str, ...]] = ()
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -181,6 +185,8 @@ class Adapter(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.empty(rank, *experts, in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, *experts, dtype=dtype, device=device))
+        bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if config.lora_bias else None
+        self.register_parameter("lora_bias", bias)
         self.start(weight)
 
     @classmethod
@@ -197,6 +203,8 @@ class Adapter(nn.Module):
         """Draw A and set B to zero. A is drawn on the CPU, so a seed gives the same values on every device."""
         self.lora_A.copy_(self._drawn()) if type(self.lora_A.data) is Tensor else self._draw_in_place()
         self.lora_B.zero_()
+        if self.lora_bias is not None:
+            self.lora_bias.zero_()
 
     def load_base(self, weight: Tensor) -> None:
         """Take note of a W that was loaded. The adapter of this class does not depend on it."""
@@ -216,6 +224,14 @@ class Adapter(nn.Module):
     def rank(self) -> int:
         """Return the rank r of B A."""
         return len(self.lora_A)
+
+    def bias_update(self) -> Tensor:
+        """Return λ s c of an adapter with a bias, which the layer adds to its own."""
+        return parameter_of(self, "lora_bias") * (self.scaling * self.strength)
+
+    def is_zero(self) -> bool:
+        """Return whether the adapter has no effect yet."""
+        return not bool(self.product().any()) and not (self.config.lora_bias and bool(self.bias_update().any()))
 
     def product(self) -> Tensor:
         """Return λ s B A as a matrix of shape (out, in), in the dtype of the adapter."""
@@ -253,6 +269,8 @@ class Adapter(nn.Module):
     def scale(self, factor: float, weight: Tensor) -> None:
         """Multiply the update by a factor permanently. `weight` is W as a plain tensor."""
         self.lora_B.mul_(factor)
+        if self.lora_bias is not None:
+            self.lora_bias.mul_(factor)
 
     def scaled(self, key: object, factor: float | None) -> None:
         """Multiply the update by a factor until the same key is passed with `None`."""
@@ -315,10 +333,12 @@ class InEffect(NamedTuple):
     Attributes:
         merged: W' within the context `merged`, or `None`. W itself is not changed.
         adapters: The adapters: the active ones, or none during a pause and with W'.
+        bias: b + Σ s c within the context `merged`, if any adapter has a bias.
     """
 
     merged: Tensor | None
     adapters: tuple[Adapter, ...]
+    bias: Tensor | None = None
 
 
 class Adapters(nn.Module):
@@ -331,6 +351,7 @@ class Adapters(nn.Module):
 
     Attributes:
         active: The names that were chosen.
+        trained: Those of them that are trained. The others are frozen.
         in_effect: What the layer computes with.
         formed: W' during a forward pass that reads it more than once, by thread.
         is_computed: Whether the weight is computed by a hook or a parametrization, as in pruning and weight
@@ -341,11 +362,12 @@ class Adapters(nn.Module):
         super().__init__()
         self.kind, self.layout, self.parameter = kind, layout, parameter
         self.active: tuple[str, ...] = ()
+        self.trained: tuple[str, ...] = ()
         self.in_effect = InEffect(None, ())
         self.formed: dict[int, Tensor] = {}
         self.is_computed = False
         self._pauses: frozenset[object] = frozenset()
-        self._merges: Mapping[object, Tensor] = {}
+        self._merges: Mapping[object, tuple[Tensor, Tensor | None]] = {}
 
     def names(self) -> list[str]:
         """Return the names of all adapters."""
@@ -357,13 +379,19 @@ class Adapters(nn.Module):
         assert isinstance(found, Adapter)
         return found
 
-    def activate(self, *names: str) -> None:
-        """Compute with the adapters of these names, as far as there are any, train them, and freeze the others."""
+    def activate(self, names: Collection[str], trained: Collection[str]) -> None:
+        """Compute with the sum of the adapters of these names, as far as there are any.
+
+        Those that are also in `trained` are trained, and all others frozen.
+        """
         self.active = tuple(name for name in names if name in self._modules)
+        self.trained = tuple(name for name in self.active if name in trained)
         for name in self._modules:
             adapter = self.adapter(name)
-            adapter.requires_grad_(name in self.active)
-            if name not in self.active:
+            adapter.requires_grad_(name in self.trained)
+            for fixed in adapter.fixed:
+                adapter.get_parameter(fixed).requires_grad_(False)
+            if name not in self.trained:
                 drop_gradients(adapter)
         self.update()
 
@@ -379,17 +407,25 @@ class Adapters(nn.Module):
             self._pauses = self._pauses - {key}
             self.update()
 
-    def merge(self, key: object, weight: Tensor) -> None:
-        """Compute with this W' until `unmerge` is called with the same key. A pause goes first."""
+    def merge(self, key: object, weight: Tensor, bias: Tensor | None) -> None:
+        """Compute with this W', and this bias if any, until `unmerge` is called with the same key.
+
+        A pause goes first.
+        """
         with _changing():
-            self._merges = {**self._merges, key: weight}
+            self._merges = {**self._merges, key: (weight, bias)}
             self.update()
 
     def unmerge(self, key: object) -> None:
         """End a merge."""
         with _changing():
-            self._merges = {other: weight for other, weight in self._merges.items() if other is not key}
+            self._merges = {other: values for other, values in self._merges.items() if other is not key}
             self.update()
+
+    @property
+    def have_bias(self) -> bool:
+        """Return whether any of the adapters has a bias, active or not."""
+        return any(self.adapter(name).config.lora_bias for name in self._modules)
 
     @property
     def is_paused(self) -> bool:
@@ -414,6 +450,7 @@ class Adapters(nn.Module):
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
         self.active = tuple(other for other in self.active if other != name)
+        self.trained = tuple(other for other in self.trained if other != name)
         self.update()
 
     def __getstate__(self) -> dict[str, object]:
@@ -434,7 +471,8 @@ class Adapters(nn.Module):
             if self._pauses:
                 self.in_effect = InEffect(None, ())
             elif merges:
-                self.in_effect = InEffect(merges[-1], ())
+                weight, bias = merges[-1]
+                self.in_effect = InEffect(weight, (), bias)
             else:
                 self.in_effect = InEffect(None, tuple(map(self.adapter, self.active)))
 

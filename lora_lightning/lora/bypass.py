@@ -27,6 +27,8 @@ class BypassKind(Kind[nn.Module]):
         return []
 
     def refusal(self, layer: nn.Module, parameter: str, weight: Tensor, config: LoRAConfig) -> str | None:
+        if config.lora_bias:
+            return "has a bypass, which has no bias: leave out lora_bias"
         if kind_of(layer).is_reader:
             return None
         return f"is a {type(layer).__name__}, which gets its own adapter; a bypass is for a module that contains layers"

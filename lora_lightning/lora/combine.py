@@ -16,9 +16,9 @@ from lora_lightning.lora.adaptation import (
     unwrapped,
 )
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.layers import AdaptedWeight, Target
+from lora_lightning.lora.layers import AdaptedWeight, Target, adapters_of
 from lora_lightning.lora.matching import exactly, literally
-from lora_lightning.lora.selection import layers_of
+from lora_lightning.lora.selection import check, layers_of
 
 
 def add_weighted_adapter(module: nn.Module, weights: Mapping[str, float], name: str) -> None:
@@ -51,7 +51,7 @@ def add_weighted_adapter(module: nn.Module, weights: Mapping[str, float], name: 
         for weight in adapted_weights(module, other):
             if not weight.adapter.is_linear or other in attachment_of(module).saved:
                 raise ValueError(
-                    f"The adapters {other!r} cannot be added: they use DoRA, or modules that are trained "
+                    f"The adapters {other!r} cannot be added: they use DoRA, or modules or biases that are trained "
                     "in full. Combine others."
                 )
             found.setdefault(weight.name if weight.parameter else "bypass of the module", []).append(weight)
@@ -60,7 +60,10 @@ def add_weighted_adapter(module: nn.Module, weights: Mapping[str, float], name: 
         Target(first.layer_name, first.layer, first.parameter, first.kind, a.shape[-2], first.sizes)
         for (first, *_), (a, _) in zip(found.values(), factors, strict=True)
     ]
-    attach_to(module, selected, _config(module, selected, weights), name)
+    config = _config(module, selected, weights)
+    if config.lora_bias:
+        check(selected, config)
+    attach_to(module, selected, config, name)
     with torch.no_grad():
         for target, (a, b) in zip(selected, factors, strict=True):
             adapter = next(
@@ -69,6 +72,8 @@ def add_weighted_adapter(module: nn.Module, weights: Mapping[str, float], name: 
                 if weight.layer is target.layer and weight.parameter == target.parameter
             )
             adapter.set_factors(a, b)
+            if adapter.lora_bias is not None:
+                adapter.lora_bias.copy_(_sum_of_biases(target, weights))
 
 
 def _sum(terms: list[AdaptedWeight], weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
@@ -77,6 +82,17 @@ def _sum(terms: list[AdaptedWeight], weights: Mapping[str, float]) -> tuple[Tens
     return torch.cat([a.detach() for a, _, _ in pairs], dim=-2), torch.cat(
         [b.detach() * s for _, b, s in pairs], dim=-1
     )
+
+
+def _sum_of_biases(target: Target, weights: Mapping[str, float]) -> Tensor:
+    """Return the weighted sum of the biases of the adapters of one weight."""
+    adapters = adapters_of(target.layer, target.parameter)
+    total = torch.zeros(target.shape[0])
+    for name, factor in weights.items():
+        if name in adapters.names() and adapters.adapter(name).config.lora_bias:
+            update = adapters.adapter(name).bias_update()
+            total = total.to(update) + factor * update
+    return total
 
 
 def _config(module: nn.Module, selected: list[Target], weights: Mapping[str, float]) -> LoRAConfig:
@@ -93,4 +109,5 @@ def _config(module: nn.Module, selected: list[Target], weights: Mapping[str, flo
         target_modules=exactly(layers, modules) if layers else [],
         target_parameters=exactly(inside, parameters) if inside else [],
         rank_pattern=ranks,
+        lora_bias=any(config_of(module, name).lora_bias for name in weights),
     )

@@ -8,8 +8,9 @@ from functools import cached_property
 
 from lora_lightning.lora.matching import Names
 
-INITS = ("kaiming", "gaussian", "pissa")
+INITS = ("kaiming", "gaussian", "pissa", "mica")
 QKV = ("q", "k", "v", "qk", "qv", "kv")
+BIASES = ("none", "all", "lora_only")
 _PATTERNS = (
     "target_modules",
     "exclude_modules",
@@ -47,11 +48,17 @@ class LoRAConfig:
         alpha_pattern: Other alphas, in the format of `rank_pattern`.
         init: `"kaiming"`: A uniform, B zero. `"gaussian"`: A normal with standard deviation 1 / r, B zero. `"pissa"`:
             from the largest singular values of W (https://arxiv.org/abs/2404.02948), where the layer adds the
-            difference to the initial values.
+            difference to the initial values. `"mica"`: B from the left singular vectors of W with the smallest singular
+            values, A zero, and only A is trained (https://arxiv.org/abs/2604.01694).
         use_rslora: Scale by alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732, equation 5).
         use_dora: Train the norm of each row of W + s B A as a vector m (DoRA, https://arxiv.org/abs/2402.09353,
             equation 5).
-        qkv: Which of query, key and value to adapt, such as `"qv"`, in targets whose output is their concatenation.
+        qkv: Which of query, key and value to adapt, such as `"qv"`, in targets whose output holds all three: those
+            with three times as many outputs as inputs. Other targets are adapted as usual.
+        bias: Biases of the base to train in full: `"none"`, `"all"` of them (parameters named `bias`), or `"lora_only"`
+            for those of the adapted layers.
+        lora_bias: Whether B has a bias c, for `y = W x + b + s (B A x + c)`. For layers that are called, such as linear
+            layers and convolutions.
         bypass: `(in_features, out_features)` of an adapter around the whole module f, for `f(x) + s B A flatten(x)`.
 
     Raises:
@@ -71,6 +78,8 @@ class LoRAConfig:
     use_rslora: bool = False
     use_dora: bool = False
     qkv: str = ""
+    bias: str = "none"
+    lora_bias: bool = False
     bypass: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -91,6 +100,13 @@ class LoRAConfig:
             )
         if self.qkv and self.qkv not in QKV:
             raise ValueError(f"qkv={self.qkv!r}: expected one or two of q, k, v, as 'qv'.")
+        if self.bias not in BIASES:
+            raise ValueError(f"bias={self.bias!r}: expected one of {', '.join(BIASES)}.")
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias=True cannot be combined with use_dora=True, as in PEFT: use one of them.")
+        others = [name for name in ("use_dora", "qkv", "lora_bias") if getattr(self, name)]
+        if self.init == "mica" and others:
+            raise ValueError(f"init='mica' cannot be combined with {', '.join(others)}. Use one of them.")
         if self.bypass is not None and (len(self.bypass) != 2 or min(self.bypass) < 1):
             raise ValueError(
                 f"bypass={self.bypass!r}: expected sizes of flattened input and output, for example (784, 10)."

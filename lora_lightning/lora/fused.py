@@ -72,7 +72,7 @@ class _Fused(torch.autograd.Function):
     Compared with the plain operations, this saves one pass over y in the forward pass, where the low-rank product is
     added in place, and one pass over dx in the backward pass. With G = dL/dy and h = d(x) Aᵀ:
 
-        dB = s Gᵀ h        dA = (s G B)ᵀ d(x)        dx = G W + d((s G B) A)
+        dB = s Gᵀ h        dA = (s G B)ᵀ d(x)        dx = G W + d((s G B) A)        db = Σ G
 
     The products use A and B in the dtype of x. On CUDA, the gradients of float32 adapters are not rounded to the half
     precision of x.
@@ -128,7 +128,8 @@ class _Fused(torch.autograd.Function):
         if grad_input is not None:
             grad_input = grad_input.view_as(input)
         grad_a, grad_b = _product(grad_low.t(), x, full_a.dtype), _product(gradient.t(), low, full_b.dtype)
-        return grad_input, None, None, grad_a, grad_b, None, None
+        grad_bias = gradient.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_input, None, grad_bias, grad_a, grad_b, None, None
 
 
 def _applies(input: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> bool:
@@ -138,7 +139,6 @@ def _applies(input: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
         and a.requires_grad
         and b.requires_grad
         and not weight.requires_grad
-        and not (bias is not None and bias.requires_grad)
         and input.dtype == weight.dtype
         and type(input) in _PLAIN
         and type(weight) in _PLAIN

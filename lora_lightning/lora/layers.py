@@ -63,8 +63,9 @@ class FusedLinearKind(LinearKind):
     def adapted(self, layer: nn.Linear, weight: Tensor, input: Tensor, adapters: tuple[Adapter, ...]) -> Tensor:
         if len(adapters) == 1:
             parameters = layer._parameters
-            # The second is slower, and for a bias that is computed.
-            bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401
+            # The second is slower, and for a bias that is computed, or that adapters add to.
+            read: tuple[str, ...] = layer.lora_read  # type: ignore[assignment]
+            bias = parameters["bias"] if "bias" in parameters and "bias" not in read else layer.bias
             output = fused_linear(adapters[0], input, weight, bias)
             if output is not None:
                 return output
@@ -102,6 +103,8 @@ class EmbeddingKind(CalledKind[nn.Embedding]):
         return Layout(transposed=True, one_hot=True, zero_column=layer.padding_idx)
 
     def refusal(self, layer: nn.Embedding, parameter: str, weight: Tensor, config: LoRAConfig) -> str | None:
+        if config.lora_bias:
+            return "is an embedding, for which lora_bias=True is not supported"
         rewrites = layer.max_norm is not None or layer.scale_grad_by_freq
         return "has max_norm or scale_grad_by_freq, which change the weight or its gradient" if rewrites else None
 
@@ -118,7 +121,7 @@ class Adapted(nn.Module):
     Attributes:
         lora_plain: The class of the layer without adapters.
         lora_kinds: The adapted parameters and their kinds.
-        lora_read: The parameters that return the weight in effect.
+        lora_read: The parameters that return the weight in effect, and `bias` if adapters add to it.
         lora_sizes: Attributes that state the shape of a weight.
     """
 
@@ -161,13 +164,15 @@ class Adapted(nn.Module):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         if self.lora_plain.__reduce_ex__ is object.__reduce_ex__ and self.lora_plain.__reduce__ is object.__reduce__:
-            return _new, (self.lora_plain, self.lora_kinds), self.__getstate__()  # type: ignore[no-untyped-call]
+            made_from = self.lora_plain, self.lora_kinds, _adds_bias(self)
+            return _new, made_from, self.__getstate__()  # type: ignore[no-untyped-call]
         children = {child_name(parameter): adapters_of(self, parameter) for parameter, _ in self.lora_kinds}
+        adds_bias = _adds_bias(self)
         with bare(self) as plain:  # the class has a way of its own, which may read the weight
             reduced = plain.__reduce_ex__(protocol)
         if isinstance(reduced, str) or any(part is not None for part in reduced[3:]):
             raise TypeError(f"A {self.lora_plain.__name__} with adapters cannot be copied or pickled in its own way.")
-        return _rebuilt, (*reduced[:3], *[None] * (3 - len(reduced[:3])), self.lora_kinds, children)
+        return _rebuilt, (*reduced[:3], *[None] * (3 - len(reduced[:3])), self.lora_kinds, adds_bias, children)
 
 
 class ReadOnlyParametrizations(nn.ModuleDict):
@@ -280,6 +285,16 @@ class AdaptedWeight(Target):
         return adapters_of(self.layer, self.parameter)
 
     @property
+    def is_trained(self) -> bool:
+        """Return whether the adapter is trained, and not frozen or inactive."""
+        return self.adapter_name in self.adapters.trained
+
+    @property
+    def title(self) -> str:
+        """Return the name of the weight, with that of the adapter in brackets if several of them are active."""
+        return self.name if len(self.adapters.active) < 2 else f"{self.name} ({self.adapter_name})"
+
+    @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """Return the trained parameters A and B, of the shapes that `Adapter` describes."""
         return self.adapter.lora_A, self.adapter.lora_B
@@ -328,7 +343,7 @@ def effective(layer: nn.Module, parameter: str) -> Tensor:
     formed = adapters.formed.get(this_thread()) if adapters.formed else None
     if formed is not None and (formed.requires_grad or not torch.is_grad_enabled()):
         return formed
-    merged, in_effect = adapters.in_effect
+    merged, in_effect, _ = adapters.in_effect
     if merged is not None:
         return merged
     return with_updates(layer, parameter, in_effect) if in_effect else stored(layer, parameter)
@@ -341,6 +356,28 @@ def with_updates(layer: nn.Module, parameter: str, adapters: tuple[Adapter, ...]
         delta = adapter.delta_weight(plain)
         total = total.to(delta.dtype) + delta
     return total.to(plain.dtype)
+
+
+def bias_in_effect(layer: nn.Module) -> Tensor | None:
+    """Return b + Σ s c, rounded once to the dtype of b, or of W if there is no b."""
+    merged, in_effect, bias = adapters_of(layer, "weight").in_effect
+    return bias_with_updates(layer, in_effect) if merged is None else bias
+
+
+def bias_with_updates(layer: nn.Module, adapters: tuple[Adapter, ...]) -> Tensor | None:
+    """Return b + Σ s c for these adapters."""
+    plain = total = stored_bias(layer)
+    for adapter in adapters:
+        if adapter.config.lora_bias:
+            update = adapter.bias_update()
+            total = update if total is None else total.to(update.dtype) + update
+    return None if total is None else total.to((stored(layer, "weight") if plain is None else plain).dtype)
+
+
+def stored_bias(layer: nn.Module) -> Tensor | None:
+    """Return b, whatever adapters add to it."""
+    found: Tensor | None = layer._parameters.get("bias")
+    return vars(layer).get("bias") if found is None else found
 
 
 def load_base(layer: nn.Module, parameter: str) -> None:
@@ -356,15 +393,31 @@ def load_base(layer: nn.Module, parameter: str) -> None:
 def place(target: Target, name: str, adapter: Adapter) -> None:
     """Give a layer an adapter of one of its parameters."""
     layer, parameter = target.layer, target.parameter
+    had_bias = _adds_bias(layer)
     kinds = layer.lora_kinds if isinstance(layer, Adapted) else ()
     if parameter not in dict(kinds):
         plain = layer.lora_plain if isinstance(layer, Adapted) else type(layer)
-        cls = adapted_class(plain, (*kinds, (parameter, target.kind)))
+        cls = adapted_class(plain, (*kinds, (parameter, target.kind)), had_bias)
         adapters = Adapters(target.kind, target.layout, parameter).train(layer.training)
         adapters.is_computed = is_computed(layer, parameter)
         layer.add_module(child_name(parameter), adapters)
         _become(layer, cls)
     adapters_of(layer, parameter).add_module(name, adapter.train(layer.training))
+    if adapter.config.lora_bias and not had_bias:
+        _become(layer, _class_for(layer))
+
+
+def _adds_bias(layer: nn.Module) -> bool:
+    """Return whether adapters of a layer add to its bias."""
+    if not isinstance(layer, Adapted):
+        return False
+    return any(adapters_of(layer, parameter).have_bias for parameter, _ in layer.lora_kinds if parameter)
+
+
+def _class_for(layer: nn.Module) -> type[nn.Module]:
+    """Return the class that an adapted layer should have."""
+    assert isinstance(layer, Adapted)
+    return adapted_class(layer.lora_plain, layer.lora_kinds, _adds_bias(layer))
 
 
 def take_away(layer: nn.Module, name: str) -> None:
@@ -376,11 +429,12 @@ def take_away(layer: nn.Module, name: str) -> None:
         if name in adapters.names():
             delattr(adapters, name)
     left = tuple((parameter, kind) for parameter, kind in layer.lora_kinds if adapters_of(layer, parameter).names())
-    if left != layer.lora_kinds:
+    adds_bias = any(adapters_of(layer, parameter).have_bias for parameter, _ in left)
+    if left != layer.lora_kinds or adds_bias != ("bias" in layer.lora_read):
         for parameter, _ in layer.lora_kinds:
             if parameter not in dict(left):
                 del layer._modules[child_name(parameter)]
-        _become(layer, adapted_class(layer.lora_plain, left) if left else layer.lora_plain)
+        _become(layer, adapted_class(layer.lora_plain, left, adds_bias) if left else layer.lora_plain)
 
 
 def restore(layer: nn.Module) -> None:
@@ -472,7 +526,8 @@ class _Held:
         for adapters in self.children.values():
             adapters.is_computed = is_computed(layer, adapters.parameter)
         layer._modules.update(self.children)
-        _become(layer, adapted_class(type(layer), self.kinds))
+        adds_bias = any(adapters.have_bias for adapters in self.children.values())
+        _become(layer, adapted_class(type(layer), self.kinds, adds_bias))
         for parameter, _ in self.kinds:
             load_base(layer, parameter)
         if self._is_distributed() and not self.was_distributed:  # by parallelize_module
@@ -506,7 +561,7 @@ def require_own_class(layer: nn.Module) -> None:
     Raises:
         RuntimeError: If it was.
     """
-    if isinstance(layer, Adapted) and type(layer) is not adapted_class(layer.lora_plain, layer.lora_kinds):
+    if isinstance(layer, Adapted) and type(layer) is not _class_for(layer):
         raise RuntimeError(
             f"The class of this {layer.lora_plain.__name__} was replaced with {type(layer).__name__} after attach. "
             "Undo that first."
@@ -517,21 +572,23 @@ _lock = RLock()
 _classes: WeakValueDictionary[tuple[object, ...], type[nn.Module]] = WeakValueDictionary()
 
 
-def adapted_class(plain: type[nn.Module], kinds: Kinds) -> type[nn.Module]:
-    """Return the subclass of `plain` for layers with adapters of these parameters."""
-    key = plain, tuple((parameter, type(kind)) for parameter, kind in kinds)
+def adapted_class(plain: type[nn.Module], kinds: Kinds, adds_bias: bool = False) -> type[nn.Module]:
+    """Return the subclass of `plain` for layers with adapters of these parameters, which may add to the bias."""
+    key = plain, tuple((parameter, type(kind)) for parameter, kind in kinds), adds_bias
     with _lock:
         found = _classes.get(key)
         if found is None:
-            found = _classes[key] = _make_class(plain, kinds)
+            found = _classes[key] = _make_class(plain, kinds, adds_bias)
         return found
 
 
-def _make_class(plain: type[nn.Module], kinds: Kinds) -> type[nn.Module]:
-    read = tuple(name for name, kind in kinds if name and not kind.is_packed)
+def _make_class(plain: type[nn.Module], kinds: Kinds, adds_bias: bool) -> type[nn.Module]:
+    weights = tuple(name for name, kind in kinds if name and not kind.is_packed)
+    read = (*weights, "bias") if adds_bias else weights
     sizes = tuple(dict.fromkeys(size for _, kind in kinds for size in kind.sizes))
     members: dict[str, object] = {"lora_plain": plain, "lora_kinds": kinds, "lora_read": read, "lora_sizes": sizes}
-    members |= {name: _weight_in_effect(name) for name in read}
+    members |= {name: _weight_in_effect(name) for name in weights}
+    members |= {"bias": property(bias_in_effect, _refuse_bias)} if adds_bias else {}
     members |= {name: _fixed_size(name) for name in sizes if not hasattr(plain, name)}
     members |= {name: _reset(name) for name in ("reset_parameters", "_reset_parameters") if hasattr(plain, name)}
     for _, kind in kinds:
@@ -567,7 +624,7 @@ def _called_forward(kind: CalledKind[nn.Module]) -> Forward:
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         adapters = self._modules["lora_weight"]
         assert isinstance(adapters, Adapters)
-        merged, in_effect = adapters.in_effect
+        merged, in_effect, _ = adapters.in_effect
         if merged is not None:
             return kind.base(self, merged, input)
         weight = self._parameters.get("weight")
@@ -623,6 +680,10 @@ def _weight_in_effect(parameter: str) -> property:
         self.__dict__[parameter] = value
 
     return property(read, write, doc=f"The {parameter} in effect, W + ΔW. It is for reading only.")
+
+
+def _refuse_bias(layer: Adapted, value: object) -> None:
+    raise RuntimeError(_is_read_only(layer, "bias"))
 
 
 def _can_be_added(weight: Tensor, adapters: Adapters) -> bool:
@@ -708,6 +769,7 @@ def _rebuilt(
     arguments: tuple[object, ...],
     state: Mapping[str, object] | None,
     kinds: Kinds,
+    adds_bias: bool,
     children: Mapping[str, Adapters],
 ) -> nn.Module:
     """Return a copy of an adapted layer whose plain class says how it is copied and pickled."""
@@ -715,11 +777,11 @@ def _rebuilt(
     if state is not None:
         layer.__setstate__(state)  # type: ignore[no-untyped-call]
     layer._modules.update(children)
-    _become(layer, adapted_class(type(layer), kinds))
+    _become(layer, adapted_class(type(layer), kinds, adds_bias))
     return layer
 
 
-def _new(plain: type[nn.Module], kinds: Kinds) -> nn.Module:
+def _new(plain: type[nn.Module], kinds: Kinds, adds_bias: bool) -> nn.Module:
     """Return an empty object of the class, for copies and pickles."""
-    cls = adapted_class(plain, kinds)
+    cls = adapted_class(plain, kinds, adds_bias)
     return cls.__new__(cls)

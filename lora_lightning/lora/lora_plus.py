@@ -45,5 +45,8 @@ def check_lr_ratio(lr_ratio: float) -> float:
 
 
 def _ups(module: nn.Module) -> dict[int, nn.Parameter]:
-    """Return the B of every adapter, by identity."""
-    return {id(weight.factors[1]): weight.factors[1] for weight in adapted_weights(module)}
+    """Return the B of every trained adapter, by identity."""
+    trained = [
+        weight for weight in adapted_weights(module) if weight.is_trained and "lora_B" not in weight.adapter.fixed
+    ]
+    return {id(weight.factors[1]): weight.factors[1] for weight in trained}

@@ -1,14 +1,16 @@
-"""Trains modules in full in addition to adapters, and keeps their original values."""
+"""Trains modules and biases in full in addition to adapters, and keeps their original values."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Iterable
 from threading import RLock
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
+from lora_lightning.lora.adapter import Adapters
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.matching import Names
 
@@ -27,23 +29,35 @@ class SavedModules:
     Args:
         module: The adapted module.
         config: Its `modules_to_save` select the modules.
+        biases: State-dict keys of biases that are trained in full as well.
 
     Attributes:
         names: Names of the modules.
+        biases: State-dict keys of biases outside these modules.
         keys: State-dict keys of their parameters and buffers.
         is_chosen: Whether the module has the trained values, except during a pause.
     """
 
-    def __init__(self, module: nn.Module, config: LoRAConfig) -> None:
+    def __init__(self, module: nn.Module, config: LoRAConfig, biases: Iterable[str] = ()) -> None:
         self._module, self._is_in, self.is_chosen = module, True, True
         self._pauses: frozenset[object] = frozenset()
         wanted = Names(config.modules_to_save)
         self.names = [name for name, _ in module.named_modules() if name and wanted.match(name)]
+        inside = tuple(f"{name}." for name in self.names)
+        self.biases = [key for key in biases if not key.startswith(inside)]
         for name in self.names:
-            self._claim(name)
+            self._claim(name, module.get_submodule(name).modules())
+        for key in self.biases:
+            self._claim(key, [module.get_submodule(key.rpartition(".")[0])])
         state = module.state_dict(keep_vars=True)
-        prefixes = tuple(f"{name}." for name in self.names)
-        self.keys = [key for key, value in state.items() if key.startswith(prefixes) and isinstance(value, Tensor)]
+        adapters = tuple(f"{name}." for name, child in module.named_modules() if isinstance(child, Adapters))
+        of_biases = set(self.biases)
+        self.keys = [
+            key
+            for key, value in state.items()
+            if isinstance(value, Tensor) and not key.startswith(adapters)
+            if key.startswith(inside) or key in of_biases
+        ]
         memory = shared_memory(module)
         copies: dict[int, Tensor] = {}
         self._others: dict[str, Tensor] = {}
@@ -56,21 +70,22 @@ class SavedModules:
                 if isinstance(value, nn.Parameter):
                     copies[id(value)] = nn.Parameter(copies[id(value)], requires_grad=False)
             self._others[key] = copies[id(value)]
-            ties = [name for name in memory.get(id(value), ()) if not name.startswith(prefixes)]
+            tied = memory.get(id(value), ())
+            ties = [name for name in tied if not name.startswith(inside) and name not in of_biases]
             if ties:
                 _log.warning("%s is tied to %s, which stays frozen: a separate copy is trained.", key, ", ".join(ties))
                 self._tied.add(key)
                 self._put(key, copies[id(value)])
                 self._others[key] = value
 
-    def _claim(self, name: str) -> None:
-        """Refuse a module that is trained in full with the adapters of another root, whose values these would hide."""
-        for child in self._module.get_submodule(name).modules():
+    def _claim(self, name: str, modules: Iterable[nn.Module]) -> None:
+        """Refuse modules that is trained in full with the adapters of another root, whose values these would hide."""
+        for child in modules:
             other = _claims.get(child)
             saved = None if other is None else other()
             if saved is not None and saved._module is not self._module:
                 raise ValueError(
-                    f"modules_to_save: {name!r} is already trained in full with the adapters of a "
+                    f"{name!r} is already trained in full with the adapters of a "
                     f"{type(saved._module).__name__}. Attach the adapters to the same module."
                 )
             if saved is None:
@@ -80,6 +95,11 @@ class SavedModules:
     def modules(self) -> list[nn.Module]:
         """Return the modules themselves."""
         return [self._module.get_submodule(name) for name in self.names]
+
+    def train(self) -> None:
+        """Train the biases. Freezing the rest trains the modules."""
+        for key in self.biases:
+            self._live(key).requires_grad_(True)
 
     def trained_values(self) -> dict[str, Tensor]:
         """Return the trained values by state-dict key, whether or not they are in the module now."""

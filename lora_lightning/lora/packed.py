@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.layers import Adapted, LinearKind
 
 
@@ -23,6 +24,9 @@ class PackedLinearKind(LinearKind):
 
     is_packed = True
     sizes = ()
+
+    def refusal(self, layer: nn.Linear, parameter: str, weight: Tensor, config: LoRAConfig) -> str | None:
+        return "is quantized by bitsandbytes, which lora_bias=True does not support" if config.lora_bias else None
 
     def shape(self, layer: nn.Linear, weight: Tensor) -> torch.Size:
         return torch.Size((layer.out_features, layer.in_features))
@@ -48,6 +52,13 @@ class PackedLinearKind(LinearKind):
         bias = parameters.get("bias")
         if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point():  # merged
             return F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+        if bias is not None and bias.requires_grad:  # trained in full, in its own dtype
+            parameters["bias"] = None
+            try:
+                unbiased: Tensor = layer.lora_plain.forward(layer, input)
+                return unbiased + bias.to(unbiased.dtype)
+            finally:
+                parameters["bias"] = bias
         # The layer converts its bias in place to the compute dtype. A second tensor leaves the frozen bias unchanged.
         if bias is not None:
             parameters["bias"] = nn.Parameter(bias.detach(), requires_grad=False)

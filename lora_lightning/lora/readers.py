@@ -28,6 +28,8 @@ class ReaderKind(Kind[L]):
         return []
 
     def refusal(self, layer: L, parameter: str, weight: Tensor, config: LoRAConfig) -> str | None:
+        if config.lora_bias:
+            return "reads its weight itself, so that lora_bias=True has no place there: leave it out"
         if config.dropout:
             return f"uses its weight directly, so dropout={config.dropout} cannot be applied: use dropout=0"
         if isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lora_lightning.lora.adapter import Adapters, Layout
+from lora_lightning.lora.adapter import Adapter, Adapters, Layout
 from lora_lightning.lora.bypass import bypass_target
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.layers import Adapted, Target, bare_layers, child_name, stored
@@ -66,6 +66,13 @@ def select(module: nn.Module, config: LoRAConfig) -> list[Target]:
     check(selected, config)
     if config.target_modules == "all":
         _say_what_is_not_reached(module, selected, in_full)
+    if config.qkv and not all(map(is_qkv, selected)):
+        _log.warning(
+            "qkv=%r applies to %s. The other targets, without three times as many outputs as inputs, are adapted "
+            "as usual.",
+            config.qkv,
+            some_of(target.name for target in selected if is_qkv(target)),
+        )
     return limit_ranks(selected)
 
 
@@ -75,9 +82,21 @@ def check(selected: Iterable[Target], config: LoRAConfig) -> None:
     Raises:
         ValueError: If one cannot. The message names all of these.
     """
+    selected = list(selected)
+    if config.qkv and selected and not any(map(is_qkv, selected)):
+        rows, columns = selected[0].shape
+        raise ValueError(
+            f"Layer {selected[0].name!r} has {rows} outputs and {columns} inputs: expected three times as many outputs "
+            f"as inputs for qkv={config.qkv!r}, in at least one of the targets."
+        )
     refused = [f"Layer {target.name!r} {why}" for target in selected if (why := _refusal(target, config))]
     if refused:
         raise ValueError(f"{some_of(refused)}. Leave such layers out with exclude_modules, or do not name them.")
+
+
+def can_be_name(name: str) -> bool:
+    """Return whether adapters can have this name, which is that of a module."""
+    return bool(name) and "." not in name and name not in _TAKEN
 
 
 def check_name(module: nn.Module, selected: Iterable[Target], name: str) -> None:
@@ -86,7 +105,7 @@ def check_name(module: nn.Module, selected: Iterable[Target], name: str) -> None
     Raises:
         ValueError: If the name cannot be that of a module, or is in use.
     """
-    if not name or "." in name or name in _TAKEN:
+    if not can_be_name(name):
         raise ValueError(
             f"{name!r} cannot be the name of adapters, since these are modules with this name: use letters, digits and "
             "underscores, for example 'digit_9'."
@@ -102,6 +121,41 @@ def check_name(module: nn.Module, selected: Iterable[Target], name: str) -> None
                 f"Layer {target.name!r} has an attribute {child!r} of its own, which is the name of the adapters. "
                 "Rename it, or leave this layer out with exclude_modules."
             )
+
+
+def bias_keys(module: nn.Module, selected: Iterable[Target], config: LoRAConfig) -> list[str]:
+    """Return the state-dict keys of the biases that `config` trains in full: parameters named `bias`, as in PEFT."""
+    adapted = {target.layer for target in selected if target.parameter}
+    return [
+        f"{name}.bias".lstrip(".")
+        for name, layer in layers_of(module)
+        if config.bias == "all" or (config.bias == "lora_only" and layer in adapted)
+        if (bias := layer._parameters.get("bias")) is not None and bias.is_floating_point()
+    ]
+
+
+def variant_of(target: Target, config: LoRAConfig) -> type[Adapter]:
+    """Return the class of the adapter for a weight. A bypass has plain ones."""
+    return adapter_class(config, is_qkv(target)) if target.parameter else Adapter
+
+
+def is_qkv(target: Target) -> bool:
+    """Return whether a layer has three times as many outputs as inputs, so that they may be query, key and value.
+
+    The gates of a GRU are also three, and an embedding may have any sizes.
+    """
+    weight = target.weight
+    if weight is None or is_lazy(weight) or target.layout.experts:
+        return False
+    if isinstance(target.layer, nn.RNNBase | nn.RNNCellBase | nn.Embedding) or target.outline().dim() < 2:
+        return False
+    rows, columns = target.shape
+    return rows == 3 * columns
+
+
+def _may_interleave(target: Target, config: LoRAConfig) -> bool:
+    """Return whether a layer has the name of those that interleave query, key and value by head."""
+    return any("query_key_value" in name for name in (target.name, config.target_modules, *config.target_modules))
 
 
 def limit_ranks(selected: list[Target]) -> list[Target]:
@@ -145,7 +199,9 @@ def _refusal(target: Target, config: LoRAConfig) -> str | None:
             f"is of shape {tuple(weight.shape)}: expected two or more dimensions. Train such a module in full, "
             "with modules_to_save"
         )
-    variant = adapter_class(config)
+    if config.qkv and is_qkv(target) and _may_interleave(target, config):
+        return f"may interleave query, key and value by head, but qkv={config.qkv!r} expects three blocks"
+    variant = variant_of(target, config)
     values = target.dense_weight() if variant.reads_weight and not target.layout.experts else target.outline()
     why = variant.refusal(values, target.layout, config)
     return why or target.kind.refusal(target.layer, target.parameter, weight, config)

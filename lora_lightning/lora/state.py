@@ -8,14 +8,31 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adaptation import Attachment, adapted_weights, attachment_of, is_adapted, unwrapped
+from lora_lightning.lora.adaptation import (
+    Attachment,
+    adapted_weights,
+    attachment_of,
+    is_adapted,
+    trained_names,
+    unwrapped,
+)
 from lora_lightning.lora.adapter import Adapters
 
 
 def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the trained parameters: those of the active adapters and of the modules trained in full with them."""
+    """Return the trained parameters: those of active adapters and of the modules trained in full with them.
+
+    Adapters that are active and frozen are left out.
+    """
     module = unwrapped(module)
-    trained = _active_keys(module) | saved_keys(module)
+    trained = {
+        f"{prefix}.{name}.{key}"
+        for prefix, adapters in _containers(module)
+        for name in adapters.trained
+        for key in _keys(adapters.adapter(name))
+        if key not in adapters.adapter(name).fixed
+    }
+    trained |= _saved_keys(module, only_trained=True)
     return [value for key, value in module.named_parameters() if key in trained]
 
 
@@ -53,19 +70,19 @@ def adapter_keys(module: nn.Module) -> set[str]:
 
 def saved_keys(module: nn.Module) -> set[str]:
     """Return the state-dict keys of the modules that are trained in full with the active adapters."""
-    found = set()
-    for name, child in module.named_modules():
-        attachment = vars(child).get("_lora_attachment")
-        if isinstance(attachment, Attachment):
-            chosen = (saved for saved in attachment.saved.values() if saved.is_chosen)
-            found |= {f"{name}.{key}".lstrip(".") for saved in chosen for key in saved.keys}
-    return found
+    return _saved_keys(module, only_trained=False)
 
 
 @contextmanager
-def with_values(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give the trained tensors of `module` these values within this context, if there is one for each."""
-    own = adapter_state_dict(module) if values else {}
+def with_values(module: nn.Module, values: Mapping[str, Tensor], name: str | None = None) -> Iterator[None]:
+    """Give the tensors of adapters these values within this context, if there is one for each.
+
+    Args:
+        module: An adapted module.
+        values: Values by state-dict key.
+        name: Name of the adapters. `None` is for those that are active.
+    """
+    own = adapter_state_dict(module, name) if values else {}
     differing = [key for key, value in own.items() if key in values and values[key].data_ptr() != value.data_ptr()]
     if not differing or not own.keys() <= values.keys():
         yield
@@ -85,11 +102,27 @@ def with_values(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[Non
 def is_untrained(module: nn.Module) -> bool:
     """Return whether `module` has adapters and none of them has an effect yet."""
     with torch.no_grad():
-        return is_adapted(module) and not any(bool(found.adapter.product().any()) for found in adapted_weights(module))
+        return is_adapted(module) and all(found.adapter.is_zero() for found in adapted_weights(module))
 
 
 def _containers(module: nn.Module) -> list[tuple[str, Adapters]]:
     return [(name, child) for name, child in module.named_modules() if isinstance(child, Adapters)]
+
+
+def _saved_keys(module: nn.Module, only_trained: bool) -> set[str]:
+    """Return the state-dict keys of the modules trained in full with the active adapters, or with the trained ones."""
+    found = set()
+    for prefix, child in module.named_modules():
+        attachment = vars(child).get("_lora_attachment")
+        if isinstance(attachment, Attachment) and attachment.saved:
+            trained = trained_names(child)
+            found |= {
+                f"{prefix}.{key}".lstrip(".")
+                for name, saved in attachment.saved.items()
+                if saved.is_chosen and (name in trained or not only_trained)
+                for key in saved.keys
+            }
+    return found
 
 
 def _keys(module: nn.Module) -> list[str]:

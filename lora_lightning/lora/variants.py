@@ -1,4 +1,4 @@
-"""Variants of LoRA: DoRA, PiSSA, and adapters of some of query, key and value. Each is a subclass of `Adapter`."""
+"""Variants of LoRA: DoRA, PiSSA, MiCA, and adapters of some of query, key and value, as subclasses of `Adapter`."""
 
 from __future__ import annotations
 
@@ -52,6 +52,8 @@ class PiSSAAdapter(Adapter):
         """Return to the initial values."""
         self.lora_A.copy_(self.lora_A_initial)
         self.lora_B.copy_(self.lora_B_initial)
+        if self.lora_bias is not None:
+            self.lora_bias.zero_()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return factors of rank 2 r for B A - B0 A0 = (B - B0) A + B0 (A - A0), which is exactly zero initially."""
@@ -62,6 +64,43 @@ class PiSSAAdapter(Adapter):
         raise ValueError(
             "Adapters of PiSSA add the difference to their initial values, which cannot be scaled by a factor of B."
         )
+
+
+class MiCAAdapter(Adapter):
+    """Trains A alone, on a B of the left singular vectors of W with the smallest singular values.
+
+    A is zero initially (MiCA, https://arxiv.org/abs/2604.01694).
+    """
+
+    reads_weight = True
+    label = "MiCA"
+    fixed = ("lora_B",)
+
+    @classmethod
+    def refusal(cls, weight: Tensor, layout: Layout, config: LoRAConfig) -> str | None:
+        if layout.experts:
+            return "contains one matrix per expert, for which only plain LoRA is supported: use no other init"
+        if weight.is_meta:
+            return "is on meta, and MiCA starts from its singular vectors: load the weights first"
+        if not bool(weight.isfinite().all()):
+            return "has weights that are not finite, so MiCA cannot compute singular vectors"
+        return super().refusal(weight, layout, config)
+
+    @torch.no_grad()
+    def start(self, weight: Tensor) -> None:
+        left, _, _ = torch.linalg.svd(self.layout.matrix(weight.detach()).to(self.lora_B.dtype), full_matrices=False)
+        self.lora_B.copy_(left[:, -self.rank :])
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set A to zero."""
+        self.lora_A.zero_()
+
+    def load_base(self, weight: Tensor) -> None:
+        """Start from a W that was loaded, if the adapter is untrained."""
+        if self.is_zero():
+            self.start(weight)
 
 
 class DoRAAdapter(Adapter):
@@ -160,24 +199,29 @@ class QKVAdapter(Adapter):
     def refusal(cls, weight: Tensor, layout: Layout, config: LoRAConfig) -> str | None:
         if config.use_dora or config.init == "pissa":
             return f"cannot combine qkv={config.qkv!r} with DoRA or PiSSA, which change all rows of a weight"
-        if layout.experts:
-            return f"contains one matrix per expert, which qkv={config.qkv!r} does not support"
-        if any("query_key_value" in name for name in (config.target_modules, *config.target_modules)):
-            return f"may interleave query, key and value by head, but qkv={config.qkv!r} expects three blocks"
-        rows, columns = layout.matrix(weight).shape
-        expected = f"expected three times as many outputs as inputs for qkv={config.qkv!r}"
-        return None if rows == 3 * columns else f"has {rows} outputs and {columns} inputs: {expected}"
+        return super().refusal(weight, layout, config)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         a, b = super().factors()
         kept = zip(b.chunk(3), "qkv", strict=True)
         return a, torch.cat([part * float(name in self.config.qkv) for part, name in kept])
 
+    def bias_update(self) -> Tensor:
+        kept = zip(super().bias_update().chunk(3), "qkv", strict=True)
+        return torch.cat([part * float(name in self.config.qkv) for part, name in kept])
 
-def adapter_class(config: LoRAConfig) -> type[Adapter]:
-    """Return the class of the adapters for a configuration."""
-    if config.qkv:
+
+def adapter_class(config: LoRAConfig, is_qkv: bool = False) -> type[Adapter]:
+    """Return the class of the adapters for a configuration.
+
+    Args:
+        config: The configuration.
+        is_qkv: Whether the output of the layer is the concatenation of query, key and value.
+    """
+    if config.qkv and is_qkv:
         return QKVAdapter
     if config.use_dora:
         return PiSSADoRAAdapter if config.init == "pissa" else DoRAAdapter
+    if config.init == "mica":
+        return MiCAAdapter
     return PiSSAAdapter if config.init == "pissa" else Adapter

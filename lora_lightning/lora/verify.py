@@ -51,7 +51,7 @@ def verify_adapters(module: nn.Module, *inputs: object, **keywords: object) -> N
 
     inert: dict[str, list[str]] = {}
     with _left_as_it_was(module):
-        _stir(module)
+        _stir(module, found)
         for mode in ("training", "evaluation"):
             module.train(mode == "training")
             suspects = found
@@ -62,10 +62,10 @@ def verify_adapters(module: nn.Module, *inputs: object, **keywords: object) -> N
                 if not suspects or not _is_random(call):
                     break
             for weight in suspects:
-                inert.setdefault(weight.name, []).append(mode)
-        rest = [weight for weight in found if weight.name not in inert]
+                inert.setdefault(weight.title, []).append(mode)
+        rest = [weight for weight in found if weight.title not in inert]
         for weight in _lost_without_gradients(call, rest):
-            inert.setdefault(weight.name, []).append("evaluation without gradients")
+            inert.setdefault(weight.title, []).append("evaluation without gradients")
     if inert:
         listed = "; ".join(
             f"{name or type(module).__name__!r} (in {', '.join(modes)})" for name, modes in inert.items()
@@ -77,11 +77,17 @@ def verify_adapters(module: nn.Module, *inputs: object, **keywords: object) -> N
 
 
 @torch.no_grad()
-def _stir(module: nn.Module) -> None:
-    """Perturb all trained parameters, since a head that starts at zero would hide effects that appear later."""
+def _stir(module: nn.Module, found: list[AdaptedWeight]) -> None:
+    """Perturb the active adapters and what else is trained, since a head that starts at zero would hide later effects.
+
+    Active adapters that are frozen are verified as well, so their B gets a gradient meanwhile.
+    """
     torch.manual_seed(0)
-    for parameter in adapter_parameters(module):
+    frozen = [value for weight in found if not weight.is_trained for value in weight.adapter.parameters()]
+    for parameter in [*adapter_parameters(module), *frozen]:
         parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    for weight in found:
+        _b(weight).requires_grad_(True)
 
 
 @torch.no_grad()
@@ -164,6 +170,7 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
     modes = {layer: layer.training for layer in module.modules()}
     state = module.state_dict(keep_vars=True)
     kept = {key: state[key].detach().clone() for key in adapter_state_dict(module)}
+    trained = {key: state[key].requires_grad for key in kept}
     devices = {parameter.device for parameter in module.parameters() if parameter.is_cuda}
     try:
         with torch.random.fork_rng(devices=list(devices)):
@@ -171,6 +178,7 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
     finally:
         for key, value in kept.items():
             state[key].data.copy_(value)
+            state[key].requires_grad_(trained[key])
         for layer, mode in modes.items():
             layer.training = mode
 

@@ -11,8 +11,8 @@ from lora_lightning.lora.other_layers import GeometricLinearKind
 from lora_lightning.peft_format.experts import is_experts
 
 
-def unknown_to_peft(module: nn.Module) -> list[str]:
-    """Return the names of the adapters that PEFT computes differently or ignores.
+def unknown_to_peft(module: nn.Module, name: str | None = None) -> list[str]:
+    """Return the names of the weights whose adapters PEFT computes differently or ignores.
 
     PEFT drops the dilation and padding mode of a convolution (https://github.com/huggingface/peft/issues/3697), mixes
     the channels of its groups, and ignores adapters on weights that are read instead of called, or adds them twice
@@ -22,7 +22,7 @@ def unknown_to_peft(module: nn.Module) -> list[str]:
     experts, read = _taken_for_experts(module), _read_by_others(module)
     return [
         adapted.name
-        for adapted in adapted_weights(module)
+        for adapted in adapted_weights(module, name)
         if not _known_to_peft(adapted)
         or adapted.name in read
         or (adapted.name.rpartition(".")[2] in experts and not is_experts(adapted))

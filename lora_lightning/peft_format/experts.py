@@ -25,7 +25,11 @@ def is_experts(target: Target) -> bool:
 
 def experts_to_peft(adapted: AdaptedWeight, prefix: str) -> dict[str, Tensor]:
     """Return the tensors of the adapters by PEFT's keys."""
-    together = {found.parameter for found in adapted_weights(adapted.layer) if found.layer is adapted.layer}
+    together = {
+        found.parameter
+        for found in adapted_weights(adapted.layer, adapted.adapter_name)
+        if found.layer is adapted.layer
+    }
     adapted_keys = [key for key in adapted.layer._parameters if key in together]
     name = prefix + adapted.layer_name + _INSIDE * (len(adapted_keys) - 1 - adapted_keys.index(adapted.parameter))
     a, b = adapted.adapter.factors()

@@ -20,11 +20,11 @@ from lora_lightning.lora import (
     is_adapted,
     set_adapter,
 )
-from lora_lightning.lora.adaptation import attach_to, config_of, unwrapped
+from lora_lightning.lora.adaptation import alone, attach_to, config_of, the_active_name, unwrapped
 from lora_lightning.lora.bypass import bypass_target
 from lora_lightning.lora.layers import Target
 from lora_lightning.lora.matching import Names
-from lora_lightning.lora.selection import candidates, check, layers_of
+from lora_lightning.lora.selection import bias_keys, candidates, check, layers_of
 from lora_lightning.lora.state import adapter_keys, with_values
 from lora_lightning.peft_format.base_check import base_metadata, base_of, check_base
 from lora_lightning.peft_format.differences import unknown_to_peft
@@ -38,6 +38,7 @@ from lora_lightning.peft_format.files import (
     read_content,
     read_description,
     read_metadata,
+    weights_file,
     write_files,
 )
 from lora_lightning.peft_format.from_checkpoint import load_from_checkpoint
@@ -54,8 +55,8 @@ from lora_lightning.peft_format.mapping import (
 from lora_lightning.peft_format.model_card import CARD_NAME, model_card
 
 
-def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write the adapters of `module` to `folder`, in PEFT's format with a model card.
+def save_adapter(module: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> None:
+    """Write the adapters of one name to `folder`, in PEFT's format with a model card.
 
     Modules that are trained in full are written, too.
 
@@ -65,12 +66,14 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     Args:
         module: The module that `attach` was called with. The layer names in the files are relative to it.
         folder: The folder to write. It is created if necessary.
+        name: Name of the adapters. `None` is for the active ones, if they have a single name.
 
     Raises:
-        ValueError: If `module` is not adapted.
+        ValueError: If `module` is not adapted, there are no adapters with this name, or several are active and none is
+            named.
         FileExistsError: If the folder already contains an adapter.
     """
-    AdapterFolder(module).write(folder)
+    AdapterFolder(module, name=name).write(folder)
 
 
 class AdapterFolder:
@@ -85,6 +88,7 @@ class AdapterFolder:
         metrics: Metrics for this file, by name.
         values: Values to write instead of those of the module, by state-dict key. They are used if no adapter is
             missing.
+        name: Name of the adapters, as in `save_adapter`.
     """
 
     def __init__(
@@ -93,11 +97,14 @@ class AdapterFolder:
         data: str | None = None,
         metrics: Mapping[str, float] | None = None,
         values: Mapping[str, Tensor] | None = None,
+        name: str | None = None,
     ) -> None:
         module = unwrapped(module)
-        with with_values(module, values or {}):
-            description, tensors = describe(module), exported(module)
-        self._files = description, tensors, base_metadata(module)
+        chosen = the_active_name(module) if name is None else name
+        with with_values(module, values or {}, chosen):
+            description, tensors = describe(module, chosen), exported(module, chosen)
+        with alone(module, chosen):
+            self._files = description, tensors, base_metadata(module)
         self._card = model_card(description, sum(tensor.numel() for tensor in tensors.values()), data, metrics)
 
     def write(self, folder: str | os.PathLike[str]) -> None:
@@ -146,10 +153,11 @@ def load_adapter(
         folder = newest_adapter(folder)
     description = read_description(folder / CONFIG_NAME)
     check_method(description, folder / CONFIG_NAME)
-    content = read_content(folder / WEIGHTS_NAME, description, module)
+    content = read_content(weights_file(folder), description, module)
     config, selected = _config_and_weights(module, folder, description, content)
     _check_shapes(module, folder, config, selected, content)
-    other_base = check_base(module, folder, read_metadata(folder), content.base, content.saved, strict)
+    with alone(module, name):
+        other_base = check_base(module, folder, read_metadata(folder), content.base, content.saved, strict)
     if is_adapted(module) and name in adapter_names(module):
         _activate_if_equal(module, config, selected, folder, name)
     else:
@@ -166,8 +174,8 @@ def load_adapter(
         warnings.warn(other_base, stacklevel=2)
     _warn_if_edited(folder)
     if description["peft_type"] != OWN_TYPE:
-        _warn_where_peft_is_wrong(module, folder)
-    return [adapted.name for adapted in adapted_weights(module)]
+        _warn_where_peft_is_wrong(module, folder, name)
+    return [adapted.name for adapted in adapted_weights(module, name)]
 
 
 def trained_on(folder: str | os.PathLike[str]) -> str | None:
@@ -226,6 +234,7 @@ def _check_shapes(
 ) -> None:
     shapes = {key: tuple(value.shape) for key, value in (content.adapters | content.saved).items()}
     saved, of_adapters = Names(config.modules_to_save), adapter_keys(module)
+    state = module.state_dict()
     expected = {key: shape for adapted in selected for key, shape in expected_shapes(adapted, config).items()}
     expected |= {
         f"{name}.{key}": tuple(value.shape)
@@ -234,6 +243,7 @@ def _check_shapes(
         for key, value in child.state_dict().items()
         if f"{name}.{key}" not in of_adapters
     }
+    expected |= {key: tuple(state[key].shape) for key in bias_keys(module, selected, config)}
     if shapes != expected:
         wrong = sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key))
         listed = "; ".join(
@@ -273,8 +283,8 @@ def _warn_if_edited(folder: Path) -> None:
         )
 
 
-def _warn_where_peft_is_wrong(module: nn.Module, folder: Path) -> None:
-    wrong = unknown_to_peft(module)
+def _warn_where_peft_is_wrong(module: nn.Module, folder: Path, name: str) -> None:
+    wrong = unknown_to_peft(module, name)
     if wrong:
         warnings.warn(
             f"{folder} was written by PEFT, whose outputs differ for the adapters of {', '.join(wrong)}: PEFT ignores "

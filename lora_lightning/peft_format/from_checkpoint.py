@@ -23,12 +23,12 @@ from lora_lightning.lora.adaptation import unwrapped
 
 
 def load_from_checkpoint(module: nn.Module, path: Path, name: str, strict: bool) -> list[str]:
-    """Attach the active adapters in a checkpoint that a run with `LoRAFinetuning` wrote.
+    """Attach active adapters in a checkpoint that a run with `LoRAFinetuning` wrote.
 
     Args:
         module: The base, or a module that contains it in the same place as that of the run.
         path: The checkpoint.
-        name: Name of the adapters here.
+        name: Name of the adapters here, and in the checkpoint if several are active there.
         strict: Whether to refuse adapters of another base.
 
     Returns:
@@ -45,10 +45,10 @@ def load_from_checkpoint(module: nn.Module, path: Path, name: str, strict: bool)
             f"{path} contains no adapters: it is a full checkpoint. Load it with load_from_checkpoint of its "
             "LightningModule, or pass it to LoRAFinetuning as base_checkpoint."
         )
-    part, saved_name = description["part"], description["active"]
+    part, saved_name = description["part"], _name_in(description["active"], path, name)
     state = {**description.get("left_out", {}), **checkpoint["state_dict"], **description.get("adapter_state", {})}
     adapted = unwrapped(module if not part or not hasattr(module, part.partition(".")[0]) else backbone_of(module))
-    settings = description["config"]
+    settings = description["configs"][saved_name]
     bypass = settings["bypass"]
     attach(adapted, LoRAConfig(**settings | {"bypass": tuple(bypass) if bypass else None}), name)
     # Modules that are trained in full are no part of the base, so it is compared when they are known.
@@ -56,7 +56,7 @@ def load_from_checkpoint(module: nn.Module, path: Path, name: str, strict: bool)
     if other_base and strict:
         delete_adapter(adapted, name)
         raise ValueError(other_base)
-    own = adapter_state_dict(adapted)
+    own = adapter_state_dict(adapted, name)
     keys = {key: f"{part}.{_renamed(key, name, saved_name)}".lstrip(".") for key in own}
     found = {key: state[saved] for key, saved in keys.items() if saved in state}
     wrong = misfits(found, own)
@@ -69,6 +69,20 @@ def load_from_checkpoint(module: nn.Module, path: Path, name: str, strict: bool)
     if other_base:
         warnings.warn(other_base, stacklevel=3)
     return [weight.name for weight in adapted_weights(adapted, name)]
+
+
+def _name_in(active: list[str], path: Path, name: str) -> str:
+    """Return which of the active adapters of a checkpoint are to be loaded.
+
+    Raises:
+        ValueError: If there are several, and none has the name that they should get.
+    """
+    if len(active) > 1 and name not in active:
+        raise ValueError(
+            f"{path} contains the adapters {', '.join(map(repr, active))}, which were active together. Load each under "
+            f"its name, for example name={active[-1]!r}, and activate them with lora.set_adapter(net, {active})."
+        )
+    return name if name in active else active[0]
 
 
 def _renamed(key: str, name: str, saved_name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora import AdaptedWeight, LoRAConfig, adapted_weights, adapter_names
+from lora_lightning.lora import AdaptedWeight, LoRAConfig, adapted_weights
 from lora_lightning.lora.adaptation import attachment_of, config_of
 from lora_lightning.lora.layers import ConvKind, EmbeddingKind, Target
 from lora_lightning.lora.matching import endings, exactly, literally
@@ -33,7 +33,6 @@ PREFIX = "base_model.model."
 
 # Settings of other kinds of adapters, and of those with more parameters than A and B.
 _UNSUPPORTED = {
-    "lora_bias": "a bias in the adapter",
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
@@ -45,17 +44,22 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA",
     "arrow_config": "Arrow",
 }
-_ONLY_DRAWS_A = ("gaussian", "orthogonal", "eva")
-_SUFFIXES = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
+_LEAVES_THE_BASE = ("gaussian", "orthogonal", "eva", "mica")
+_SUFFIXES = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_B.bias": "lora_bias",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",  # of PEFT 0.12
+}
 
 
-def describe(module: nn.Module) -> dict[str, Any]:
-    """Return the configuration of the adapters for `adapter_config.json`.
+def describe(module: nn.Module, name: str) -> dict[str, Any]:
+    """Return the configuration of the adapters with a name for `adapter_config.json`.
 
     PiSSA's difference to the initial values is plain LoRA with twice the rank and the same scale.
     """
-    found, config = adapted_weights(module), config_of(module)
-    saved = attachment_of(module).saved.get(adapter_names(module)[0])
+    found, config = adapted_weights(module, name), config_of(module, name)
+    saved = attachment_of(module).saved.get(name)
     doubled = 2 if config.init == "pissa" else 1
     rank, alpha = doubled * config.rank, config.alpha_of() * doubled ** (0.5 if config.use_rslora else 1)
     ranks, alphas = dict[str, float](), dict[str, float]()
@@ -63,6 +67,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
         factor = doubled if adapted.parameter else 1  # a bypass is never PiSSA
         ranks[adapted.name] = adapted.rank * factor
         alphas[adapted.name] = _alpha(adapted, config) * factor ** (0.5 if config.use_rslora else 1)
+    of_convolutions = any(isinstance(adapted.kind, ConvKind) for adapted in found)  # which MiCA of PEFT refuses
     description: dict[str, Any] = {
         "peft_type": PEFT_TYPE,
         "auto_mapping": None,
@@ -74,9 +79,10 @@ def describe(module: nn.Module) -> dict[str, Any]:
         "lora_dropout": config.dropout,
         "target_modules": _target_modules(module, [adapted.name for adapted in found if not is_experts(adapted)]),
         "target_parameters": [adapted.name for adapted in found if is_experts(adapted)] or None,
-        "bias": "none",
+        "bias": config.bias,
+        "lora_bias": config.lora_bias,
         "fan_in_fan_out": any(isinstance(adapted.kind, TransposedLinearKind) for adapted in found),
-        "init_lora_weights": True,
+        "init_lora_weights": "mica" if config.init == "mica" and not of_convolutions else True,
         "modules_to_save": (saved.names if saved else None) or None,
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": _pattern(alphas, alpha),
@@ -85,7 +91,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
     }
     if config.qkv:
         description["qkv"] = config.qkv  # PEFT reports that it ignores this, and would train all rows of B
-    if unknown_to_peft(module):
+    if unknown_to_peft(module, name):
         description["peft_type"] = OWN_TYPE
         description["target_parameters"] = [adapted.name for adapted in found if adapted.kind.is_reader]
         description["bypass"] = config.bypass
@@ -110,14 +116,14 @@ def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
     return {literally(name): values[name] for name in sorted(names, key=len, reverse=True)}
 
 
-def exported(module: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of the adapters by PEFT's keys.
+def exported(module: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return the tensors of the adapters with a name by PEFT's keys.
 
     Those of PiSSA are the difference to the initial values, with twice the rank.
     """
     tensors: dict[str, Tensor] = {}
-    to_peft = not unknown_to_peft(module)
-    for adapted in adapted_weights(module):
+    to_peft = not unknown_to_peft(module, name)
+    for adapted in adapted_weights(module, name):
         if to_peft and is_experts(adapted):
             tensors |= experts_to_peft(adapted, PREFIX)
             continue
@@ -127,15 +133,20 @@ def exported(module: nn.Module) -> dict[str, Tensor]:
         parts = {"lora_A": a, "lora_B": b}
         if "lora_magnitude_vector" in adapted.adapter._parameters:
             parts["lora_magnitude_vector"] = adapted.adapter.get_parameter("lora_magnitude_vector")
+        if adapted.adapter.lora_bias is not None:
+            parts["lora_bias"] = adapted.adapter.lora_bias
         for parameter, value in parts.items():
             leaf = leaves_of(adapted)[parameter]
             suffix = ".weight" if leaf in ("lora_A", "lora_B") else ""
             tensors[f"{PREFIX}{_holder_name(adapted)}.{leaf}{suffix}".replace("..", ".")] = to_file(
                 adapted, parameter, value
             )
-    saved = attachment_of(module).saved.get(adapter_names(module)[0])
+    saved = attachment_of(module).saved.get(name)
     if saved is not None:
-        tensors |= {f"{PREFIX}{key}": value for key, value in saved.trained_values().items()}
+        wrapped = {f"{adapted.layer_name}.bias".lstrip(".") for adapted in adapted_weights(module, name)}
+        for key, value in saved.trained_values().items():
+            inside = f"{key.removesuffix('bias')}base_layer.bias" if key in wrapped and key in saved.biases else key
+            tensors[f"{PREFIX}{inside}"] = value
     return {key: full(value.detach()).cpu().contiguous().clone() for key, value in tensors.items()}
 
 
@@ -168,9 +179,7 @@ def check_method(description: dict[str, Any], file: Path) -> None:
     if kind not in (PEFT_TYPE, OWN_TYPE):
         raise ValueError(f"{file} is of peft_type {kind!r}; expected 'LORA', the only kind that can be loaded here.")
     unsupported = [f"{key} ({what})" for key, what in _UNSUPPORTED.items() if description.get(key)]
-    if description.get("bias", "none") != "none":
-        unsupported.append(f"bias={description['bias']!r}")
-    if isinstance(init := description.get("init_lora_weights"), str) and init not in _ONLY_DRAWS_A:
+    if isinstance(init := description.get("init_lora_weights"), str) and init not in _LEAVES_THE_BASE:
         unsupported.append(f"init_lora_weights={init!r} (may have changed the base)")
     if unsupported:
         raise ValueError(f"{file} has settings that cannot be loaded: {', '.join(unsupported)}.")
@@ -202,6 +211,9 @@ def configuration(
             target_parameters=exactly(by_name, weights) if by_name else [],
             modules_to_save=exactly(trained, modules) if trained else [],
             qkv=description.get("qkv") or "",
+            init="mica" if description.get("init_lora_weights") == "mica" else "kaiming",
+            bias=description.get("bias") or "none",
+            lora_bias=bool(description.get("lora_bias")),
             bypass=(bypass[0], bypass[1]) if bypass else None,
         )
     except KeyError as error:
@@ -220,6 +232,8 @@ def expected_shapes(target: Target, config: LoRAConfig) -> dict[str, tuple[int, 
     }
     if config.use_dora and target.parameter:
         shapes["lora_magnitude_vector"] = (rows,)
+    if config.lora_bias:
+        shapes["lora_bias"] = (rows,)
     empty = {parameter: torch.empty(shape, device="meta") for parameter, shape in shapes.items()}
     return {
         key_in_folder(target, parameter): tuple(to_file(target, parameter, value).shape)
@@ -234,17 +248,19 @@ def leaves_of(target: Target) -> dict[str, str]:
         "lora_A": f"lora_{kind}A",
         "lora_B": f"lora_{kind}B",
         "lora_magnitude_vector": "lora_magnitude_vector",
+        "lora_bias": "lora_B.bias",
     }
 
 
 def key_in_folder(target: Target, parameter: str) -> str:
     """Return the key of a parameter of an adapter in a folder, without PEFT's prefix and suffix."""
-    return f"{_holder_name(target)}.{leaves_of(target)[parameter]}".lstrip(".")
+    leaf = "lora_bias" if parameter == "lora_bias" else leaves_of(target)[parameter]
+    return f"{_holder_name(target)}.{leaf}".lstrip(".")
 
 
 def to_file(target: Target, parameter: str, value: Tensor) -> Tensor:
     """Return a parameter of an adapter in the shape that it has in a folder."""
-    if not isinstance(target.kind, ConvKind):
+    if not isinstance(target.kind, ConvKind) or parameter == "lora_bias":
         return value
     ones = [1] * (target.outline().dim() - 2)
     if parameter == "lora_A":
@@ -254,7 +270,7 @@ def to_file(target: Target, parameter: str, value: Tensor) -> Tensor:
 
 def from_file(target: Target, parameter: str, value: Tensor) -> Tensor:
     """Return a tensor of a folder in the shape of the parameter of an adapter."""
-    if not isinstance(target.kind, ConvKind):
+    if not isinstance(target.kind, ConvKind) or parameter == "lora_bias":
         return value
     return value.flatten() if parameter == "lora_magnitude_vector" else value.flatten(1)
 

@@ -19,7 +19,7 @@ def layer_changes(module: nn.Module, with_base: bool = True) -> list[dict[str, A
         with_base: Whether to measure W as well, which reads the complete base.
 
     Returns:
-        For each adapted weight, its `name`, `rank` and `parameters`, the Frobenius norms of ΔW and of W (`base_norm`, which is `None` for
+        For each active adapter of a weight, its `name`, `rank` and `parameters`, the Frobenius norms of ΔW and of W (`base_norm`, which is `None` for
         a bypass or without `with_base`), and the effective rank of ΔW, averaged over experts. The effective rank is the exponential of the
         entropy of the normalized singular values (Roy and Vetterli 2007,
         https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf). Empty if adapters are distributed over devices.
@@ -34,7 +34,7 @@ def _change(adapted: AdaptedWeight, with_base: bool) -> dict[str, Any]:
     values = [_singular_values(a, b) * adapted.adapter.scaling for a, b in _matrices(adapted)]
     measured = with_base and bool(adapted.parameter)
     return {
-        "name": adapted.name,
+        "name": adapted.title,
         "rank": adapted.rank,
         "parameters": sum(value.numel() for value in adapted.adapter.parameters()),
         "norm": float(torch.cat(values).norm()),

@@ -47,6 +47,21 @@ def test_settings_of_adapters_are_options(pretrained: Run) -> None:
     assert "lora" not in yaml.safe_load(Path("logs/adapt/version_0/config.yaml").read_text())
 
 
+def test_new_adapters_are_trained_beside_frozen_ones_of_folders(pretrained: Run) -> None:
+    words = ("--config", "configs/adapt.yaml", *SMALL, "--lora.base_checkpoint", "logs/pretrain", "--data.focus", "9")
+    code, text = pretrained("fit", *words, "--lora.rank", "2")
+    assert code == 0, text
+    Path("logs/adapt/version_0/adapter").rename("first")
+    code, text = pretrained("fit", *words, "--lora.rank", "1", "--lora.adapter", "[first]")
+    assert code == 0, text
+    assert "linear1 (first): 784 -> 1000, rank 2, scale 1, 3,568 parameters, frozen" in text
+    assert "linear1 (default): 784 -> 1000, rank 1, scale 1, 1,784 parameters" in text
+    assert adapters_in(Path("logs/adapt/version_1/config.yaml"))["adapter"] == ["first"]
+    code, text = pretrained("fit", *words, "--lora.rank", "1", "--lora.adapter", "first")
+    assert code != 0
+    assert "or name the folder in a list to keep these adapters frozen and train new ones beside them" in text
+
+
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 @pytest.mark.parametrize(
     "config", sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))

@@ -165,3 +165,23 @@ def four_bits(nested: bool) -> nn.Module:
     return bnb.nn.Linear4bit(
         256, 256, compute_dtype=torch.float32, compress_statistics=nested, quant_type="nf4", bias=False
     )
+
+
+def test_biases_are_trained_in_full_and_a_bias_of_b_is_refused(base: nn.Module, kind: str) -> None:
+    tolerance, x = KINDS[kind][1], torch.randn(5, 64)
+    y = base(x)  # which converts the biases of 4-bit layers
+    original = base[0].bias.clone()
+    with pytest.raises(ValueError, match="is quantized by bitsandbytes, which lora_bias=True does not support"):
+        attach(base, LoRAConfig(rank=2, lora_bias=True))
+    attach(base, LoRAConfig(rank=2, bias="lora_only"))
+    torch.testing.assert_close(base(x), y, rtol=tolerance, atol=tolerance)
+    train(base, x)
+    assert not torch.equal(base[0].bias, original)
+    trained = base(x)
+    other = copy.deepcopy(base)
+    with pytest.warns(UserWarning, match="were quantized and are dense"):
+        merge(other)
+    torch.testing.assert_close(other(x), trained, rtol=5 * tolerance, atol=5 * tolerance)
+    detach(base)
+    assert torch.equal(base[0].bias, original)
+    assert torch.equal(base(x), y)

@@ -209,6 +209,48 @@ def test_a_run_of_lightning_trains_these_rows_and_resumes(make_trainer: Callable
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("targets", [["qkv", "proj"], "all"])
+def test_other_targets_are_adapted_as_usual(
+    targets: str | list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import peft
+
+    net, x = network(), torch.randn(2, 5, WIDTH)
+    plain, before = copy.deepcopy(net), net(x)
+    attach(net, LoRAConfig(rank=4, target_modules=targets, qkv="qv"))
+    assert "qkv='qv' applies to 0.0.qkv, 1.0.qkv. The other targets" in caplog.text
+    assert torch.equal(net(x), before)
+    train(net)
+    changes = {each.name: each.adapter.delta_weight(each.weight) for each in adapted_weights(net)}
+    assert {name.rpartition(".")[2] for name in changes} == {"qkv", "proj"}
+    for name, change in changes.items():
+        kept = [bool(part.any()) for part in change.chunk(3)]
+        assert kept == ([True, False, True] if name.endswith("qkv") else [True, True, True])
+    save_adapter(net, tmp_path)
+    loaded = copy.deepcopy(plain)
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(loaded(x), net(x))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['qkv'\]"):
+        of_peft = peft.PeftModel.from_pretrained(plain, tmp_path)
+    torch.testing.assert_close(of_peft(x), net(x))
+    train(loaded)
+    kept = {
+        tuple(map(bool, [part.any() for part in each.adapter.product().chunk(3)]))
+        for each in adapted_weights(loaded)
+        if each.name.endswith("qkv")
+    }
+    assert kept == {(True, False, True)}
+    y = net(x)
+    merge(net)
+    torch.testing.assert_close(net(x), y)
+
+
+def test_the_three_gates_of_a_gru_are_not_query_key_and_value() -> None:
+    net = nn.ModuleDict({"gru": nn.GRU(WIDTH, WIDTH), "qkv": nn.Linear(WIDTH, 3 * WIDTH)})
+    attach(net, LoRAConfig(rank=2, qkv="qv"))
+    assert [type(each.adapter).__name__ for each in adapted_weights(net)] == ["Adapter", "Adapter", "QKVAdapter"]
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

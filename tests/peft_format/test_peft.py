@@ -191,7 +191,6 @@ class TestRefusals:
         [
             ({"use_qalora": True}, "use_qalora .QALoRA."),
             ({"layer_replication": [[0, 2]]}, "layer_replication .replicated layers."),
-            ({"bias": "all"}, "bias='all'"),
             ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' .may have changed the base."),
         ],
     )
@@ -205,6 +204,9 @@ class TestRefusals:
             ({"r": 3}, r"does not fit this Net: .*lora_A is \(2, 8\), expected \(3, 8\)"),
             ({"r": "two"}, "rank='two': a LoRA rank"),
             ({"lora_alpha": None, "r": 0}, "rank=0: a LoRA rank"),
+            ({"bias": "all"}, r"does not fit this Net: .*head.bias is missing, expected \(4,\)"),
+            ({"bias": "some"}, "bias='some': expected one of none, all, lora_only"),
+            ({"lora_bias": True}, r"head.lora_bias is missing, expected \(4,\)"),
         ],
     )
     def test_a_configuration_that_is_wrong(self, folder: Path, entry: dict[str, Any], message: str) -> None:

@@ -1,0 +1,214 @@
+"""Runs with several adapters: trained ones of folders stay frozen, and new ones are trained beside them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lora_lightning import (
+    Classifier,
+    ConfusionReport,
+    LoRAConfig,
+    LoRAFinetuning,
+    MNISTDataModule,
+    RichBoyNet,
+    load_adapter,
+    lora,
+    save_adapter,
+)
+from lora_lightning.report.layers import layer_changes
+from tests.helpers import same, state, stir
+
+MakeTrainer = Callable[..., Trainer]
+
+
+def network() -> RichBoyNet:
+    torch.manual_seed(1)
+    return RichBoyNet(16, 8)
+
+
+def data(*digits: int) -> MNISTDataModule:
+    return MNISTDataModule(source="sample", batch_size=100, digits=list(digits) or None)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """Adapters of two earlier trainings."""
+    found = []
+    for name, config in {"seven": LoRAConfig(rank=2), "eight": LoRAConfig(rank=1, target_modules=["linear1"])}.items():
+        net = network()
+        lora.attach(net, config)
+        stir(net, 0.2)
+        save_adapter(net, tmp_path / name)
+        found.append(tmp_path / name)
+    return found
+
+
+def summed(folders: list[Path]) -> RichBoyNet:
+    net = network()
+    for folder in folders:
+        load_adapter(net, folder, folder.name)
+    lora.set_adapter(net, [folder.name for folder in folders])
+    return net
+
+
+def fit(make_trainer: MakeTrainer, callback: LoRAFinetuning, **arguments: Any) -> tuple[Trainer, Classifier]:
+    torch.manual_seed(2)
+    trainer, model = make_trainer(callback, **({"max_epochs": 1} | arguments)), Classifier(network())
+    trainer.fit(model, datamodule=data(9), ckpt_path=arguments.get("ckpt_path"))
+    return trainer, model
+
+
+def test_a_new_adapter_is_trained_beside_frozen_ones(
+    make_trainer: MakeTrainer, folders: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = LoRAFinetuning(adapter=folders, rank=3, target_modules=["linear2"])
+    before = state(summed(folders))
+    with caplog.at_level("INFO"):
+        _, model = fit(make_trainer, callback)
+    net = model.backbone
+    assert lora.adapter_names(net) == ["seven", "eight", "default"]
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
+    assert {key.split(".")[-2] for key, value in net.named_parameters() if value.requires_grad} == {"default"}
+    assert bool(net.linear2.lora_weight.default.lora_B.any())
+    assert f"Adapter seven: {folders[0]}" in caplog.text
+    assert "linear1 (eight): " in caplog.text
+    assert "rank 1, scale 1, 800 parameters, frozen" in caplog.text
+    assert "linear2 (default): 16 -> 8, rank 3, scale 1, 72 parameters\n" in caplog.text
+    assert "Trained: 72 of " in caplog.text
+    rows = {row["name"] for row in layer_changes(net)}
+    assert {"linear1 (seven)", "linear1 (eight)", "linear2 (default)"} <= rows
+
+    whole = summed(folders)  # the folder of the run holds what it trained
+    load_adapter(whole, Path(str(callback.adapter_folder)), "new", strict=True)
+    lora.set_adapter(whole, ["seven", "eight", "new"])
+    x = torch.rand(4, 1, 28, 28)
+    torch.testing.assert_close(whole(x), net.eval()(x))
+    lora.merge(whole)
+    torch.testing.assert_close(whole(x), net(x))
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(make_trainer: MakeTrainer, folders: list[Path], tmp_path: Path) -> None:
+    def callback() -> LoRAFinetuning:
+        return LoRAFinetuning(adapter=folders, rank=2, use_dora=True)
+
+    files = ModelCheckpoint(tmp_path / "files", save_top_k=-1, filename="{epoch}")
+    torch.manual_seed(2)
+    trainer, whole = make_trainer(callback(), files, max_epochs=2), Classifier(network())
+    trainer.fit(whole, datamodule=data(9))
+    half = tmp_path / "files" / "epoch=0.ckpt"
+    trainer, resumed = make_trainer(callback(), max_epochs=2), Classifier(network())
+    trainer.fit(resumed, datamodule=data(9), ckpt_path=half)
+    assert same(state(resumed), state(whole))
+
+    saved = torch.load(half, weights_only=True)
+    description = saved["lora_lightning"]
+    assert description["active"] == ["seven", "eight", "default"]
+    assert description["trained"] == ["default"]
+    assert description["adapters"]["backbone.linear1 (seven)"] == "rank 2, scale 1, frozen"
+    assert description["adapters"]["backbone.linear1 (default)"] == "rank 2, scale 1, DoRA"
+    assert not any(key.endswith("linear1.weight") for key in saved["state_dict"])  # which is the base
+
+    with pytest.raises(ValueError, match="contains adapters that differ from those of the model"):
+        make_trainer(LoRAFinetuning(adapter=folders[:1], rank=2, use_dora=True)).test(
+            Classifier(network()), data(), ckpt_path=half, verbose=False
+        )
+
+
+def test_each_adapter_of_a_checkpoint_can_be_loaded_by_its_name(
+    make_trainer: MakeTrainer, folders: list[Path], tmp_path: Path
+) -> None:
+    trainer, model = fit(make_trainer, LoRAFinetuning(adapter=folders, rank=2))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    net, x = network().eval(), torch.rand(4, 1, 28, 28)
+    with pytest.raises(
+        ValueError, match=r"contains the adapters 'seven', 'eight', 'default', which were active together"
+    ):
+        load_adapter(net, tmp_path / "run.ckpt", "other")
+    assert not lora.is_adapted(net)
+    for name in ("seven", "eight", "default"):
+        load_adapter(net, tmp_path / "run.ckpt", name, strict=True)
+    lora.set_adapter(net, ["seven", "eight", "default"])
+    torch.testing.assert_close(net(x), model.backbone.eval()(x))
+
+
+def test_without_settings_of_new_ones_they_are_tested_and_trained_themselves(
+    make_trainer: MakeTrainer, folders: list[Path]
+) -> None:
+    model = Classifier(network())
+    make_trainer(LoRAFinetuning(adapter=folders), ConfusionReport()).test(model, data(), verbose=False)
+    assert lora.adapter_names(model.backbone) == ["seven", "eight"]
+    assert same(state(model.backbone), state(summed(folders)))
+
+    callback = LoRAFinetuning(adapter=folders)
+    _, trained = fit(make_trainer, callback)
+    assert all(value.requires_grad for value in lora.adapter_parameters(trained.backbone))
+    assert len(lora.adapter_parameters(trained.backbone)) == 8
+    again = network()
+    for name in ("seven", "eight"):  # several were trained, and each has its folder
+        load_adapter(again, Path(str(callback.adapter_folder)) / name, name)
+    lora.set_adapter(again, ["seven", "eight"])
+    x = torch.rand(4, 1, 28, 28)
+    torch.testing.assert_close(again.eval()(x), trained.backbone.eval()(x))
+
+
+def test_the_best_checkpoint_holds_the_new_ones(make_trainer: MakeTrainer, folders: list[Path], tmp_path: Path) -> None:
+    callback = LoRAFinetuning(adapter=folders, rank=1)
+    files = ModelCheckpoint(tmp_path / "files", monitor="val/loss")
+    torch.manual_seed(2)
+    trainer, model = make_trainer(callback, files, max_epochs=2), Classifier(network())
+    trainer.fit(model, datamodule=data(9))
+    beside = Path(files.best_model_path.removesuffix(".ckpt") + ".adapter")
+    best = torch.load(files.best_model_path, weights_only=True)["state_dict"]
+    net = network()
+    load_adapter(net, Path(str(callback.adapter_folder)))
+    values = lora.adapter_state_dict(net)
+    assert all(torch.equal(value, best[f"backbone.{key}"]) for key, value in values.items())
+    assert (beside / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("names", [("a/adapter", "b/adapter"), ("v0.1", "other"), ("default", "other")])
+def test_folders_whose_names_do_not_do_are_numbered(
+    make_trainer: MakeTrainer, folders: list[Path], names: tuple[str, str], tmp_path: Path
+) -> None:
+    moved = []
+    for folder, name in zip(folders, names, strict=True):
+        (tmp_path / "moved" / name).parent.mkdir(parents=True, exist_ok=True)
+        moved.append(folder.rename(tmp_path / "moved" / name))
+    _, model = fit(make_trainer, LoRAFinetuning(adapter=moved, rank=1), fast_dev_run=True)
+    assert lora.adapter_names(model.backbone) == ["adapter_1", "adapter_2", "default"]
+
+
+def test_what_cannot_start_is_refused(make_trainer: MakeTrainer, folders: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"adapter=\[\] names no folder"):
+        fit(make_trainer, LoRAFinetuning(adapter=[], rank=2))
+    with pytest.raises(FileNotFoundError, match="nowhere is not an adapter folder"):
+        fit(make_trainer, LoRAFinetuning(adapter=[folders[0], tmp_path / "nowhere"], rank=2))
+    in_full = []
+    for name in ("one", "two"):
+        net = network()
+        lora.attach(net, LoRAConfig(rank=1, target_modules=["linear1"], modules_to_save=["linear3"]))
+        save_adapter(net, tmp_path / name)
+        in_full.append(tmp_path / name)
+    with pytest.raises(ValueError, match=r"'one', 'two' cannot be active together: .* linear3.weight, linear3.bias"):
+        fit(make_trainer, LoRAFinetuning(adapter=in_full))
+
+
+def test_settings_in_a_configuration_count_as_those_of_new_ones() -> None:
+    """A command line passes every argument with its default."""
+    from dataclasses import asdict
+
+    from lora_lightning.callbacks.lora_arguments import describes_new_adapters
+
+    defaults = {name: value for name, value in asdict(LoRAConfig()).items() if value is not None}
+    assert not describes_new_adapters({})
+    assert not describes_new_adapters(copy.deepcopy(defaults))
+    assert describes_new_adapters(defaults | {"rank": 4})
+    assert describes_new_adapters({"rank": LoRAConfig().rank})
