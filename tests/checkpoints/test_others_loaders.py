@@ -127,11 +127,18 @@ def run(kind: str, folder: Path, *, stop: int = 0, ckpt_path: str | None = None,
     return module
 
 
+KINDS = ("shuffled", "shuffled with a generator", "with state", "two workers")
+BY_DEFAULT = {("shuffled", 3), ("shuffled", 6), ("shuffled with a generator", 8), ("with state", 8)}
+
+
 @pytest.mark.parametrize(
-    "kind",
-    ["shuffled", "shuffled with a generator", "with state", pytest.param("two workers", marks=pytest.mark.slow)],
+    ("kind", "after"),
+    [
+        pytest.param(kind, after, marks=[] if (kind, after) in BY_DEFAULT else pytest.mark.slow)
+        for kind in KINDS
+        for after in (3, 6, 8, 12)
+    ],
 )
-@pytest.mark.parametrize("after", [3, 6, 8, 12])
 def test_a_stopped_run_goes_on_with_the_batches_and_adapters_that_it_would_have_had(
     kind: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
