@@ -102,7 +102,8 @@ class AdapterFolder:
         module = unwrapped(module)
         chosen = the_active_name(module) if name is None else name
         with with_values(module, values or {}, chosen):
-            description, tensors = describe(module, chosen), exported(module, chosen)
+            description = describe(module, chosen)
+            tensors = exported(module, chosen, to_peft=description["peft_type"] != OWN_TYPE)
         with alone(module, chosen):
             self._files = description, tensors, base_metadata(module)
         self._card = model_card(description, sum(tensor.numel() for tensor in tensors.values()), data, metrics)

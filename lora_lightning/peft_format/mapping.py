@@ -116,13 +116,17 @@ def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
     return {literally(name): values[name] for name in sorted(names, key=len, reverse=True)}
 
 
-def exported(module: nn.Module, name: str) -> dict[str, Tensor]:
+def exported(module: nn.Module, name: str, to_peft: bool) -> dict[str, Tensor]:
     """Return the tensors of the adapters with a name by PEFT's keys.
 
     Those of PiSSA are the difference to the initial values, with twice the rank.
+
+    Args:
+        module: An adapted module.
+        name: Name of the adapters.
+        to_peft: Whether PEFT can read the folder.
     """
     tensors: dict[str, Tensor] = {}
-    to_peft = not unknown_to_peft(module, name)
     for adapted in adapted_weights(module, name):
         if to_peft and is_experts(adapted):
             tensors |= experts_to_peft(adapted, PREFIX)
