@@ -18,7 +18,9 @@ def ticks(top: float, most: int = 5) -> tuple[float, list[float]]:
     if not top > 0:
         return 1.0, [0.0, 1.0]
     step = 10.0 ** floor(log10(top))
-    step = next(each for each in (step / 4, step / 2, step, 2 * step, 2.5 * step, 5 * step) if top / each <= most - 0.999)
+    step = next(
+        each for each in (step / 4, step / 2, step, 2 * step, 2.5 * step, 5 * step) if top / each <= most - 0.999
+    )
     count = -int(-top / step // 1)
     return count * step, [number * step for number in range(count + 1)]
 
@@ -66,7 +68,7 @@ def moves(title: str, note: str, rows: Sequence[Row], lower_is_better: bool, is_
         )
         for row in ordered
     ]
-    return Moves(title, note, shown, [(f"{significant(mark)}", 100 * mark / end) for mark in marks])
+    return Moves(title, note, shown, [(f"{significant(mark)}", 100 * mark / end) for mark in marks], is_count)
 
 
 def scatter(points: Sequence[Sequence[float]], count: int) -> Scatter | None:

@@ -29,6 +29,7 @@ from lora_lightning.report.view import (
     View,
     counted,
     number,
+    p_in_words,
     percent,
     share,
 )
@@ -73,6 +74,7 @@ class ClassView:
             self._before,
             self._moves(),
             self._matrices(),
+            self._matrix_note,
             samples=self._samples(),
             tables=[*self._own_metrics(), self._table()],
             has_base=self.base is not None,
@@ -153,8 +155,8 @@ class ClassView:
         if p is None:
             return ("better" if change < 0 else "worse"), word
         if p > LIKELY or not change:
-            return "unsure", f"within chance · p = {p:.2g}"
-        return ("better" if change < 0 else "worse"), f"{word} than chance explains · p = {p:.2g}"
+            return "unsure", f"within chance · {p_in_words(p)}"
+        return ("better" if change < 0 else "worse"), f"{word} than chance explains · {p_in_words(p)}"
 
     def _detail(self) -> str:
         found, changed = [], self._changed()
@@ -171,7 +173,7 @@ class ClassView:
     def _verdict_of_repair(self) -> Verdict | None:
         repair: dict[str, Any] = self._facts["repair"]
         outcome, p, name = repair.get("outcome"), repair.get("p"), self._name_of_focus()
-        pill = "" if p is None else f" · p = {p:.2g}"
+        pill = "" if p is None else f" · {p_in_words(p)}"
         base, model = self.base, self.model
         assert base is not None
         before, after = (sum(each.errors[index] for index in self._focus) for each in (base, model))
@@ -262,6 +264,12 @@ class ClassView:
         names = self.model.class_names
         return [names[index] for index in self._shown] + ([OTHERS] if len(self._shown) < len(names) else [])
 
+    @property
+    def _matrix_note(self) -> str:
+        if len(self._names) == len(self.model.class_names):
+            return ""
+        return f"The {len(self._shown)} classes with the lowest recall; all others share the last row and column."
+
     def _matrices(self) -> list[Matrix]:
         found = {"model": shown_alone(self.model.matrix, self._shown)}
         if self.base is not None:
@@ -286,7 +294,7 @@ class ClassView:
             cards = [self._sample_card(each) for each in chosen]
             drawn = [each for each in cards if each.sample.image or each.sample.text or each.sample.signal]
             rows = [_sample_row(each) for each in cards] if not drawn else []
-            if count:
+            if drawn or rows:
                 found.append(Samples(title, "better" if kind == "better" else "worse", count, drawn, rows))
         return found
 
@@ -294,7 +302,8 @@ class ClassView:
         indices = (sample.target, sample.base, sample.model)
         names = self.model.class_names
         columns = [names[index] if index in self._shown else OTHERS for index in indices]
-        return SampleCard(sample, *map(self._called, indices), *columns)
+        base, adapted = names[sample.base], names[sample.model]
+        return SampleCard(sample, self._called(sample.target), base, adapted, *columns)
 
     def _table(self) -> Table:
         model, base = self.model, self.base
@@ -377,7 +386,10 @@ def _sample_row(card: SampleCard) -> list[str | Change]:
     sample = card.sample
     kind = "better" if sample.is_fixed else "worse"
     index = "–" if sample.index is None else f"{sample.index}"
-    was, now = f"{card.base} {100 * sample.base_confidence:.0f} %", f"{card.adapted} {100 * sample.confidence:.0f} %"
+    was, now = (
+        f"{card.base_name} {100 * sample.base_confidence:.0f} %",
+        f"{card.adapted_name} {100 * sample.confidence:.0f} %",
+    )
     return [index, card.target, was, Change(now, kind="better" if kind == "better" else "worse")]
 
 

@@ -21,6 +21,7 @@ from lora_lightning.report.view import (
     View,
     counted,
     number,
+    p_in_words,
     share,
     significant,
 )
@@ -100,14 +101,14 @@ class NumberView:
         kind: VerdictKind = ("better" if better else "worse") if is_likely else "unsure"
         pill = f"{'better' if better else 'worse'} than chance explains" if is_likely else "within chance"
         detail = []
-        if test is not None:
+        if test is not None and p is not None:
             pill += f" · 95 % interval {_signed(test['low'])} to {_signed(test['high'])}"
             detail.append(
                 "The interval is that of the change of a sample's mean absolute error, from a paired bootstrap over samples "
-                f"(p = {p:.2g})."
+                f"({p_in_words(p)})."
             )
         elif p is not None:
-            pill += f" · p = {p:.2g}"
+            pill += f" · {p_in_words(p)}"
         if content.get("changed") is not None:
             changed = content["changed"]
             detail.append(
@@ -178,7 +179,7 @@ class NumberView:
             Samples("Broken: right before, wrong now", "worse", changed["broke"], indices=broken),
             Samples("Fixed: wrong before, right now", "better", changed["fixed"], indices=fixed),
         ]
-        return [each for each in found if each.count]
+        return [each for each in found if each.indices]
 
     def _value_tables(self) -> list[Table]:
         found = []

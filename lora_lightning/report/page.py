@@ -68,8 +68,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Return the last parts of the path of the folder: `adapt/version_0`."""
-        return "/".join(self.folder.resolve().parts[-2:])
+        """Return the last parts of the path of the folder: `adapt/version_0`, or those of a repair."""
+        return "/".join(self.folder.resolve().parts[-3 if self.facts.get("repair") else -2 :])
 
     @cached_property
     def config(self) -> str:

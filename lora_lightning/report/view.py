@@ -90,12 +90,14 @@ class Moves:
         note: What is drawn, and what is left out.
         rows: The rows.
         ticks: Labels of the scale with their positions in percent.
+        is_count: Whether the numbers are counts, which are short.
     """
 
     title: str
     note: str
     rows: list[Move]
     ticks: list[tuple[str, float]]
+    is_count: bool = True
 
 
 @dataclass(frozen=True)
@@ -170,16 +172,25 @@ class Table:
 
 @dataclass(frozen=True)
 class SampleCard:
-    """Holds a sample that changed, with the names of its class and of both predictions."""
+    """Holds a sample that changed, with the names of its class and of both predictions.
+
+    Args:
+        sample: The sample.
+        target: Name of its class.
+        base_name: Name of the prediction of the base.
+        adapted_name: Name of the prediction of the adapted model.
+        row: Name of the row of the matrices that counts it.
+        base_column: Name of its column in the matrix of the base.
+        adapted_column: Name of its column in the matrix of the adapted model.
+    """
 
     sample: ChangedSample
     target: str
-    base: str
-    adapted: str
-    row: str = ""
-    """Names of the row and columns of the matrix that count the sample."""
-    base_column: str = ""
-    adapted_column: str = ""
+    base_name: str
+    adapted_name: str
+    row: str
+    base_column: str
+    adapted_column: str
 
 
 @dataclass(frozen=True)
@@ -221,6 +232,7 @@ class View:
         before: Name of the base in legends, which says if its numbers are chance.
         moves: Where it changed.
         matrices: The difference, the base and the adapted model, or the model alone.
+        matrix_note: Which classes the matrices show.
         scatter: The samples of a regression.
         samples: Broken samples, then fixed ones.
         tables: The numbers of each class, and others.
@@ -235,6 +247,7 @@ class View:
     before: str = "base"
     moves: Moves | None = None
     matrices: list[Matrix] = field(default_factory=list)
+    matrix_note: str = ""
     scatter: Scatter | None = None
     samples: list[Samples] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
@@ -263,7 +276,11 @@ def share(before: float | None, after: float) -> Change:
 def number(before: float | None, after: float, lower_is_better: bool | None = None) -> Change:
     """Return a change of any number. Without knowing what is better, it has no colour."""
     kind: Kind = "same" if lower_is_better is None else kind_of(before, after, lower_is_better)
-    return Change(significant(after), "" if before is None else significant(before), kind)
+    if before is None:
+        return Change(significant(after))
+    texts = [(significant(before, digits), significant(after, digits)) for digits in (3, 4, 5)]
+    shown = next((pair for pair in texts if pair[0] != pair[1]), texts[0])
+    return Change(shown[1], shown[0], kind)
 
 
 def percent(value: float) -> str:
@@ -271,11 +288,17 @@ def percent(value: float) -> str:
     return "–" if isnan(value) else f"{100 * value:.1f}"
 
 
-def significant(value: float | None) -> str:
-    """Return a number with four digits."""
+def significant(value: float | None, digits: int = 3) -> str:
+    """Return a number with this number of digits."""
     if value is None or isnan(value):
         return "–"
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}".replace("-", "−")
+    text = f"{value:,.0f}" if 1e3 <= abs(value) < 1e12 else f"{value:.{digits}g}"
+    return text.replace("-", "−")
+
+
+def p_in_words(p: float) -> str:
+    """Return a p-value: `p = 0.076`."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def signed(value: float, is_count: bool = True) -> str:
