@@ -91,7 +91,7 @@ class ClassView:
 
     @property
     def _is_chance(self) -> bool:
-        """Return whether a head that was trained in full has classified no better than the most frequent class before."""
+        """Return whether a head that was trained in full was no better before than the most frequent class."""
         base = self.base
         if base is None or not self._facts.get("trained_in_full") or not base.total:
             return False
@@ -131,8 +131,10 @@ class ClassView:
             return Verdict(
                 "plain",
                 "no base to compare with",
-                f"The model makes {errors:,} errors on {model.total:,} {self._parts}: {percent(model.accuracy)} % are correct.",
-                f"Its weakest class is {self._called(worst)}: {model.errors[worst]:,} of {model.support[worst]:,} are wrong.",
+                f"The model makes {errors:,} errors on {model.total:,} {self._parts}: {percent(model.accuracy)} % are "
+                "correct.",
+                f"Its weakest class is {self._called(worst)}: {model.errors[worst]:,} of {model.support[worst]:,} are "
+                "wrong.",
             )
         if self._focus and (found := self._verdict_of_repair()) is not None:
             return found

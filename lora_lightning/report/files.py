@@ -35,9 +35,10 @@ def write_report(report: Report, folder: str | Path, figures: dict[str, Figure] 
         figures: The result of `report_figures`, if available.
 
     Returns:
-        The paths of the files by their plain names: `confusion.json` with all numbers, `confusion.csv` with one row per class, the images
-        `confusion.png`, `confusion_normalized.png` and, with a base, `difference.png`. If samples changed, also `samples.json` and
-        `mistakes.png`. For tasks without classes, only `comparison.json` and `comparison.csv`.
+        The paths of the files by their plain names: `confusion.json` with all numbers, `confusion.csv` with one row per
+        class, the images of `report_figures`: `confusion.png`, for unequal classes `confusion_normalized.png`, and with
+        a base `difference.png`. If samples changed, also `samples.json` and `mistakes.png`. For tasks without classes,
+        only `comparison.json` and `comparison.csv`.
     """
     kind = "confusion" if isinstance(report.adapted, Confusion) else "comparison"
     ending = "" if report.stage == "test" else f"_{report.stage}"

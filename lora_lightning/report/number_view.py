@@ -104,8 +104,8 @@ class NumberView:
         if test is not None and p is not None:
             pill += f" · 95 % interval {_signed(test['low'])} to {_signed(test['high'])}"
             detail.append(
-                "The interval is that of the change of a sample's mean absolute error, from a paired bootstrap over samples "
-                f"({p_in_words(p)})."
+                "The interval is that of the change of a sample's mean absolute error, from a paired bootstrap over "
+                f"samples ({p_in_words(p)})."
             )
         elif p is not None:
             pill += f" · {p_in_words(p)}"

@@ -24,8 +24,8 @@ def write_page(folders: list[Path], path: Path) -> None:
     """Write the report of the runs in these folders.
 
     Args:
-        folders: Log folders of runs with `confusion*.json`, `samples*.json`, `run.json`, `metrics.csv` and `config.yaml`,
-            as far as available.
+        folders: Log folders of runs with `confusion*.json`, `samples*.json`, `run.json`, `metrics.csv` and
+            `config.yaml`, as far as available.
         path: The file to write.
     """
     import jinja2
@@ -95,7 +95,7 @@ class Run:
 
     @cached_property
     def sizes(self) -> list[tuple[str, int]]:
-        """Return names and sizes in bytes of the files with weights, of the run or of the training of its checkpoint."""
+        """Return names and sizes in bytes of the files with weights, of the run or of its checkpoint's training."""
         for place in self._places:
             found = sorted([*place.glob("adapter*/*.safetensors"), *place.glob("checkpoints/*.ckpt")])
             if found:
