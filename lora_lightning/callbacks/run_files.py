@@ -8,6 +8,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 import lora_lightning
+from lora_lightning.callbacks.merging import finetuning_of
 from lora_lightning.callbacks.summary import trained_and_total
 from lora_lightning.lightning_packages import is_a
-from lora_lightning.lora import is_adapted
+from lora_lightning.lora import backbone_of, is_adapted
+from lora_lightning.lora.adaptation import config_of
 from lora_lightning.report import write_page
 from lora_lightning.report.figure import write_png
 from lora_lightning.report.files import free_name, write_to
@@ -113,21 +116,77 @@ def write_facts(trainer: Trainer, pl_module: LightningModule, folder: str) -> No
     trained, total = trained_and_total(pl_module)
     checkpoint = trainer.ckpt_path if trainer.state.fn != "fit" else None
     facts = {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
+        "finished": datetime.now().astimezone().isoformat(" ", "minutes"),
         "seed": os.environ.get("PL_GLOBAL_SEED"),
         "versions": {"python": platform.python_version()} | {each.__name__: each.__version__ for each in packages},
         "device": type(trainer.accelerator).__name__.removesuffix("Accelerator"),
         "devices": trainer.world_size,
+        "machine": _machine(),
         "trained": trained,
         "total": total,
         "layers": layer_changes(pl_module) if is_adapted(pl_module) else [],
+        "trained_in_full": _trained_in_full(pl_module),
+        "base": _base_in_words(trainer),
         "checkpoint": None if checkpoint is None else str(checkpoint),
+        **(_of_training(trainer) if trainer.state.fn == "fit" else {}),
     }
     if (path := free_name(folder, "run.json")).endswith("run.json"):
         write_to(path, lambda file: file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8"))
-    if "://" in folder:
+    if "://" not in folder:
+        _write_page(folder)
+
+
+def add_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Add facts to `run.json` in a folder, and write the report of the run again. A failure is a warning."""
+    path = folder / "run.json"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(known | dict(facts), indent=1) + "\n", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        rank_zero_warn(f"{path} could not be written: {type(error).__name__}: {error}")
         return
+    _write_page(str(folder))
+
+
+def _write_page(folder: str) -> None:
     try:
         write_page([Path(folder)], page_of(Path(folder)))
     except Exception as error:  # noqa: BLE001 - a page must not cost a run
         rank_zero_warn(f"The page report.html could not be written to {folder}: {type(error).__name__}: {error}")
+
+
+def _program() -> str:
+    """Return the name of the command. `python -m lora_lightning` has the same one."""
+    program = Path(sys.argv[0])
+    is_module = (program.parent.name, program.name) == ("lora_lightning", "__main__.py")
+    return "lora-lightning" if is_module else program.name
+
+
+def _machine() -> str:
+    """Return the number of cores and threads, and the name of the GPU."""
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{torch.cuda.get_device_name()}, {cores}" if torch.cuda.is_available() else cores
+
+
+def _trained_in_full(pl_module: LightningModule) -> list[str]:
+    """Return the modules without adapters that are trained beside them, such as a new head."""
+    return list(config_of(backbone_of(pl_module)).modules_to_save or ()) if is_adapted(pl_module) else []
+
+
+def _base_in_words(trainer: Trainer) -> str:
+    callback = finetuning_of(trainer)
+    return "" if callback is None else callback.base_in_words
+
+
+def _of_training(trainer: Trainer) -> dict[str, Any]:
+    """Return the number of epochs, and the best checkpoint."""
+    checkpoint, found = trainer.checkpoint_callback, {"epochs": trainer.current_epoch}
+    score = getattr(checkpoint, "best_model_score", None)
+    best = {
+        "path": str(getattr(checkpoint, "best_model_path", "")),
+        "monitor": getattr(checkpoint, "monitor", None),
+        "mode": getattr(checkpoint, "mode", None),
+        "score": None if score is None else float(score),
+    }
+    return found | ({"best": best} if best["path"] else {})

@@ -26,11 +26,15 @@ from lora_lightning.repair.digits import EXAMPLE, Digits
 from lora_lightning.repair.process import Repair, Settings, say
 from lora_lightning.repair.task import Task
 from lora_lightning.repair.training import Runs
-from lora_lightning.repair.verdict import KEPT, REPAIRED, TRADED, Verdict
+from lora_lightning.repair.verdict import KEPT, REPAIRED, TRADED, WITHIN_CHANCE, Verdict
 
 _BROKEN = 1
 _FOUND = ("worst", "worst-pair")
 _OF_CONFIG = {"config", "data", "model", "trainer", "lora"}
+_CODES = (
+    "Exit codes: 0 repaired, 3 errors were traded for others, 4 no repair, base kept, 5 fewer errors, but within "
+    "chance (p above 0.05), 1 and 2 an error."
+)
 _CONFIG_HELP = (
     "YAML of a lora_lightning.Classifier and its data module, as fit takes it; with --data.x, --model.x, --trainer.x "
     "and --lora.x, which change it. Without it, an MLP on MNIST."
@@ -47,7 +51,7 @@ def repair_command(words: list[str]) -> int:
 
 def repair_parser() -> ArgumentParser:
     """Return the parser for the options of `repair` itself."""
-    description = parse(repair.__doc__ or "").short_description
+    description = f"{parse(repair.__doc__ or '').short_description} {_CODES}"
     parser = ArgumentParser(prog="lora-lightning repair", description=description, exit_on_error=False)
     parser.add_argument("--config", help=_CONFIG_HELP)
     parser.add_function_arguments(repair, as_positional=False, skip={"of_config"})
@@ -87,7 +91,8 @@ def repair(
     Without a configuration, this pretrains an MLP on MNIST. The class, rank, share and scale of the adapters
     (W + λ ΔW with λ from 0 to 1) are selected on validation data: the fewest errors on the class with no more errors on
     the others, and where the false positives do not rise by more than the errors on the class fall. The test data are
-    only used for the verdict: "repaired", "traded" if other errors increased, or "no repair found".
+    only used for the verdict: "repaired", "fewer errors, within chance", "traded" if other errors increased, or
+    "no repair found".
 
     Args:
         base_checkpoint: A trained model of configs/pretrain.yaml or configs/notebook/pretrain.yaml, or of the
@@ -112,9 +117,9 @@ def repair(
         of_config: Arguments for a configuration: `--config` and options of `fit`.
 
     Returns:
-        The exit code: 0 if the errors on the class fell and others did not rise, 3 if others rose, 4 if no repair was
-        found, and 1 if the base changed or disabling the adapters does not restore it. For several seeds, the highest
-        exit code.
+        The exit code: 0 if the errors on the class fell and others did not rise, with p <= 0.05, 5 if chance explains
+        that, 3 if others rose, 4 if no repair was found, and 1 if the base changed or disabling the adapters does not
+        restore it. For several seeds, the highest exit code.
     """
     ranks = rank if isinstance(rank, list) else [rank]
     shares = share if isinstance(share, list) else [] if share is None else [share]
@@ -202,7 +207,8 @@ def _summarize(verdicts: list[Verdict], noun: str) -> None:
     say(
         f"[bold]{len(verdicts)} seeds[/]: errors on the {noun} cut by {median(cut):.0%} in the median "
         f"({min(cut):.0%} to {max(cut):.0%}), other errors by {median(others):.0%} "
-        f"({min(others):.0%} to {max(others):.0%}); {codes.count(REPAIRED)} repaired, {codes.count(TRADED)} traded, "
+        f"({min(others):.0%} to {max(others):.0%}); {codes.count(REPAIRED)} repaired, "
+        f"{codes.count(WITHIN_CHANCE)} within chance, {codes.count(TRADED)} traded, "
         f"{codes.count(KEPT)} without a repair."
     )
 

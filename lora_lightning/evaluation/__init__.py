@@ -7,7 +7,7 @@ from lora_lightning.evaluation.evaluation import Evaluation, EvaluationSettings
 from lora_lightning.evaluation.found import described, find_targets, tensors_of
 from lora_lightning.evaluation.multilabel import Labels
 from lora_lightning.evaluation.paired import PairedBootstrap, mcnemar_p, paired_bootstrap
-from lora_lightning.evaluation.regression import Values
+from lora_lightning.evaluation.regression import ValueChanges, Values
 from lora_lightning.evaluation.report import Report
 from lora_lightning.evaluation.results import or_none
 from lora_lightning.evaluation.tasks import CLASS_TASKS, TASKS
@@ -24,6 +24,7 @@ __all__ = [
     "PairedBootstrap",
     "Pairs",
     "Report",
+    "ValueChanges",
     "Values",
     "described",
     "find_targets",

@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,7 +17,16 @@ KEPT = 100
 """Maximum number of samples of each kind, fixed and broken, that are kept for the report."""
 _SIDE = 96
 _LONGEST_TEXT = 500
+_SHORTEST_SIGNAL, _LONGEST_SIGNAL = 24, 128
 _INPUT_KEYS = ("image", "images", "pixel_values", "text", "texts", "input_ids", "x", "inputs", "input")
+
+
+class Shown(TypedDict, total=False):
+    """Holds what a report shows of a sample."""
+
+    image: str
+    text: str
+    signal: list[float]
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class ChangedSample:
         image: A small image as a `data:image/…` URL, or an empty string.
         text: The text, or an empty string.
         index: Index of the sample in the data set, if it is known.
+        signal: Up to 128 values of a signal, or an empty list.
     """
 
     target: int
@@ -41,6 +51,7 @@ class ChangedSample:
     image: str = ""
     text: str = ""
     index: int | None = None
+    signal: list[float] = field(default_factory=list)
 
     @property
     def is_fixed(self) -> bool:
@@ -174,18 +185,35 @@ class Inputs:
         indices = self._indices
         return [] if indices is None else [indices[place] for place in self._places[chosen].tolist()]
 
-    def of(self, number: int) -> dict[str, str]:
-        """Return the `image` or the `text` of a sample."""
+    def of(self, number: int) -> Shown:
+        """Return the `image`, the `text` or the `signal` of a sample."""
         found, index = self._found, int(self._places[number])
         if isinstance(found, list):
             return {"text": str(found[index])[:_LONGEST_TEXT]}
         if found is None:
             return {}
         if found.is_floating_point() or found.dtype == torch.uint8:
-            return {"image": small_image(found[index])} if found[index].dim() in (2, 3) else {}
+            sample = found[index]
+            if is_signal(sample):
+                return {"signal": small_signal(sample)}
+            return {"image": small_image(sample)} if sample.dim() in (2, 3) else {}
         if self._decode is None or found.dim() != 2:
             return {}
         return {"text": self._decode(found[index : index + 1])[0][:_LONGEST_TEXT]}
+
+
+def is_signal(values: Tensor) -> bool:
+    """Return whether these are values over time, of shape (L,), or (C, L) with up to three channels."""
+    return values.dim() in (1, 2) and values.shape[-1] >= _SHORTEST_SIGNAL and (values.dim() == 1 or len(values) <= 3)
+
+
+def small_signal(values: Tensor) -> list[float]:
+    """Return up to 128 values of the first channel of a signal. Longer ones are averaged piece by piece."""
+    signal = values.detach().float().cpu()
+    signal = torch.nan_to_num(signal[0] if signal.dim() == 2 else signal)
+    if len(signal) > _LONGEST_SIGNAL:
+        signal = torch.nn.functional.adaptive_avg_pool1d(signal[None], _LONGEST_SIGNAL)[0]
+    return [float(f"{value:.4g}") for value in signal.tolist()]
 
 
 def small_image(pixels: Tensor) -> str:

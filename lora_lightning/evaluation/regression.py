@@ -19,6 +19,8 @@ from lora_lightning.evaluation.results import or_none, ratio
 
 _QUANTILES = 5
 _KEPT = 20
+_LISTED, _POINTS = 10, 1000
+"""Maximum numbers of samples in a list, and in a scatter plot."""
 _COUNT, _MEAN, _SPREAD = 0, 1, 2
 """Columns of the targets of a sample: their number, mean, and sum of squared deviations from it."""
 _ABSOLUTE, _SQUARED, _SIGNED = 0, 1, 2
@@ -35,10 +37,12 @@ class Values:
         targets: Number of values, mean and sum of squared deviations of the targets of each sample, of shape (N, 3),
             float64.
         errors: Sums of |e|, e² and e of each sample, of shape (N, 3), float64, with e = output - target.
+        indices: Index of each sample in the data set, if they are known.
     """
 
     targets: Tensor
     errors: Tensor
+    indices: tuple[int, ...] | None = None
 
     @property
     def total(self) -> int:
@@ -101,6 +105,72 @@ class Values:
         return numbers | {"samples": self.total, "values": self.values, "quantiles": rows}
 
 
+@dataclass(frozen=True)
+class ValueSample:
+    """Holds a sample with its mean target, mean outputs and mean absolute errors of the base and the adapted model.
+
+    Args:
+        index: Index in the data set, if it is known.
+        target: Mean target.
+        base: Mean output of the base.
+        adapted: Mean output of the adapted model.
+        base_error: Mean absolute error of the base.
+        error: Mean absolute error of the adapted model.
+    """
+
+    index: int | None
+    target: float
+    base: float
+    adapted: float
+    base_error: float
+    error: float
+
+
+@dataclass(frozen=True)
+class ValueChanges:
+    """Compares the errors of two models by sample.
+
+    Args:
+        improved: Number of samples whose error decreased.
+        worsened: Number of samples whose error increased.
+        most_improved: The samples whose error decreased most.
+        most_worsened: The samples whose error increased most.
+        points: The errors of the base and of the adapted model on up to 1,000 samples at equal distances.
+    """
+
+    improved: int
+    worsened: int
+    most_improved: list[ValueSample]
+    most_worsened: list[ValueSample]
+    points: list[tuple[float, float]]
+
+    @classmethod
+    def of(cls, base: Values, adapted: Values) -> ValueChanges:
+        """Compare two models on the same samples."""
+        counts = adapted.targets[:, _COUNT]
+        before, after = (each.errors[:, _ABSOLUTE] / counts for each in (base, adapted))
+        changes = after - before
+        finite = changes.isfinite().nonzero()[:, 0]
+        order = finite[changes[finite].argsort(stable=True)].tolist()
+        best = [place for place in order[:_LISTED] if float(changes[place]) < 0]
+        worst = [place for place in order[::-1][:_LISTED] if float(changes[place]) > 0]
+        points = torch.stack((before, after), 1)[finite][:: max(1, -(-len(order) // _POINTS))]
+
+        def sample(place: int) -> ValueSample:
+            target, count = float(adapted.targets[place, _MEAN]), float(counts[place])
+            outputs = [target + float(each.errors[place, _SIGNED]) / count for each in (base, adapted)]
+            index = None if adapted.indices is None else adapted.indices[place]
+            return ValueSample(index, target, outputs[0], outputs[1], float(before[place]), float(after[place]))
+
+        return cls(
+            int((changes < 0).sum()),
+            int((changes > 0).sum()),
+            [sample(place) for place in best],
+            [sample(place) for place in worst],
+            [(float(f"{was:.4g}"), float(f"{now:.4g}")) for was, now in points.tolist()],
+        )
+
+
 class ValueTally(Tally):
     """Keeps the errors of each sample: some 70 bytes, whatever its number of values."""
 
@@ -148,7 +218,7 @@ class ValueTally(Tally):
             improved, worsened = self._most(changes), self._most(-changes)
         return Report(
             context.stage,
-            Values(targets, adapted),
+            Values(targets, adapted, None if self._indices is None else tuple(self._indices)),
             None if base is None else Values(targets, base),
             context.loader,
             None,

@@ -72,6 +72,11 @@ class Predictions:
             torch.bincount(self.targets * size + self.classes, minlength=size**2).view(size, size), class_names
         )
 
+    def of_classes(self, classes: tuple[int, ...]) -> Predictions:
+        """Return the predictions for the samples of these classes."""
+        chosen = torch.isin(self.targets, torch.tensor(classes))
+        return Predictions(self.logits[chosen], self.targets[chosen])
+
     def biased(self, bias: Tensor) -> Predictions:
         """Return the predictions with a bias of shape (C,) added to the logits."""
         return Predictions(self.logits + bias, self.targets)

@@ -9,13 +9,14 @@ from lightning.pytorch import seed_everything
 from rich.markup import escape
 
 from lora_lightning.callbacks import ConfusionReport
+from lora_lightning.callbacks.run_files import add_facts
 from lora_lightning.lora import base_fingerprint, scale_adapter, scaled
 from lora_lightning.peft_format import save_adapter
 from lora_lightning.repair.choice import LAMBDAS, Setting, choose, classes_in_focus
 from lora_lightning.repair.predictions import Predictions, Tally, mcnemar
 from lora_lightning.repair.task import Method, Task
 from lora_lightning.repair.training import Runs, Trained
-from lora_lightning.repair.verdict import Verdict
+from lora_lightning.repair.verdict import OUTCOMES, Verdict
 from lora_lightning.report.terminal import show
 
 
@@ -85,6 +86,18 @@ class Repair:
         say(f"Chosen on validation data: {setting.in_words()}.")
         return self._test(setting, tested)
 
+    def _complete_page(self, verdict: Verdict, adapter: Path, base: str) -> None:
+        """Add the verdict to the report of the test."""
+        facts = {
+            "focus": [self.task.names[index] for index in self.focus],
+            "noun": self.task.noun if self.task.noun == "digit" else "",
+            "outcome": OUTCOMES[verdict.exit_code],
+            "p": verdict.p,
+            "next": _more_samples(self.task),
+            "adapter": str(adapter),
+        }
+        add_facts(self.runs.folder / "adapted", {"repair": facts, "base": base})
+
     def _candidates(self) -> dict[tuple[int, float], Trained]:
         return {
             (rank, share): self.train("candidates", "adapters", self.focus, share, rank)
@@ -137,15 +150,24 @@ class Repair:
         broken = broken_guarantees(unchanged, report.report.base.errors, tested.confusion(self.task.names).errors)
         folder = self.runs.folder / "adapter"
         save_adapter(net, folder)
-        verdict = Verdict(self.called, tested.tally(self.focus), repaired.tally(self.focus))
+        p = mcnemar(tested, repaired)
+        verdict = Verdict(self.called, tested.tally(self.focus), repaired.tally(self.focus), p)
         say(f"[bold]4. Verdict[/]: {escape(verdict.in_words())}")
-        say(f"McNemar's exact test against the base: p = {mcnemar(tested, repaired):.2g}.")
+        of_focus = mcnemar(tested.of_classes(self.focus), repaired.of_classes(self.focus))
+        say(f"McNemar's exact test against the base: p = {p:.2g}, on {escape(self.called)} alone {of_focus:.2g}.")
+        base = f"bitwise unchanged (SHA-256 {callback.base_fingerprint[:12]})" if unchanged else "CHANGED"
+        self._complete_page(verdict, folder, base)
         say(f"Trained: {callback.trained_parameters()}, in {trained.seconds:.1f} s.")
         say(f"Base bitwise unchanged: {'yes' if unchanged else 'NO'} (SHA-256 {callback.base_fingerprint[:12]}).")
         say(f"Adapter: {escape(str(folder))}")
         for guarantee in broken:
             say(f"[bold red]Broken guarantee[/]: {guarantee}")
         return Outcome(verdict, broken, setting, tested, repaired)
+
+
+def _more_samples(task: Task) -> str:
+    """Return the command that tests on more samples, if there is one."""
+    return "lora-lightning repair --source full" if "sample" in task.options else ""
 
 
 def broken_guarantees(base_unchanged: bool, disabled: list[int], base: list[int]) -> list[str]:

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 from lora_lightning.repair.predictions import Tally
 
-REPAIRED, TRADED, KEPT = 0, 3, 4
-"""Exit codes of the three outcomes. Errors have the codes 1 and 2."""
+REPAIRED, TRADED, KEPT, WITHIN_CHANCE = 0, 3, 4, 5
+"""Exit codes of the outcomes. Errors have the codes 1 and 2."""
+OUTCOMES = {REPAIRED: "repaired", TRADED: "traded", KEPT: "kept", WITHIN_CHANCE: "within chance"}
+"""Names of the outcomes by exit code."""
+LIKELY = 0.05
+"""The largest p-value of a repair."""
 
 
 @dataclass(frozen=True)
@@ -18,18 +22,27 @@ class Verdict:
         focus: Names of the classes in focus.
         base: Errors of the base.
         repaired: Errors of the adapted model, or `None` if no candidate was better than the base on validation data.
+        p: P-value of McNemar's exact test for equal error rates on all test samples, or `None` without a repair.
     """
 
     focus: str
     base: Tally
     repaired: Tally | None
+    p: float | None = None
 
     @property
     def exit_code(self) -> int:
-        """Return `REPAIRED` for fewer errors on the focus and no more on others, `TRADED` for more, else `KEPT`."""
+        """Return the outcome.
+
+        `REPAIRED` means fewer errors on the focus and no more on others, more than chance explains. It is
+        `WITHIN_CHANCE` if chance explains that, `TRADED` for more errors on others, and `KEPT` if the errors on the
+        focus did not fall.
+        """
         if self.repaired is None or self.repaired.focus_errors >= self.base.focus_errors:
             return KEPT
-        return REPAIRED if self.repaired.other_errors <= self.base.other_errors else TRADED
+        if self.repaired.other_errors > self.base.other_errors:
+            return TRADED
+        return REPAIRED if self.p is not None and self.p <= LIKELY else WITHIN_CHANCE
 
     def in_words(self) -> str:
         """Return the outcome as one sentence, with the numbers."""
@@ -46,6 +59,9 @@ class Verdict:
         )
         if self.exit_code == REPAIRED:
             return f"repaired: {numbers}"
+        if self.exit_code == WITHIN_CHANCE:
+            of_test = "p unknown" if self.p is None else f"p = {self.p:.2g}"
+            return f"fewer errors, within chance ({of_test}): {numbers}"
         if self.exit_code == TRADED:
             less, more = base.focus_errors - repaired.focus_errors, repaired.other_errors - base.other_errors
             return f"traded: −{less} on {self.focus}, +{more} elsewhere. Not a repair: {numbers}"

@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import, and most runs nev
     from matplotlib.figure import Figure
 
 _LONGEST_LABEL = 24
+_TITLE, _TEXT = 16, 13
+"""Sizes of text in points, so that it can be read at half the size of the image."""
 OTHERS = "others"
 """Name of the row for all classes that are not shown individually."""
 
@@ -23,8 +25,9 @@ OTHERS = "others"
 def confusion_figures(report: Report[Confusion]) -> dict[str, Figure]:
     """Return the confusion matrix as the figure `model`, or with a base as `base`, `adapted` and their `difference`.
 
-    The numbers are counts. The colours show the errors on one scale for all figures, without the diagonal, which would dominate. For
-    more than 20 classes, the 20 with the lowest recall have one row and column each, and all others share one.
+    The numbers are counts. The colours show the errors on one scale for all figures, without the diagonal, which would
+    dominate. For more than 20 classes, the 20 with the lowest recall have one row and column each, and all others share
+    one.
     """
     shown = report.adapted.shown()
     names = _names(report, shown)
@@ -43,7 +46,7 @@ def classes_figure(report: Report[Confusion]) -> Figure:
 
     shown = report.adapted.shown()
     names = [_label(report.adapted.class_names[index]) for index in shown]
-    figure = Figure(figsize=(7, 1 + 0.35 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(7, 1.2 + 0.4 * len(shown)), layout="constrained")
     axis = figure.subplots()
     both = {"model": report.adapted} if report.base is None else {"base": report.base, "adapted": report.adapted}
     height = 0.8 / len(both)
@@ -52,8 +55,10 @@ def classes_figure(report: Report[Confusion]) -> Figure:
         axis.barh(places, [100 * confusion.recall[index] for index in shown], height, label=title)
     axis.set_yticks(range(len(shown)), names)
     axis.invert_yaxis()
-    axis.set(xlabel="recall, %", xlim=(0, 100))
-    axis.legend(loc="lower left")
+    axis.set(xlim=(0, 100))
+    axis.set_xlabel("recall, %", fontsize=_TEXT)
+    axis.tick_params(labelsize=_TEXT)
+    axis.legend(loc="lower left", fontsize=_TEXT)
     return figure
 
 
@@ -74,9 +79,10 @@ def _label(name: str) -> str:
 def report_figures(report: Report[Confusion]) -> dict[str, Figure]:
     """Return all figures of a report.
 
-    These are the figures of `confusion_figures`, with a separate scale for `difference`; `classes`; `confusion` and
-    `confusion_normalized` (in percent of each row), with the base, if any, and the model side by side; and `mistakes`, if samples with an
-    image or a text changed.
+    These are the figures of `confusion_figures`, with a separate scale for `difference`; `classes`; `confusion` with
+    the base, if any, and the model side by side; `confusion_normalized`, the same in percent of each row, unless all
+    classes have equally many samples, where it would be the same figure; and `mistakes`, if samples with an image or a
+    text changed.
     """
     shown = report.adapted.shown()
     names = _names(report, shown)
@@ -84,7 +90,9 @@ def report_figures(report: Report[Confusion]) -> dict[str, Figure]:
     matrices["adapted" if matrices else "model"] = shown_alone(report.adapted.matrix, shown)
     percents = {key: 100 * each / each.sum(1, keepdim=True).clamp_min(1) for key, each in matrices.items()}
     found = confusion_figures(report) | {"classes": classes_figure(report)}
-    found |= {"confusion": _side_by_side(matrices, names), "confusion_normalized": _side_by_side(percents, names)}
+    found["confusion"] = _side_by_side(matrices, names)
+    if len({support for support in report.adapted.support if support}) > 1:
+        found["confusion_normalized"] = _side_by_side(percents, names, ", % of each row")
     if report.base is not None:
         difference = matrices["adapted"] - matrices["base"]
         found["difference"] = _figure("difference", difference, names, _most(difference))
@@ -105,15 +113,27 @@ def _most(*matrices: torch.Tensor) -> float:
     return max(float((matrix * off_diagonal).abs().max()) for matrix in matrices)
 
 
-def _side_by_side(matrices: dict[str, torch.Tensor], names: tuple[str, ...]) -> Figure:
+def _side_by_side(matrices: dict[str, torch.Tensor], names: tuple[str, ...], unit: str = "") -> Figure:
     from matplotlib.figure import Figure
 
-    side, most = (6 if len(names) <= 12 else 9), _most(*matrices.values())
+    side, most = _side(names), _most(*matrices.values())
     figure = Figure(figsize=(side * len(matrices), side), layout="constrained")
+    _leave_margin(figure)
     axes = figure.subplots(1, len(matrices), squeeze=False).flat
     for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
-        _draw(axis, title, matrix, names, most, diverging=False)
+        _draw(axis, f"{title}{unit}", matrix, names, most, diverging=False)
     return figure
+
+
+def _leave_margin(figure: Figure) -> None:
+    """Leave room around titles, so that none touches the border."""
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.12, h_pad=0.12)
+
+
+def _side(names: tuple[str, ...]) -> float:
+    """Return the side of a matrix with its labels in inches."""
+    return 6.5 if len(names) <= 12 else 11
 
 
 def shown_alone(matrix: torch.Tensor, shown: list[int]) -> torch.Tensor:
@@ -128,8 +148,9 @@ def shown_alone(matrix: torch.Tensor, shown: list[int]) -> torch.Tensor:
 def _figure(title: str, matrix: torch.Tensor, names: tuple[str, ...], most_errors: float) -> Figure:
     from matplotlib.figure import Figure
 
-    side = 6 if len(names) <= 12 else 9
+    side = _side(names)
     figure = Figure(figsize=(side, side), layout="constrained")
+    _leave_margin(figure)
     _draw(figure.subplots(), title, matrix, names, most_errors, diverging=title == "difference")
     return figure
 
@@ -146,8 +167,10 @@ def _draw(
     else:
         shade = shade.masked_fill(torch.eye(size, dtype=torch.bool), 0)
         axis.imshow(shade.numpy(), cmap="Reds", vmin=0, vmax=scale)
-    heading = "difference (adapted - base)" if diverging else title
-    axis.set(title=heading, xlabel="predicted", ylabel="target")
+    axis.set_title("difference: adapted − base" if diverging else title, fontsize=_TITLE)
+    axis.set_xlabel("predicted", fontsize=_TEXT)
+    axis.set_ylabel("target", fontsize=_TEXT)
+    axis.tick_params(labelsize=_TEXT)
     labels = [_label(name) for name in names]
     slanted: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
     axis.set_xticks(range(size), labels, **(slanted if max(map(len, labels)) > 2 else {}))
@@ -167,9 +190,17 @@ def _draw(
                     label,
                     ha="center",
                     va="center",
-                    fontsize=8 if len(label) <= 4 else 6,
+                    fontsize=_text_size(label, size),
                     color="white" if dark else "black",
                     weight=weight,
                     parse_math=False,
                 )
                 cell.set_in_layout(False)
+
+
+def _text_size(label: str, size: int) -> float:
+    """Return the size of a number in points that fits a cell of a matrix with this number of rows."""
+    cell = 72 * (0.46 if size <= 12 else 0.4) * min(1.0, (12 if size <= 12 else 21) / size)
+    if size <= 5:
+        cell = 60
+    return min(14, max(6, cell / (0.68 * max(len(label), 2))))

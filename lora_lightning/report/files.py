@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
-from lora_lightning.evaluation import Confusion, Pairs, Report, or_none
+from lora_lightning.evaluation import Confusion, Pairs, Report, ValueChanges, Values, or_none
 from lora_lightning.report.figure import report_figures, write_png
 from lora_lightning.report.samples import write_samples
 
@@ -35,9 +35,10 @@ def write_report(report: Report, folder: str | Path, figures: dict[str, Figure] 
         figures: The result of `report_figures`, if available.
 
     Returns:
-        The paths of the files by their plain names: `confusion.json` with all numbers, `confusion.csv` with one row per class, the images
-        `confusion.png`, `confusion_normalized.png` and, with a base, `difference.png`. If samples changed, also `samples.json` and
-        `mistakes.png`. For tasks without classes, only `comparison.json` and `comparison.csv`.
+        The paths of the files by their plain names: `confusion.json` with all numbers, `confusion.csv` with one row per
+        class, the images of `report_figures`: `confusion.png`, for unequal classes `confusion_normalized.png`, and with
+        a base `difference.png`. If samples changed, also `samples.json` and `mistakes.png`. For tasks without classes,
+        only `comparison.json` and `comparison.csv`.
     """
     kind = "confusion" if isinstance(report.adapted, Confusion) else "comparison"
     ending = "" if report.stage == "test" else f"_{report.stage}"
@@ -78,6 +79,8 @@ def _write_json(report: Report, path: Path) -> None:
         "worsened": report.worsened,
         "metrics": {name: [None if v is None else or_none(v) for v in both] for name, both in report.metrics.items()},
     }
+    if isinstance(adapted, Values) and isinstance(report.base, Values):
+        content["errors"] = asdict(ValueChanges.of(report.base, adapted))
     if isinstance(adapted, Confusion):
         content |= {"class_names": adapted.class_names, "matrix_rows": "target", "matrix_columns": "predicted"}
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

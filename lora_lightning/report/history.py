@@ -8,11 +8,13 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_lightning.wording import one_line
+
 if TYPE_CHECKING:  # matplotlib takes half a second to import
     from matplotlib.figure import Figure
 
 _STEP = "step"
-_GREY = "#888888"
+_GREY = "#767676"
 
 
 class History:
@@ -51,7 +53,8 @@ class History:
     def curves(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
         """Return the points of each metric with at least two values, grouped by measure, such as `loss`.
 
-        `train/loss`, `train_loss` and `val/loss` are the same measure. Metrics of single classes, such as `val/recall/9`, are excluded.
+        `train/loss`, `train_loss` and `val/loss` are the same measure. Metrics of single classes, such as
+        `val/recall/9`, are excluded.
         """
         found: dict[str, dict[str, list[tuple[int, float]]]] = {}
         names = dict.fromkeys(name for row in self.rows.values() for name in row)
@@ -71,7 +74,7 @@ def _measure(name: str) -> str:
 
 
 def curves_figure(history: History) -> Figure | None:
-    """Return a figure with one panel per measure, in colours for light and dark backgrounds, or `None` if there is nothing to draw."""
+    """Return a figure with one panel per measure, for light and dark backgrounds, or `None` without curves."""
     from matplotlib.figure import Figure
 
     curves = history.curves()
@@ -79,20 +82,20 @@ def curves_figure(history: History) -> Figure | None:
         return None
     columns = min(len(curves), 3)
     rows = -(-len(curves) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.8 * rows), layout="constrained", facecolor="none")
+    figure = Figure(figsize=(4.6 * columns, 3.4 * rows), layout="constrained", facecolor="none")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (measure, lines) in zip(axes, curves.items(), strict=False):
         for name, points in lines.items():
             marker = "" if len(points) > 30 else "."
             axis.plot([step for step, _ in points], [value for _, value in points], marker=marker, label=name)
-        axis.set_title(measure, color=_GREY)
-        axis.set_xlabel(_STEP, color=_GREY)
+        axis.set_title(one_line(measure, 32).replace("$", r"\$"), color=_GREY, fontsize=15)
+        axis.set_xlabel(_STEP, color=_GREY, fontsize=12)
         axis.set_facecolor("none")
-        axis.tick_params(colors=_GREY)
+        axis.tick_params(colors=_GREY, labelsize=12)
         for spine in axis.spines.values():
             spine.set_color(_GREY)
         if len(lines) > 1:
-            axis.legend(fontsize=8, framealpha=0, labelcolor=_GREY)
+            axis.legend(fontsize=12, framealpha=0, labelcolor=_GREY)
     for axis in list(figure.axes)[len(curves) :]:
         axis.set_visible(False)
     return figure

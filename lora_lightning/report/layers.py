@@ -19,10 +19,11 @@ def layer_changes(module: nn.Module, with_base: bool = True) -> list[dict[str, A
         with_base: Whether to measure W as well, which reads the complete base.
 
     Returns:
-        For each active adapter of a weight, its `name`, `rank` and `parameters`, the Frobenius norms of ΔW and of W (`base_norm`, which is `None` for
-        a bypass or without `with_base`), and the effective rank of ΔW, averaged over experts. The effective rank is the exponential of the
-        entropy of the normalized singular values (Roy and Vetterli 2007,
-        https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf). Empty if adapters are distributed over devices.
+        For each active adapter of a weight, its `name`, `rank` and `parameters`, the Frobenius norms of ΔW and of W
+        (`base_norm`, which is `None` for a bypass or without `with_base`), and the effective rank of ΔW, averaged over
+        experts. The effective rank is the exponential of the entropy of the normalized singular values (Roy and
+        Vetterli 2007, https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf). Empty if adapters
+        are distributed over devices.
     """
     found = adapted_weights(module)
     if any(hasattr(factor, "device_mesh") for weight in found for factor in weight.factors):

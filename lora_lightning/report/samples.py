@@ -18,10 +18,12 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import
     from matplotlib.figure import Figure
 
 _COLUMNS = 6
+_TEXT = 11
+"""Size of text in points, so that it can be read at half the size of the image."""
 _DRAWN = 12
-_WIDTH, _HEIGHT, _WORDS, _SIDE = 1.9, 2.5, 0.55, 1.75
+_WIDTH, _HEIGHT, _WORDS, _SIDE = 2.1, 2.75, 0.72, 1.8
 """Sizes in inches: of a sample with its caption, of the caption, and of the longer side of an image."""
-_LONGEST_NAME = 22
+_LONGEST_NAME = 16
 
 
 def write_samples(samples: list[ChangedSample], path: Path) -> None:
@@ -67,10 +69,11 @@ def _draw(axis: Axes, sample: ChangedSample, class_names: tuple[str, ...], cente
     axis.text(
         center,
         top + 0.1,
-        f"{'fixed' if sample.is_fixed else 'broke'}: {target}\n{base} {sample.base_confidence:.0%}\n→ {model} {sample.confidence:.0%}",
+        f"{'fixed' if sample.is_fixed else 'broke'}: {target}\n{base} {sample.base_confidence:.0%}\n"
+        f"→ {model} {sample.confidence:.0%}",
         ha="center",
         va="top",
-        fontsize=7,
+        fontsize=_TEXT if max(map(len, (target, base, model))) < 13 else 9,
         color="tab:blue" if sample.is_fixed else "tab:red",
     )
     middle = top + _WORDS + _SIDE / 2
@@ -80,8 +83,8 @@ def _draw(axis: Axes, sample: ChangedSample, class_names: tuple[str, ...], cente
         extent = (center - half[0], center + half[0], middle + half[1], middle - half[1])
         axis.imshow(pixels, cmap="gray", interpolation="nearest", extent=extent)
     else:
-        text = "\n".join(textwrap.wrap(textwrap.shorten(sample.text, 110), 22)).replace("$", r"\$")
-        axis.text(center, middle, text, ha="center", va="center", fontsize=7)
+        text = "\n".join(textwrap.wrap(textwrap.shorten(sample.text, 110), 20)).replace("$", r"\$")
+        axis.text(center, middle, text, ha="center", va="center", fontsize=_TEXT)
 
 
 def _short(name: str) -> str:

@@ -20,9 +20,10 @@ _LEFT_OUT = ("true_positives", "false_positives", "false_negatives", "true_negat
 def report_table(report: Report, title: str | None = None) -> Table:
     """Return a table of a report for the terminal.
 
-    For classes, it has one row per class and a row for all: support, errors, recall and precision, before and after if there is a base.
-    For more than 20 classes, the table contains the 20 with the lowest recall, and the caption says so. The last row contains the accuracy
-    instead of the recall. For other tasks, it has one row per label or fifth of the targets. Metrics of the user stand below.
+    For classes, it has one row per class and a row for all: support, errors, recall and precision, before and after if
+    there is a base. For more than 20 classes, it contains the 20 with the lowest recall, and the caption says so. The
+    last row contains the accuracy instead of the recall. For other tasks, it has one row per label or fifth of the
+    targets. Metrics of the user stand below.
     """
     if isinstance(report.adapted, Confusion):
         table = _table_of_classes(report, title)

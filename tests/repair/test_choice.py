@@ -9,7 +9,7 @@ from torch import Tensor
 from lora_lightning.evaluation import Confusion
 from lora_lightning.repair.choice import choose, classes_in_focus, matched_bias, one_bias
 from lora_lightning.repair.predictions import Predictions, Tally, mcnemar
-from lora_lightning.repair.verdict import KEPT, REPAIRED, TRADED, Verdict
+from lora_lightning.repair.verdict import KEPT, REPAIRED, TRADED, WITHIN_CHANCE, Verdict
 
 BASE = Tally(focus_errors=20, other_errors=100, false_positives=10, total=1000)
 
@@ -63,9 +63,17 @@ def test_the_rule(candidates: dict[str, Tally], kept: str | None) -> None:
     ],
 )
 def test_a_trade_is_never_called_a_repair(repaired: Tally | None, code: int, words: str) -> None:
-    verdict = Verdict("9", BASE, repaired)
+    verdict = Verdict("9", BASE, repaired, p=0.05)
     assert verdict.exit_code == code
     assert words in verdict.in_words()
+
+
+def test_what_chance_explains_is_not_called_a_repair() -> None:
+    verdict = Verdict("9", BASE, Tally(16, 94, 12, 1000), p=0.076)
+    assert verdict.exit_code == WITHIN_CHANCE == 5
+    assert verdict.in_words().startswith("fewer errors, within chance (p = 0.076): errors on 9 20 → 16, on all others")
+    assert Verdict("9", BASE, Tally(16, 94, 12, 1000)).exit_code == WITHIN_CHANCE
+    assert Verdict("9", BASE, Tally(3, 145, 12, 1000), p=0.9).exit_code == TRADED
 
 
 def test_the_focus_may_be_found_or_named() -> None:

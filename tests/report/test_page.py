@@ -1,11 +1,13 @@
-"""The files of a run and its page: one file with the story, the matrices, the samples, the layers and the curves."""
+"""The files of a run and its page: one file with the verdict first, for every task."""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,23 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lightning.evaluation import Confusion, Report
-from lora_lightning.evaluation.changes import ChangedSample, Pairs, small_image
+from lora_lightning.evaluation import (
+    Confusion,
+    Labels,
+    PairedBootstrap,
+    Report,
+    ValueChanges,
+    Values,
+    paired_bootstrap,
+)
+from lora_lightning.evaluation.changes import ChangedSample, Pairs, is_signal, small_image, small_signal
 from lora_lightning.lora import LoRAConfig, adapted_weights, attach
 from lora_lightning.report import write_page
+from lora_lightning.report.figure import report_figures
 from lora_lightning.report.files import write_report
 from lora_lightning.report.history import History, curves_figure
 from lora_lightning.report.layers import layer_changes
+from tests.conftest import ROOT
 from tests.helpers import stir
 
 NAMES = ("cat", "<b>dog</b>", "$x_{")
@@ -53,56 +65,294 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+VOID = ("meta", "link", "img", "br")
+
+
 class Page(HTMLParser):
-    """Collects tags that are not closed as they were opened, addresses, and text."""
+    """Reads a page as a screen reader does: tags, attributes, headings, and text without styles and scripts."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.open: list[str] = []
+        self.open: list[tuple[str, dict[str, str]]] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
         self.addresses: list[str] = []
+        self.captions: list[str] = []
+        self.scrolls: list[bool] = []
         self.text = ""
         self.feed(path.read_text(encoding="utf-8"))
+        self.text = re.sub(r"\s+", " ", self.text)
 
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.addresses += [value for key, value in attrs if key in ("src", "href")]
-        if tag not in ("meta", "link", "img", "br"):
-            self.open.append(tag)
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {key: value or "" for key, value in attrs}
+        self.tags.append((tag, found))
+        self.text += " " if tag in ("td", "th", "li", "p", "div", "b") else ""
+        self.addresses += [value for key, value in found.items() if key in ("src", "href")]
+        if tag == "table":
+            self.captions.append("")
+            self.scrolls.append(any(each.get("class") == "wide" for _, each in self.open))
+        if tag not in VOID:
+            self.open.append((tag, found))
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+        assert self.open.pop()[0] == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        inside = self.open[-1][0] if self.open else ""
+        if inside == "caption":
+            self.captions[-1] += data
+        if inside not in ("style", "script"):
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        """Return the attributes of all tags of this name."""
+        return [found for name, found in self.tags if name == tag]
+
+
+def page_of(folder: Path, report: Report | None = None, facts: dict[str, Any] | None = None) -> Page:
+    """Write the files of a run and its page, and read it."""
+    if report is not None:
+        write_report(report, folder)
+    (folder / "run.json").write_text(json.dumps(FACTS | (facts or {})))
+    write_page([folder], folder / "report.html")
+    return Page(folder / "report.html")
+
+
+def two_classes(fixed: int, broke: int, samples: list[ChangedSample] | None = None) -> Report:
+    """A base with 15 errors on 100 samples, and adapters that fix and break some."""
+    base = torch.tensor([[40, 10], [5, 45]])
+    change = torch.tensor([[fixed, -fixed], [broke, -broke]])
+    names = ("normal", "fault")
+    return Report(
+        "test", Confusion(base + change, names), Confusion(base, names), pairs=Pairs(fixed, broke, samples or [])
+    )
+
+
+def values(count: int = 60) -> Report:
+    """Ages that adapters predict better."""
+    targets = torch.stack((torch.ones(count), torch.linspace(18, 90, count), torch.zeros(count)), 1).double()
+    errors = torch.linspace(-4, 6, count).double()
+    before, after = (torch.stack((each.abs(), each**2, each), 1) for each in (errors, 0.5 * errors + 0.3))
+    test = paired_bootstrap(after[:, 0] - before[:, 0])
+    adapted, base = Values(targets, after, tuple(range(count))), Values(targets, before)
+    return Report("test", adapted, base, task="regression", read_as="values: 1 per sample", test=test)
+
+
+def labels() -> Report:
+    before = torch.tensor([[20, 30], [9, 9], [10, 5], [61, 56]])
+    after = torch.tensor([[25, 29], [9, 12], [5, 6], [61, 53]])
+    names = ("beach", "a label with a long name that goes on and on")
+    pairs = Pairs(20, 4, fixed_indices=list(range(20)), broken_indices=[50, 51, 52, 53])
+    return Report("test", Labels(after, names, 100, 86), Labels(before, names, 100, 70), pairs=pairs, task="multilabel")
+
+
+def pixels() -> Report:
+    names = ("sky", "road", "car")
+    base = torch.tensor([[900, 20, 30], [10, 500, 40], [10, 30, 200]])
+    adapted = torch.tensor([[910, 20, 20], [10, 520, 20], [10, 35, 195]])
+    test = PairedBootstrap(0.02, 0.01, 0.03, 0.0004)
+    pairs = Pairs(40, 15, [], are_independent=False)
+    both = (Confusion(adapted, names), Confusion(base, names))
+    return Report("test", *both, pairs=pairs, task="segmentation", test=test)
+
+
+def questions() -> Report:
+    """77 classes with long names."""
+    names = tuple(f"why_was_my_card_payment_declined_{index}" for index in range(77))
+    base = 30 * torch.eye(77, dtype=torch.int64) + 5 * torch.eye(77, dtype=torch.int64).roll(1, 1)
+    adapted = 33 * torch.eye(77, dtype=torch.int64) + 2 * torch.eye(77, dtype=torch.int64).roll(1, 1)
+    samples = [ChangedSample(each, each + 1, each, 0.6, 0.9, text="Why?", index=each) for each in range(40)]
+    return Report("test", Confusion(adapted, names), Confusion(base, names), pairs=Pairs(231, 0, samples))
+
+
+def trained() -> History:
+    history = History({step: {"train/loss": 1 / step, "lr": 0.1} for step in range(1, 31)})
+    for step, loss in ((10, 0.8), (20, 0.4), (30, 0.6)):
+        history.record(step, {"val/loss": loss})
+    return history
 
 
 @pytest.mark.smoke
-def test_the_page_tells_the_story_in_one_small_file_without_anything_from_outside(run: Path) -> None:
+def test_the_page_starts_with_the_verdict_and_is_one_small_file_without_anything_from_outside(run: Path) -> None:
     write_page([run], run / "report.html")
     page = Page(run / "report.html")
     assert page.open == []
     assert all(each.startswith(("data:", "#")) for each in page.addresses)
     assert "http" not in (run / "report.html").read_text()
     assert (run / "report.html").stat().st_size < 3_000_000
-    text = re.sub(r"\s+", " ", page.text)
-    assert "Of 30 samples, the base gets 7 wrong and the adapted model 3: accuracy 76.67% → 90.00%." in text
-    assert "The largest change is in '<b>dog</b>': 4 errors before, 1 after." in text
-    assert (
-        "Samples that were fixed: 6; that became wrong: 2 (McNemar's exact test of base against adapted: p = 0.29)."
-        in text
-    )
-    assert "10 of 1,010 parameters trained, 1.00% of the base" in text
-    assert "seed_everything: 7 # <i>" in text
-    assert "effective rank" in text
-    assert "a text with <script>alert(1)</script>" in text  # as text, not as a tag
+    first = page.text.index("The adapters make fewer errors (7 → 3), but chance explains a difference of this size.")
+    assert first < page.text.index("Errors on all classes") < page.text.index("Where errors changed")
+    assert "within chance · p = 0.29" in page.text
+    assert "6 samples were fixed and 2 broken. p is that of McNemar's exact test of base against adapted." in page.text
+    assert "parameters, 1.00% of the base" in page.text
+    assert "seed_everything: 7 # <i>" in page.text
+    assert "effective rank" in page.text
+    assert "a text with <script>alert(1)</script>" in page.text  # as text, not as a tag
     assert page.addresses.count(SAMPLES[0].image) == 1
 
 
+@pytest.mark.parametrize("kind", [values, labels, pixels, questions, lambda: two_classes(8, 1), trained])
+def test_every_page_can_be_read_without_seeing_it(kind: Callable[[], Report | History], tmp_path: Path) -> None:
+    made = kind()
+    if isinstance(made, History):
+        made.write(tmp_path / "metrics.csv")
+    page = page_of(tmp_path, made if isinstance(made, Report) else None)
+    assert page.open == []
+    assert page.all("html") == [{"lang": "en"}]
+    assert len(page.all("title")) == len(page.all("main")) == len(page.all("h1")) == 1
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    assert page.captions
+    assert all(page.captions)
+    assert all(page.scrolls), "a table that is too wide scrolls inside its card"
+    assert all(
+        each["tabindex"] == "0" and each["aria-label"] for each in page.all("div") if each.get("class") == "wide"
+    )
+    assert all(each["alt"] for each in page.all("img"))
+    assert all(each["role"] == "img" and each["aria-label"] for each in page.all("svg"))
+    ids = [found["id"] for _, found in page.tags if "id" in found]
+    assert len(ids) == len(set(ids))
+    assert all({"scope"} <= set(each) for each in page.all("th"))
+
+
+def test_text_has_contrast_in_light_and_dark() -> None:
+    style = (ROOT / "lora_lightning/report/templates/style.css").read_text()
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in style.split("prefers-color-scheme: dark")
+    )
+    assert set(light) == set(dark)
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(one: str, other: str) -> float:
+        low, high = sorted((luminance(one), luminance(other)))
+        return (high + 0.05) / (low + 0.05)
+
+    for colours in (light, dark):
+        for text in ("ink", "soft", "better", "worse", "before"):
+            for ground in ("card", "page"):
+                assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+        for kind in ("better", "worse", "unsure"):
+            assert contrast(colours[kind], colours[f"{kind}-bg"]) >= 4.5, kind
+        assert contrast(colours["ink"], colours["quiet"]) >= 4.5
+
+
+@pytest.mark.parametrize(
+    ("fixed", "broke", "words", "kind"),
+    [
+        (8, 1, "The adapters make fewer errors: 15 → 8 of 100 samples, accuracy 85.0 % → 92.0 %.", "better"),
+        (6, 3, "The adapters make fewer errors (15 → 12), but chance explains a difference of this size.", "unsure"),
+        (3, 6, "The adapters make more errors (15 → 18), but chance explains a difference of this size.", "unsure"),
+        (0, 9, "The adapters make more errors: 15 → 24 of 100 samples", "worse"),
+        (4, 4, "The adapters change no number of errors: 15 → 15 errors.", "unsure"),
+        (0, 0, "The adapters change no prediction: 15 → 15 errors.", "unsure"),
+    ],
+)
+def test_the_verdict_says_what_chance_allows(tmp_path: Path, fixed: int, broke: int, words: str, kind: str) -> None:
+    page = page_of(tmp_path, two_classes(fixed, broke))
+    assert words in page.text
+    assert [each["class"] for each in page.all("span") if each.get("class", "").startswith("pill")] == [f"pill {kind}"]
+
+
+def test_what_became_worse_stands_before_what_became_better(tmp_path: Path) -> None:
+    samples = [ChangedSample(0, 1, 0, 0.6, 0.9, index=4), ChangedSample(1, 1, 0, 0.6, 0.9, index=7)]
+    page = page_of(tmp_path, two_classes(1, 1, samples))
+    broken, fixed = page.text.index("Broken: right before"), page.text.index("Fixed: wrong before")
+    assert broken < page.text.index("7 fault") < fixed < page.text.index("4 normal")
+
+
+def test_every_number_stands_beside_that_of_the_base(tmp_path: Path) -> None:
+    text = page_of(tmp_path, two_classes(8, 1)).text
+    row = text[text.index("taken for it") :]
+    assert "normal 50 10 → 2 80.0 → 96.0 88.9 → 88.9 84.2 → 92.3 5 → 6" in row
+
+
+def test_digits_are_not_taken_for_counts(tmp_path: Path) -> None:
+    names = tuple(map(str, range(10)))
+    matrix = torch.full((10, 10), 2) + 10 * torch.eye(10, dtype=torch.int64)
+    text = page_of(tmp_path, Report("test", Confusion(matrix, names), Confusion(matrix.T, names))).text
+    assert "Errors on digit 0" in text
+    assert "digit 7" in text
+
+
+def test_signals_are_drawn_as_lines_and_what_can_not_be_drawn_is_a_table(tmp_path: Path) -> None:
+    signal = small_signal(torch.sin(torch.arange(1000) / 50))
+    assert len(signal) == 128
+    assert not is_signal(torch.rand(8))
+    samples = [ChangedSample(0, 1, 0, 0.6, 0.9, signal=signal, index=4)]
+    page = page_of(tmp_path, two_classes(1, 0, samples))
+    assert [each["aria-label"] for each in page.all("svg")] == ["signal of sample 4, normal"]
+    (tmp_path / "table").mkdir()
+    samples = [ChangedSample(0, 1, 0, 0.6, 0.9, index=index) for index in range(60)]
+    page = page_of(tmp_path / "table", two_classes(60, 0, samples))
+    assert page.all("svg") == [each for each in page.all("li") if each.get("class") == "sample"] == []
+    assert "40 more" in page.text
+
+
+def test_a_repair_is_named_as_the_command_names_it(tmp_path: Path) -> None:
+    facts = {"outcome": "within chance", "p": 0.076, "focus": ["fault"], "noun": "", "next": "lora-lightning repair"}
+    page = page_of(tmp_path, two_classes(6, 3), {"repair": facts, "base": "bitwise unchanged (SHA-256 abc)"})
+    assert "Fewer errors on fault (5 → 8)" in page.text
+    assert "within chance · p = 0.076" in page.text
+    assert "base bitwise unchanged ✓" in page.text
+    assert "fault *" in page.text
+
+
+def test_a_new_head_is_marked_as_guessing(tmp_path: Path) -> None:
+    names = ("a", "b")
+    base, adapted = torch.tensor([[26, 24], [25, 25]]), torch.tensor([[45, 5], [5, 45]])
+    report = Report("test", Confusion(adapted, names), Confusion(base, names), pairs=Pairs(45, 6))
+    head = {"trained_in_full": ["classifier"]}
+    assert "base, whose new head guesses" in page_of(tmp_path, report, head).text
+    (tmp_path / "old").mkdir()
+    assert "guesses" not in page_of(tmp_path / "old", two_classes(8, 1), head).text
+
+
+def test_values_are_drawn_sample_by_sample(tmp_path: Path) -> None:
+    page = page_of(tmp_path, values())
+    assert "The adapters cut the mean absolute error: 2.64 → 1.4." in page.text
+    assert "95 % interval" in page.text
+    improved = re.search(r"([\d]+) of 60 samples with a smaller error; (\d+) with a larger one", page.text)
+    assert improved is not None
+    drawn = len(page.all("circle")) + len(page.all("rect"))
+    assert (drawn, len(page.all("rect"))) == (60, int(improved[2]))
+    assert page.text.index("Worsened most") < page.text.index("Improved most")
+
+
+def test_values_that_are_not_finite_cost_no_page(tmp_path: Path) -> None:
+    targets = torch.stack((torch.ones(4), torch.arange(4), torch.zeros(4)), 1).double()
+    errors = torch.tensor([[1.0, 1, 1], [float("nan")] * 3, [float("inf")] * 3, [2.0, 4, 2]]).double()
+    found = ValueChanges.of(Values(targets, errors), Values(targets, errors / 2))
+    assert found.points == [(1.0, 0.5), (2.0, 1.0)]
+
+
+def test_labels_have_their_verdict_and_the_samples_to_look_at(tmp_path: Path) -> None:
+    text = page_of(tmp_path, labels()).text
+    assert "The adapters get more samples entirely right: 70.0 → 86.0 %." in text
+    assert "Broken: right before, wrong now (4) Index in the data set: 50, 51, 52, 53" in text
+    assert "missed" in text
+
+
+def test_a_training_is_summarized(tmp_path: Path) -> None:
+    trained().write(tmp_path / "metrics.csv")
+    best = {"path": "epoch=1.ckpt", "monitor": "val/loss", "mode": "min", "score": 0.4}
+    page = page_of(tmp_path, facts={"best": best, "epochs": 3})
+    assert "Adapters with 10 parameters were trained, and val/loss improved: 0.8 → 0.4." in page.text
+    assert "Best epoch 2 of 3" in page.text
+    assert "validation, not a test" in page.text
+    first = next(each["aria-label"] for each in page.all("svg"))
+    assert first.startswith("Curves of the training, loss: train/loss from 1 to 0.0333; val/loss from 0.8 to 0.6")
+    assert page.text.index("How it was trained") < page.text.index("What the adapters changed in the weights")
+
+
 def test_a_page_of_a_run_without_base_samples_or_curves(tmp_path: Path) -> None:
-    write_report(Report("val", Confusion(AFTER, NAMES)), tmp_path)
-    write_page([tmp_path], tmp_path / "report.html")
-    text = Page(tmp_path / "report.html").text
+    text = page_of(tmp_path, Report("val", Confusion(AFTER, NAMES))).text
     assert "The model makes 3 errors on 30 samples" in text
-    assert "Samples that changed" not in text
+    assert "no base to compare with" in text
+    assert "Broken" not in text
 
 
 def test_runs_are_compared_in_one_page(run: Path, tmp_path: Path) -> None:
@@ -111,8 +361,8 @@ def test_runs_are_compared_in_one_page(run: Path, tmp_path: Path) -> None:
     write_page([run, other], tmp_path / "both.html")
     page = Page(tmp_path / "both.html")
     assert page.addresses.count("#run-1") == page.addresses.count("#run-2") == 1
-    assert "90.00 %" in page.text
-    assert "76.67 %" in page.text
+    assert "76.7 → 90.0" in page.text
+    assert "76.7" in page.text
 
 
 def test_a_thousand_classes_make_a_page_of_the_worst(tmp_path: Path) -> None:
@@ -120,16 +370,24 @@ def test_a_thousand_classes_make_a_page_of_the_worst(tmp_path: Path) -> None:
     matrix[7, 8] = 5
     names = tuple(f"class {index}" for index in range(1000))
     pairs = Pairs(1, 0, [ChangedSample(900, 3, 900, 0.5, 0.6)])
-    write_report(Report("test", Confusion(matrix, names), Confusion(matrix, names), pairs=pairs), tmp_path)
-    write_page([tmp_path], tmp_path / "report.html")
-    text = Page(tmp_path / "report.html").text
+    report = Report("test", Confusion(matrix, names), Confusion(matrix, names), pairs=pairs)
+    text = page_of(tmp_path, report).text
     assert "Of 1,000 classes, the 20 with the lowest recall are shown" in text
+    assert "480 more rows" in text
     assert (tmp_path / "report.html").stat().st_size < 3_000_000
+
+
+def test_a_figure_in_percent_is_left_out_where_it_shows_the_same() -> None:
+    names = ("a", "b")
+    equal, unequal = torch.tensor([[60, 40], [1, 99]]), torch.tensor([[60, 40], [1, 9]])
+    assert "confusion_normalized" not in report_figures(Report("test", Confusion(equal, names)))
+    figures = report_figures(Report("test", Confusion(unequal, names)))
+    assert "%" in figures["confusion_normalized"].axes[0].get_title()
 
 
 def test_the_folder_gets_images_and_samples(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
-    assert names >= {"confusion.png", "confusion_normalized.png", "difference.png", "mistakes.png", "samples.json"}
+    assert names >= {"confusion.png", "difference.png", "mistakes.png", "samples.json"}
     content = json.loads((run / "confusion.json").read_text())
     assert content["changed"] == {"fixed": 6, "broke": 2, "mcnemar_p": pytest.approx(0.2890625)}
 

@@ -1,0 +1,421 @@
+"""Creates the page of one pass over data of a task with one class per sample, pixel or token."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lightning.evaluation import ChangedSample, Confusion
+from lora_lightning.report.charts import Row, moves
+from lora_lightning.report.figure import OTHERS, shown_alone
+from lora_lightning.report.samples import read_samples
+from lora_lightning.report.view import (
+    LIKELY,
+    Card,
+    Cell,
+    Change,
+    Matrix,
+    Moves,
+    SampleCard,
+    Samples,
+    Table,
+    Verdict,
+    VerdictKind,
+    View,
+    counted,
+    number,
+    p_in_words,
+    percent,
+    share,
+)
+from lora_lightning.wording import one_line
+
+_LONGEST_NAME = 80
+_SHADE = 0.45
+"""The strongest colour of a cell, on which text is still easy to read."""
+_PARTS = {"segmentation": "pixels", "tokens": "tokens", "next_tokens": "tokens"}
+
+
+class ClassView:
+    """Reads the report of one pass over data.
+
+    Args:
+        path: The file `confusion*.json`.
+        facts: The content of `run.json`.
+    """
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self._content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        names = short_names(self._content["class_names"])
+        base = self._content.get("base")
+        samples = path.with_name(path.name.replace("confusion", "samples", 1))
+        self._kept = read_samples(samples) if samples.is_file() else []
+        self._facts = facts
+        self.task: str = self._content.get("task", "classes")
+        self.model = Confusion(_matrix(self._content["model"], len(names)), names)
+        self.base = None if base is None else Confusion(_matrix(base, len(names)), names)
+        self.title = path.stem.removeprefix("confusion").strip("_-").replace("_", " ") or "test"
+        self._shown = self.model.shown()
+        self._parts = _PARTS.get(self.task, "samples")
+        self._kind = _kind_of_names(names, facts)
+
+    def view(self) -> View:
+        """Return what the page shows."""
+        return View(
+            self.title,
+            f"{self.model.total:,} {self._parts}" + (f" · {read_as}" if (read_as := self._read_as) else ""),
+            self._verdict(),
+            self._cards(),
+            self._before,
+            self._moves(),
+            self._matrices(),
+            self._matrix_note,
+            samples=self._samples(),
+            tables=[*self._own_metrics(), self._table()],
+            has_base=self.base is not None,
+            score=share(None if self.base is None else self.base.accuracy, self.model.accuracy),
+        )
+
+    @property
+    def _read_as(self) -> str:
+        return str(self._content.get("read_as") or "")
+
+    @property
+    def _before(self) -> str:
+        return "base, whose new head guesses" if self._is_chance else "base"
+
+    @property
+    def _is_chance(self) -> bool:
+        """Return whether a head that was trained in full was no better before than the most frequent class."""
+        base = self.base
+        if base is None or not self._facts.get("trained_in_full") or not base.total:
+            return False
+        guess = max(base.support) / base.total
+        return bool(base.accuracy <= guess + 2 * (guess * (1 - guess) / base.total) ** 0.5)
+
+    @property
+    def _focus(self) -> list[int]:
+        """Return the classes that a repair had in focus."""
+        named = (self._facts.get("repair") or {}).get("focus", [])
+        return [index for index, name in enumerate(self._content["class_names"]) if name in named]
+
+    def _called(self, index: int) -> str:
+        """Return the name of a class so that nobody takes it for a count."""
+        return f"{self._kind}{self.model.class_names[index]}"
+
+    def _name_of_focus(self) -> str:
+        return " and ".join(map(self._called, self._focus))
+
+    def _changed(self) -> tuple[int, int] | None:
+        changed = self._content.get("changed")
+        return None if changed is None else (changed["fixed"], changed["broke"])
+
+    @property
+    def _p(self) -> float | None:
+        changed = self._content.get("changed") or {}
+        p = self._content.get("p_value")
+        return changed.get("mcnemar_p") if p is None else p
+
+    def _verdict(self) -> Verdict:
+        model, base = self.model, self.base
+        errors = sum(model.errors)
+        if not model.total:
+            return Verdict("plain", "no samples", "No samples were counted.")
+        if base is None:
+            worst = model.weakest()
+            return Verdict(
+                "plain",
+                "no base to compare with",
+                f"The model makes {errors:,} errors on {model.total:,} {self._parts}: {percent(model.accuracy)} % are "
+                "correct.",
+                f"Its weakest class is {self._called(worst)}: {model.errors[worst]:,} of {model.support[worst]:,} are "
+                "wrong.",
+            )
+        if self._focus and (found := self._verdict_of_repair()) is not None:
+            return found
+        before, p, numbers = sum(base.errors), self._p, f"{sum(base.errors):,} → {errors:,}"
+        kind, pill = self._chance(errors - before)
+        if errors == before:
+            changed = self._changed()
+            same = "no prediction" if changed == (0, 0) else "no number of errors"
+            return Verdict("unsure", pill, f"The adapters change {same}: {numbers} errors.", self._detail())
+        less = "fewer" if errors < before else "more"
+        if p is not None and p > LIKELY:
+            sentence = f"The adapters make {less} errors ({numbers}), but chance explains a difference of this size."
+            return Verdict("unsure", pill, sentence, f"{self._detail()} To be sure, test on more samples.")
+        rate = f"{percent(base.accuracy)} % → {percent(model.accuracy)} %"
+        sentence = f"The adapters make {less} errors: {numbers} of {model.total:,} {self._parts}, accuracy {rate}."
+        return Verdict(kind, pill, sentence, self._detail())
+
+    def _chance(self, change: int) -> tuple[VerdictKind, str]:
+        p, word = self._p, "better" if change < 0 else "worse"
+        if p is None:
+            return ("better" if change < 0 else "worse"), word
+        if p > LIKELY or not change:
+            return "unsure", f"within chance · {p_in_words(p)}"
+        return ("better" if change < 0 else "worse"), f"{word} than chance explains · {p_in_words(p)}"
+
+    def _detail(self) -> str:
+        found, changed = [], self._changed()
+        if changed is not None:
+            found.append(f"{changed[0]:,} {self._parts} were fixed and {changed[1]:,} broken.")
+        if self._p is not None:
+            exact = (self._content.get("changed") or {}).get("mcnemar_p") is not None
+            test = "McNemar's exact test of base against adapted" if exact else "a paired bootstrap over samples"
+            found.append(f"p is that of {test}.")
+        if self._is_chance:
+            found.append("The head is new: the base's numbers are those of guessing.")
+        return " ".join(found)
+
+    def _verdict_of_repair(self) -> Verdict | None:
+        repair: dict[str, Any] = self._facts["repair"]
+        outcome, p, name = repair.get("outcome"), repair.get("p"), self._name_of_focus()
+        pill = "" if p is None else f" · {p_in_words(p)}"
+        base, model = self.base, self.model
+        assert base is not None
+        before, after = (sum(each.errors[index] for index in self._focus) for each in (base, model))
+        other = [sum(each.errors) - errors for each, errors in ((base, before), (model, after))]
+        elsewhere = f"on all others {other[0]:,} → {other[1]:,}"
+        if outcome == "repaired":
+            sentence = f"Repaired: {before:,} → {after:,} errors on {name}, {elsewhere}."
+            return Verdict("better", f"better than chance explains{pill}", sentence, self._detail())
+        if outcome == "within chance":
+            sentence = (
+                f"Fewer errors on {name} ({before:,} → {after:,}), but chance explains a difference of this size."
+            )
+            detail = f"{self._detail()} To be sure, test on more samples."
+            return Verdict("unsure", f"within chance{pill}", sentence, detail, str(repair.get("next", "")))
+        if outcome == "traded":
+            sentence = f"Not a repair: {before:,} → {after:,} errors on {name}, but {elsewhere}."
+            return Verdict("worse", "errors were traded", sentence, self._detail())
+        if outcome == "kept":
+            sentence = f"No repair: {before:,} → {after:,} errors on {name} on test data. Use the base."
+            return Verdict("worse", f"no repair{pill}", sentence, self._detail())
+        return None
+
+    def _cards(self) -> list[Card]:
+        model, base = self.model, self.base
+        if not model.total:
+            return []
+        rate = f"accuracy {percent(model.accuracy)} %"
+        if base is not None:
+            rate = f"accuracy {percent(base.accuracy)} % → {percent(model.accuracy)} %"
+        errors = Card(
+            "Errors on all classes", counted(None if base is None else sum(base.errors), sum(model.errors)), rate
+        )
+        focus = self._focus or [self._most_changed()]
+        name = " and ".join(map(self._called, focus))
+        why = "the class in focus" if len(self._focus) == 1 else "the classes in focus" if self._focus else ""
+        if not why:
+            why = "the weakest class" if base is None else "the class that changed most"
+        support = sum(model.support[index] for index in focus)
+        cards = [
+            Card(f"Errors on {name}", self._sum("errors", focus), f"{why}, {support:,} {self._parts}"),
+            errors,
+            Card(f"Others taken for {name}", self._sum("false_positives", focus), "false alarms"),
+        ]
+        if self.task == "segmentation":
+            iou = share(None if base is None else base.mean_iou, model.mean_iou)
+            cards[2] = Card("Mean IoU, %", iou, "of the classes that occur")
+        return [*cards, trained_card(self._facts) or self._recall_card()]
+
+    def _recall_card(self) -> Card:
+        change = share(None if self.base is None else self.base.mean_recall, self.model.mean_recall)
+        return Card("Mean recall, %", change, "every class counts the same")
+
+    def _sum(self, quantity: str, classes: list[int]) -> Change:
+        after, before = (
+            None if each is None else sum(getattr(each, quantity)[index] for index in classes)
+            for each in (self.model, self.base)
+        )
+        return counted(before, after or 0)
+
+    def _most_changed(self) -> int:
+        if self.base is None:
+            return self.model.weakest()
+        changes = [abs(before - after) for before, after in zip(self.base.errors, self.model.errors, strict=True)]
+        return max(range(len(changes)), key=changes.__getitem__)
+
+    def _moves(self) -> Moves | None:
+        model, base = self.model, self.base
+        by_iou = self.task == "segmentation"
+        rows = []
+        for index, support in enumerate(model.support):
+            if not support:
+                continue
+            if by_iou:
+                before, after = (None if base is None else 100 * base.iou[index]), 100 * model.iou[index]
+                change = share(None if base is None else base.iou[index], model.iou[index])
+            else:
+                before, after = (None if base is None else float(base.errors[index])), float(model.errors[index])
+                change = counted(None if base is None else base.errors[index], model.errors[index])
+            rows.append(Row(self._called(index), before, after, change, index in self._focus))
+        what = "Intersection over union of each class, in percent" if by_iou else "Errors of each class"
+        title = "Where it is wrong" if base is None else "Where IoU changed" if by_iou else "Where errors changed"
+        order = "the worst last" if base is None else "most improved first"
+        return moves(title, f"{what}, {order}, from zero.", rows, not by_iou, not by_iou)
+
+    @property
+    def _names(self) -> list[str]:
+        """Return the names of the rows and columns of the matrices."""
+        names = self.model.class_names
+        return [names[index] for index in self._shown] + ([OTHERS] if len(self._shown) < len(names) else [])
+
+    @property
+    def _matrix_note(self) -> str:
+        if len(self._names) == len(self.model.class_names):
+            return ""
+        return f"The {len(self._shown)} classes with the lowest recall; all others share the last row and column."
+
+    def _matrices(self) -> list[Matrix]:
+        found = {"model": shown_alone(self.model.matrix, self._shown)}
+        if self.base is not None:
+            base = shown_alone(self.base.matrix, self._shown)
+            found = {"difference": found["model"] - base, "base": base, "adapted": found["model"]}
+        off_diagonal = ~torch.eye(len(self._names), dtype=torch.bool)
+        return [
+            Matrix(title, self._names, _cells(matrix, _largest(matrix * off_diagonal), signed=title == "difference"))
+            for title, matrix in found.items()
+        ]
+
+    def _samples(self) -> list[Samples]:
+        changed = self._changed()
+        if changed is None:
+            return []
+        found = []
+        for title, kind, count in (
+            ("Broken: right before, wrong now", "worse", changed[1]),
+            (_FIXED, "better", changed[0]),
+        ):
+            chosen = [each for each in self._kept if each.is_fixed is (kind == "better")]
+            cards = [self._sample_card(each) for each in chosen]
+            drawn = [each for each in cards if each.sample.image or each.sample.text or each.sample.signal]
+            rows = [_sample_row(each) for each in cards] if not drawn else []
+            if drawn or rows:
+                found.append(Samples(title, "better" if kind == "better" else "worse", count, drawn, rows))
+        return found
+
+    def _sample_card(self, sample: ChangedSample) -> SampleCard:
+        indices = (sample.target, sample.base, sample.model)
+        names = self.model.class_names
+        columns = [names[index] if index in self._shown else OTHERS for index in indices]
+        base, adapted = names[sample.base], names[sample.model]
+        return SampleCard(sample, self._called(sample.target), base, adapted, *columns)
+
+    def _table(self) -> Table:
+        model, base = self.model, self.base
+        by_recall = sorted(
+            range(len(model.class_names)),
+            key=lambda index: (not model.support[index], model.recall[index], -model.errors[index]),
+        )
+        order = list(range(len(by_recall))) if len(self._shown) == len(by_recall) else by_recall
+        columns = ["class", self._parts, "errors", "recall %", "precision %", "F1 %", "taken for it"]
+        if self.task == "segmentation":
+            columns.append("IoU %")
+        rows = []
+        for index in order:
+            row: list[str | Change] = [
+                self._called(index),
+                f"{model.support[index]:,}",
+                self._sum("errors", [index]),
+                *(self._share(name, index) for name in ("recall", "precision", "f1")),
+                self._sum("false_positives", [index]),
+            ]
+            if self.task == "segmentation":
+                row.append(self._share("iou", index))
+            rows.append(row)
+        note = ""
+        if len(order) > len(self._shown):
+            note = (
+                f"Of {len(order):,} classes, the {len(self._shown)} with the lowest recall are shown. "
+                "confusion.csv contains all."
+            )
+        when = "" if base is None else ", before and after"
+        return Table("Class by class", f"Errors, recall, precision and F1 of each class{when}", columns, rows, note)
+
+    def _share(self, quantity: str, index: int) -> Change:
+        before = None if self.base is None else getattr(self.base, quantity)[index]
+        return share(before, getattr(self.model, quantity)[index])
+
+    def _own_metrics(self) -> list[Table]:
+        return own_metrics(self._content)
+
+
+_FIXED = "Fixed: wrong before, right now"
+
+
+def own_metrics(content: dict[str, Any]) -> list[Table]:
+    """Return a table of the metrics that the user handed in, if there are any."""
+    rows: list[list[str | Change]] = [
+        [name, number(before, float("nan") if after is None else after)]
+        for name, (after, before) in (content.get("metrics") or {}).items()
+    ]
+    return [Table("Your metrics", "Your metrics, before and after", ["metric", "value"], rows)] if rows else []
+
+
+def trained_card(facts: dict[str, Any]) -> Card | None:
+    """Return the card with the number of trained parameters, if it is known."""
+    trained, total = facts.get("trained"), facts.get("total")
+    if not trained or not total:
+        return None
+    if trained == total:
+        return Card("Trained", Change(f"{trained:,}"), "parameters, all of them")
+    return Card("Trained", Change(f"{trained:,}"), f"parameters, {trained / (total - trained):.2%} of the base")
+
+
+def short_names(names: list[str]) -> tuple[str, ...]:
+    """Return names that are short enough for every cell of a matrix, and still differ."""
+    short = [one_line(name, _LONGEST_NAME) for name in names]
+    counts = Counter(short)
+    return tuple(f"{name} ({place})" if counts[name] > 1 else name for place, name in enumerate(short))
+
+
+def _kind_of_names(names: tuple[str, ...], facts: dict[str, Any]) -> str:
+    """Return a word in front of names that are numbers."""
+    if not any(name.lstrip("-").isdigit() for name in names):
+        return ""
+    noun = (facts.get("repair") or {}).get("noun")
+    digits = [str(digit) for digit in range(10)]
+    return f"{noun} " if noun else "digit " if list(names) == digits else "class "
+
+
+def _sample_row(card: SampleCard) -> list[str | Change]:
+    sample = card.sample
+    kind = "better" if sample.is_fixed else "worse"
+    index = "–" if sample.index is None else f"{sample.index}"
+    was, now = (
+        f"{card.base_name} {100 * sample.base_confidence:.0f} %",
+        f"{card.adapted_name} {100 * sample.confidence:.0f} %",
+    )
+    return [index, card.target, was, Change(now, kind="better" if kind == "better" else "worse")]
+
+
+def _matrix(content: dict[str, Any], size: int) -> Tensor:
+    if content["matrix"] is not None:
+        return torch.tensor(content["matrix"])
+    matrix = torch.zeros(size, size, dtype=torch.int64)
+    for target, predicted, count in content["counts"]:
+        matrix[target, predicted] = count
+    return matrix
+
+
+def _largest(matrix: Tensor) -> int:
+    return max(1, int(matrix.abs().max())) if matrix.numel() else 1
+
+
+def _cells(matrix: Tensor, most: int, *, signed: bool) -> list[list[Cell]]:
+    rows = []
+    for row, counts in enumerate(matrix.tolist()):
+        cells = []
+        for column, count in enumerate(counts):
+            # Higher is better on the diagonal, lower is better elsewhere.
+            shade = count / most * (-1 if row == column else 1) if signed or row != column else 0.0
+            text = f"{count:+,}".replace("-", "−") if signed else f"{count:,}"
+            cells.append(Cell(text if count else "", _SHADE * max(-1.0, min(1.0, shade))))
+        rows.append(cells)
+    return rows
