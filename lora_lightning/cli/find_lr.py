@@ -31,7 +31,7 @@ def find_lr(
         model: The model of the training.
         datamodule: The data of the training.
         rates: Factors of the configured learning rates.
-        steps: Number of steps for each rate. The default is a tenth of those of `fit`, but at least 100, or all of them
+        steps: Number of steps for each rate. The default is a tenth of those of `fit`, but at least 50, or all of them
             if there are fewer.
         monitor: Name of a logged validation metric, lower is better. By default the validation loss.
         output: The figure to write. By default `learning_rates.png`, or the first unused one of

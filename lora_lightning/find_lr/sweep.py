@@ -22,7 +22,7 @@ from lora_lightning.find_lr.watch import LOSS_OF_STEPS, Length, Watch, is_left_o
 
 RATES = (1, 3, 10, 30)
 SHARE = 0.1
-LEAST_STEPS = 100
+LEAST_STEPS = 50
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "transformers")
 
 
@@ -54,7 +54,7 @@ def find_learning_rate(
         module: Any module with `configure_optimizers` and validation.
         datamodule: Its data. `None` uses the loaders of the module.
         rates: Factors of the configured learning rates.
-        steps: Number of steps for each rate. The default is a tenth of the steps of `fit`, but at least 100, or
+        steps: Number of steps for each rate. The default is a tenth of the steps of `fit`, but at least 50, or
             all of them if there are fewer.
         monitor: Name of a logged validation metric, lower is better. By default the logged validation loss, or else the
             mean loss of the validation steps.

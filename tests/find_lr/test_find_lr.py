@@ -256,8 +256,8 @@ def test_all_rates_see_the_batches_with_which_fit_begins(workspace: Path) -> Non
     assert same(first, fit)
 
 
-def test_steps_are_a_tenth_of_fit_or_at_least_100() -> None:
-    for most, expected in ((40, 40), (500, 100), (1200, 120)):
+def test_steps_are_a_tenth_of_fit_or_at_least_50() -> None:
+    for most, expected in ((40, 40), (400, 50), (1200, 120)):
         assert find_learning_rate(trainer_of(max_steps=most), Bowl(), rates=[1]).steps == expected
 
 
