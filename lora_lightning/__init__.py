@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from lora_lightning import lora
     from lora_lightning.callbacks import ComparisonReport, ConfusionReport, LoRAFinetuning, PredictionWriter
     from lora_lightning.data import ImageFolderDataModule, MNISTDataModule, TextDataModule
+    from lora_lightning.find_lr import find_learning_rate
     from lora_lightning.lora import LoRAConfig
     from lora_lightning.models import Classifier, RichBoyNet, image_backbone, text_backbone
     from lora_lightning.peft_format import load_adapter, save_adapter
@@ -24,6 +25,7 @@ __all__ = [
     "PredictionWriter",
     "RichBoyNet",
     "TextDataModule",
+    "find_learning_rate",
     "image_backbone",
     "load_adapter",
     "lora",
@@ -34,6 +36,7 @@ __all__ = [
 _PACKAGES = {
     "callbacks": ("ComparisonReport", "ConfusionReport", "LoRAFinetuning", "PredictionWriter"),
     "data": ("ImageFolderDataModule", "MNISTDataModule", "TextDataModule"),
+    "find_lr": ("find_learning_rate",),
     "lora": ("LoRAConfig",),
     "models": ("Classifier", "RichBoyNet", "image_backbone", "text_backbone"),
     "peft_format": ("load_adapter", "save_adapter"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import lora_lightning
-from lora_lightning.cli.lightning_cli import LoRALightningCLI
+from lora_lightning.cli.lightning_cli import FUNCTIONS, LoRALightningCLI
 from lora_lightning.cli.repair import divide, repair_parser
 from tests.conftest import ROOT
 
@@ -29,6 +29,7 @@ ORDER = (
     "data",
     "models",
     "callbacks",
+    "find_lr",
     "repair",
     "cli",
 )
@@ -98,7 +99,7 @@ def test_every_command_is_understood(
         words += ["--model.backbone.weights", "null"]
     if "configs/text.yaml" in words:  # which names a model of the hub
         words += ["--model.backbone.name", tiny_bert]
-    if words[0] in ("merge", "export"):
+    if words[0] in FUNCTIONS:
         cli = LoRALightningCLI(words[1:], run=False, command=words[0])
     else:
         cli = LoRALightningCLI(words)

@@ -152,6 +152,11 @@ SHARED = {
         "data.mnist_files.Source",
         "data.text_files.read_texts",
     },
+    "a sweep leaves random states as they were, and the command has its default": {
+        "checkpoints.random_state.random_state",
+        "checkpoints.random_state.restore_random_state",
+        "find_lr.sweep.RATES",
+    },
     "the command line merges, and ends with what the callback knows": {
         "callbacks.lora_arguments.LR_RATIO_IS_OF_THE_OPTIMIZER",
         "callbacks.merging.finetuning_of",

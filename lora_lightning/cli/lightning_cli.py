@@ -1,4 +1,4 @@
-"""Defines `LoRALightningCLI`, which runs `fit`, `validate`, `test`, `predict`, `merge` and `export`."""
+"""Defines `LoRALightningCLI`, which runs `fit`, `validate`, `test`, `predict`, `merge`, `export` and `find-lr`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from lora_lightning.checkpoints.stop_after_batch import StopAfterBatch
 from lora_lightning.cli.checkpoint_settings import only_configured_code
 from lora_lightning.cli.errors import named_class
 from lora_lightning.cli.export import export
+from lora_lightning.cli.find_lr import find_lr
 from lora_lightning.cli.head import size_head
 from lora_lightning.cli.lora_options import (
     add_lora_options,
@@ -43,7 +44,7 @@ from lora_lightning.cli.progress_lines import ProgressLines
 from lora_lightning.cli.saved_config import SaveSharedConfig
 
 NO_ADAPTER = "none"
-FUNCTIONS: dict[str, Callable[..., Path]] = {"merge": merge, "export": export}
+FUNCTIONS: dict[str, Callable[..., Path]] = {"merge": merge, "export": export, "find-lr": find_lr}
 """Commands that are functions of a trainer, a model and a data module."""
 _OBJECTS = ("trainer", "model", "datamodule")
 _KEYWORDS = ("best", "hpc")
@@ -51,8 +52,8 @@ _SWITCHED_BY: dict[str, type] = {"enable_progress_bar": ProgressBar, "enable_che
 _DESCRIPTION = (
     "Train a classifier, fine-tune it with LoRA, and see what changed, class by class. Further commands have their own "
     "help: 'lora-lightning merge --help' (merge adapters into a plain checkpoint), 'lora-lightning export --help' "
-    "(write an ONNX file), 'lora-lightning report --help' (compare runs) and 'lora-lightning repair --help' (find and "
-    "repair a weak class)."
+    "(write an ONNX file), 'lora-lightning find-lr --help' (try learning rates), 'lora-lightning report --help' "
+    "(compare runs) and 'lora-lightning repair --help' (find and repair a weak class)."
 )
 
 
@@ -68,7 +69,7 @@ class LoRALightningCLI(LightningCLI):
     Args:
         args: The command-line arguments.
         run: Whether the first argument is a command to run. If not, the options are those of `command`.
-        command: `merge` or `export`.
+        command: `merge`, `export` or `find-lr`.
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True, command: str = "merge") -> None:
@@ -149,7 +150,11 @@ class LoRALightningCLI(LightningCLI):
         ours = [callback for callback in callbacks if is_lora_finetuning(callback)]
         others = [callback for callback in callbacks if not is_lora_finetuning(callback)]
         arguments: Namespace = ours[0].init_args if ours else Namespace()  # type: ignore[no-untyped-call]
-        base, settings.ckpt_path = settings.ckpt_path or arguments.get("base_checkpoint"), None
+        base = settings.get("ckpt_path") or arguments.get("base_checkpoint")
+        if "ckpt_path" in settings:
+            settings.ckpt_path = None
+        elif adapter == NO_ADAPTER:
+            raise ValueError(f"--adapter {NO_ADAPTER} is for commands with --ckpt_path.")
         if adapter == NO_ADAPTER:
             rank_zero_info("Adapter: none, only the base is used.")
             settings.trainer.callbacks = others

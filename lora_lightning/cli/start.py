@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": "predict, with --adapter for a folder of adapters, or none",
     "merge": "merge adapters into a plain checkpoint",
     "export": "write a trained model to an ONNX file",
+    "find-lr": "try several learning rates in short runs",
     "report": "regenerate the report of a run, or compare runs",
     "repair": "find a weak class, repair it, and compare the result with baselines",
 }
