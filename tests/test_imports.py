@@ -180,7 +180,9 @@ SHARED = {
         "repair.verdict.REPAIRED",
         "repair.verdict.TRADED",
         "repair.verdict.Verdict",
+        "repair.verdict.WITHIN_CHANCE",
     },
+    "the report of a repair has its verdict": {"callbacks.run_files.add_facts"},
 }
 """Names that are not public and that another package imports, by the reason."""
 

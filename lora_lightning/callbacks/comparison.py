@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lora_lightning.callbacks.logged_results import log_report, log_settings, show_classes_as_one_chart
 from lora_lightning.callbacks.run_files import RecordedMetrics, log_folder, write_facts
+from lora_lightning.callbacks.trained import TrainedModel
 from lora_lightning.evaluation import TASKS, Confusion, Evaluation, EvaluationSettings, Report
 from lora_lightning.report import report_table
 from lora_lightning.report.figure import report_figures
@@ -52,6 +53,7 @@ class ComparisonReport(Callback):
     Attributes:
         reports: The latest `Report` of each data loader in `test` or `validate`, on every device.
         report: The first of these reports, or `None` before.
+        trained: A description of what the last `fit` trained, or `None` before. A notebook shows it as a table.
 
     Raises:
         ValueError: If there is no task of this name.
@@ -74,6 +76,7 @@ class ComparisonReport(Callback):
             raise ValueError(f"task={task!r}: expected one of {', '.join(self.tasks)}.")
         self.verbose = verbose
         self.reports: list[Report] = []
+        self.trained: TrainedModel | None = None
         self._evaluation = Evaluation(
             EvaluationSettings(
                 type(self).__name__, self.tasks, class_names, target_key, ignore_index, task, output_key, metrics
@@ -87,8 +90,9 @@ class ComparisonReport(Callback):
         return self.reports[0] if self.reports else None
 
     def _repr_html_(self) -> str:
-        """Return the latest reports for a notebook."""
-        found = "".join(each._repr_html_() for each in self.reports)
+        """Return what was trained and the latest reports for a notebook."""
+        found = "" if self.trained is None else self.trained._repr_html_()
+        found += "".join(each._repr_html_() for each in self.reports)
         return found or f"<p>{type(self).__name__}: nothing counted yet. Call <code>trainer.test</code>.</p>"
 
     @override
@@ -153,6 +157,7 @@ class ComparisonReport(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.trained = TrainedModel.of(trainer, pl_module, log_folder(trainer))
         self._metrics.write(trainer, pl_module)
 
     @override

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import wrap
 
 from lightning.pytorch import Trainer
+from rich import get_console
 from rich.markup import escape
 
 from lora_lightning.callbacks.merging import finetuning_of
@@ -14,6 +16,8 @@ from lora_lightning.callbacks.summary import stage_metrics
 from lora_lightning.report.terminal import show
 
 _FILES = ("*.csv", "confusion*.json", "*.png")
+_INDENT = 11
+_WRAPPED = ("val", "test", "files", "base")
 _STAGES = {"fit": "val", "validate": "val", "test": "test"}
 
 
@@ -39,10 +43,11 @@ def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
         if any(True for _ in Path(folder).glob("events.out.tfevents.*")):
             lines["curves"] = f"tensorboard --logdir {shlex.quote(folder)}"
     if command == "fit":
-        lines["checkpoint"] = str(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        lines["checkpoint"] = as_typed(best) if best else ""
         callback = finetuning_of(trainer)
         if callback is not None and callback.adapter_folder:
-            lines["adapter"] = str(callback.adapter_folder)
+            lines["adapter"] = as_typed(callback.adapter_folder)
             lines["base"] = callback.base_in_words  # repeated, since a progress bar may overwrite it
         if lines["checkpoint"]:
             lines["next"] = shlex.join(_test_of(words, lines["checkpoint"]))
@@ -50,10 +55,26 @@ def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
 
 
 def show_lines(lines: Mapping[str, str]) -> None:
-    """Print the non-empty lines after their names."""
+    """Print the non-empty lines after their names.
+
+    On a terminal, lists and sentences are wrapped behind their names. Paths and commands stay on one line, which can be
+    copied.
+    """
+    console = get_console()
     for name, text in lines.items():
+        shown = text
+        if name in _WRAPPED and console.is_terminal:
+            shown = f"\n{' ' * _INDENT}".join(wrap(text, max(console.width - _INDENT, 20), break_on_hyphens=False))
         if text:
-            show(f"{name:<11}{escape(text)}", soft_wrap=True, highlight=False)
+            show(f"{name:<{_INDENT}}{escape(shown)}", soft_wrap=True, highlight=False)
+
+
+def as_typed(path: str | Path) -> str:
+    """Return a path relative to the working directory, if it is below that. A URL stays as it is."""
+    if "://" in str(path):
+        return str(path)
+    whole = Path(path).absolute()
+    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(path)
 
 
 def _test_of(words: list[str], checkpoint: str) -> list[str]:

@@ -15,9 +15,8 @@ from jsonargparse import ArgumentParser
 
 from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.checkpoints import newest_checkpoint
-from lora_lightning.cli.closing import show_lines
+from lora_lightning.cli.closing import as_typed, show_lines
 from lora_lightning.cli.configured_repair import Configured
-from lora_lightning.cli.init import shipped
 from lora_lightning.data.focus import check_share
 from lora_lightning.data.mnist_files import Source
 from lora_lightning.repair.choice import named_classes
@@ -181,20 +180,10 @@ def _closing(one: Repair) -> dict[str, str]:
             lines[name] = str(folder / path)
     lines["curves"] = f"tensorboard --logdir {shlex.quote(str(folder))}"
     if "adapter" in lines:
-        # The example for MNIST may not have been written to the working directory.
-        options = [
-            str(shipped(word)) if word == EXAMPLE and not Path(word).exists() else word for word in one.task.options
-        ]
-        words = [
-            "lora-lightning",
-            "test",
-            *options,
-            "--adapter",
-            lines["adapter"],
-            "--ckpt_path",
-            str(one.base),
-        ]
-        lines["next"] = shlex.join(words)
+        words = ["lora-lightning", "test", *one.task.options, "--adapter", lines["adapter"], "--ckpt_path"]
+        lines["next"] = shlex.join([*words, as_typed(one.base)])
+        if EXAMPLE in one.task.options and not Path(EXAMPLE).exists():
+            lines["next"] = f"lora-lightning init mnist && {lines['next']}"  # which writes the example
     return lines
 
 

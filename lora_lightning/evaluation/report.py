@@ -128,7 +128,7 @@ class Report(Generic[ResultT]):
     def _repr_html_(self) -> str:
         """Return the summary and the table for a notebook."""
         rows = "".join(
-            f"<tr><th>{escape(name)}</th><td>{_number(before)}</td><td>{_number(value)}</td></tr>"
+            f'<tr><th scope="row">{escape(name)}</th><td>{_number(before)}</td><td>{_number(value)}</td></tr>'
             for name, (value, before) in self.summary().items()
         )
         p = "" if self.p_value is None else f"<p>p = {self.p_value:.2g} for a difference of zero</p>"

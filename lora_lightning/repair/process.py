@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning.pytorch import seed_everything
+from rich import get_console
 from rich.markup import escape
 
 from lora_lightning.callbacks import ConfusionReport
@@ -154,12 +155,11 @@ class Repair:
         verdict = Verdict(self.called, tested.tally(self.focus), repaired.tally(self.focus), p)
         say(f"[bold]4. Verdict[/]: {escape(verdict.in_words())}")
         of_focus = mcnemar(tested.of_classes(self.focus), repaired.of_classes(self.focus))
-        say(f"McNemar's exact test against the base: p = {p:.2g}, on {escape(self.called)} alone {of_focus:.2g}.")
+        say(f"McNemar's exact test: p = {p:.2g} on all samples, {of_focus:.2g} on {escape(self.called)} alone.")
         base = f"bitwise unchanged (SHA-256 {callback.base_fingerprint[:12]})" if unchanged else "CHANGED"
         self._complete_page(verdict, folder, base)
         say(f"Trained: {callback.trained_parameters()}, in {trained.seconds:.1f} s.")
         say(f"Base bitwise unchanged: {'yes' if unchanged else 'NO'} (SHA-256 {callback.base_fingerprint[:12]}).")
-        say(f"Adapter: {escape(str(folder))}")
         for guarantee in broken:
             say(f"[bold red]Broken guarantee[/]: {guarantee}")
         return Outcome(verdict, broken, setting, tested, repaired)
@@ -185,5 +185,5 @@ def broken_guarantees(base_unchanged: bool, disabled: list[int], base: list[int]
 
 
 def say(line: str) -> None:
-    """Print a line to the terminal."""
-    show(line, highlight=False, soft_wrap=True)
+    """Print a line. A terminal gets it wrapped between words, and a file as it is."""
+    show(line, highlight=False, soft_wrap=not get_console().is_terminal)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
+from typing_extensions import override
 
 from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.checkpoints import load_base
@@ -46,6 +47,17 @@ class Trained:
         return self.adapters.adapted
 
 
+class LossBar(RichProgressBar):
+    """Shows the training loss as the only metric, so that the bar fits a line of 80 columns."""
+
+    @override
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        shown = super().get_metrics(trainer, pl_module)
+        return {"loss": shown["train/loss"]} if "train/loss" in shown else {}
+
+
 class Runs:
     """Creates the trainers of a repair, which log to `<log_dir>/repair/version_N/<part>`."""
 
@@ -57,12 +69,14 @@ class Runs:
         self.folder = log_dir / "repair" / f"version_{self.version}"
 
     def trainer(self, part: str, *callbacks: Callback, max_epochs: int | None = None, max_steps: int = -1) -> Trainer:
-        """Return a trainer on one device. With a length, it trains without validation."""
+        """Return a trainer on one device. With a length, it trains with a bar and without validation."""
+        bar = [] if max_epochs is None else [LossBar(refresh_rate=10)]
         return Trainer(
             accelerator=self.accelerator,
             devices=1,
             logger=TensorBoardLogger(self.log_dir, name="repair", version=self.version, sub_dir=part),
-            callbacks=[RichProgressBar(refresh_rate=10), *callbacks],
+            callbacks=[*bar, *callbacks],
+            enable_progress_bar=bool(bar),
             max_epochs=max_epochs,
             max_steps=max_steps,
             log_every_n_steps=self.log_every_n_steps,

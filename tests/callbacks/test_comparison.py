@@ -279,7 +279,7 @@ def test_other_tasks_have_a_table_files_and_logged_numbers(
     assert not list(tmp_path.rglob("confusion*"))
     page = path.with_name("report.html").read_text()
     assert callback.report.read_as in page
-    assert ("paired bootstrap over samples" if kind == "regression" else "Samples that were fixed: ") in page
+    assert ("paired bootstrap over samples" if kind == "regression" else " samples were fixed and ") in page
 
 
 def test_a_confusion_report_counts_no_other_task_and_says_so(make_trainer: MakeTrainer, inputs: Tensor) -> None:

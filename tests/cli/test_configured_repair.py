@@ -50,14 +50,14 @@ def texts(workspace: Path, tiny_bert: str) -> Path:
 
 
 def result(text: str) -> str:
-    found = re.search(r"4\. Verdict: (repaired|traded|not repaired|no repair found)", text)
+    found = re.search(r"4\. Verdict: (repaired|traded|not repaired|no repair found|fewer errors, within chance)", text)
     assert found, text
     return found[1]
 
 
 def test_a_classifier_of_texts_is_trained_repaired_and_compared_with_its_baselines(run: Run, texts: Path) -> None:
     code, text = run("repair", "--config", str(texts), *SHORT, "--focus", "money", "--baselines", "true")
-    assert code == {"repaired": 0, "traded": 3}.get(result(text), 4)
+    assert code == {"repaired": 0, "traded": 3, "fewer errors, within chance": 5}.get(result(text), 4)
     assert "2. Weak class: money (as asked)" in text
     assert "12 steps with 30% of each batch from money" in text
     (logs,) = Path("logs/repair").iterdir()
@@ -66,7 +66,7 @@ def test_a_classifier_of_texts_is_trained_repaired_and_compared_with_its_baselin
     rows = {row["name"]: row for row in json.loads((logs / "baselines.json").read_text())["rows"]}
     assert len(rows) == 8
     assert rows["last layer, focus"]["parameters"] < rows["full network, focus"]["parameters"]
-    if "Adapter:" in text:
+    if re.search("^adapter  ", text, re.MULTILINE):
         assert "Base bitwise unchanged: yes" in text
         config = json.loads((logs / "adapter" / "adapter_config.json").read_text())
         assert (config["r"], config["modules_to_save"]) == (2, None)  # the head is the base's

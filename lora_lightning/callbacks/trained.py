@@ -1,0 +1,82 @@
+"""Describes what `fit` trained, for a notebook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lora_lightning.callbacks.lora_finetuning import LoRAFinetuning
+from lora_lightning.callbacks.merging import finetuning_of
+from lora_lightning.callbacks.summary import stage_metrics, trained_and_total
+from lora_lightning.lora import adapted_weights, is_adapted
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Describes what the last `fit` trained.
+
+    Args:
+        name: Class of the module.
+        trained: Number of trained parameters.
+        total: Number of all parameters.
+        layers: Names of the adapted weights.
+        epochs: Number of epochs.
+        metrics: Metrics of the last validation.
+        folder: The log folder, or an empty string.
+        finetuning: The callback that attached adapters, if any.
+    """
+
+    name: str
+    trained: int
+    total: int
+    layers: tuple[str, ...]
+    epochs: int
+    metrics: dict[str, float]
+    folder: str
+    finetuning: LoRAFinetuning | None
+
+    @classmethod
+    def of(cls, trainer: Trainer, pl_module: LightningModule, folder: str | None) -> TrainedModel:
+        """Describe the module of a trainer at the end of `fit`."""
+        layers = tuple(weight.name for weight in adapted_weights(pl_module)) if is_adapted(pl_module) else ()
+        return cls(
+            type(pl_module).__name__,
+            *trained_and_total(pl_module),
+            layers,
+            trainer.current_epoch,
+            stage_metrics(trainer, "val"),
+            folder or "",
+            finetuning_of(trainer),
+        )
+
+    def facts(self) -> dict[str, str]:
+        """Return what is known, by name."""
+        of_base = f", {self.trained / (self.total - self.trained):.2%} of the base" if self.trained < self.total else ""
+        found = {
+            "trained": f"{self.trained:,} of {self.total:,} parameters{of_base}",
+            "adapters": f"on {len(self.layers)} weights: {', '.join(self.layers[:5])}" if self.layers else "",
+            "epochs": f"{self.epochs:,}",
+            "validation": ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items()),
+            "folder": self.folder,
+        }
+        if len(self.layers) > 5:
+            found["adapters"] += f" and {len(self.layers) - 5} more"
+        if self.finetuning is not None:
+            # The callback may write them after this description was made.
+            found["adapter"] = str(self.finetuning.adapter_folder or "")
+            found["base"] = self.finetuning.base_in_words
+        return {name: value for name, value in found.items() if value}
+
+    def __str__(self) -> str:
+        return "\n".join([self.name, *(f"{name:<11}{value}" for name, value in self.facts().items())])
+
+    def _repr_html_(self) -> str:
+        """Return a table for a notebook."""
+        rows = "".join(
+            f'<tr><th scope="row" style="text-align: left">{escape(name)}</th>'
+            f'<td style="text-align: left">{escape(value)}</td></tr>'
+            for name, value in self.facts().items()
+        )
+        return f"<table><caption>{escape(self.name)}: what was trained</caption><tbody>{rows}</tbody></table>"
