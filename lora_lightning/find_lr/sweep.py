@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
 import time
@@ -53,7 +54,8 @@ def find_learning_rate(
     Args:
         trainer: A trainer on one device that has not trained yet.
         module: Any module with `configure_optimizers` and validation.
-        datamodule: Its data. `None` uses the loaders of the module.
+        datamodule: Its data. `None` uses the loaders of the module. `LightningDataModule.from_datasets` makes one of
+            data sets.
         rates: Factors of the configured learning rates.
         steps: Number of steps for each rate. The default is a tenth of the steps of `fit`, but at least 50, or
             all of them if there are fewer.
@@ -93,6 +95,7 @@ def find_learning_rate(
             for factor in factors:
                 restore_random_state(before)
                 trials.append(runs.trial(factor, steps))
+                gc.collect()  # trainer, module and data refer to each other
     finally:
         restore_random_state(before)
     found = FoundRate(tuple(trials), steps, runs.monitor or LOSS_OF_STEPS)
