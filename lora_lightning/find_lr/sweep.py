@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from lora_lightning.checkpoints import NotFiniteError
 from lora_lightning.checkpoints.random_state import random_state, restore_random_state
 from lora_lightning.find_lr.factor import LearningRateFactor
 from lora_lightning.find_lr.found import FoundRate, Trial
-from lora_lightning.find_lr.watch import LOSS_OF_STEPS, Length, Watch, is_left_out
+from lora_lightning.find_lr.watch import LOSS_OF_STEPS, NO_VALIDATION, Length, Watch, is_left_out
 
 RATES = (1, 3, 10, 30)
 SHARE = 0.1
@@ -52,7 +54,8 @@ def find_learning_rate(
     Args:
         trainer: A trainer on one device that has not trained yet.
         module: Any module with `configure_optimizers` and validation.
-        datamodule: Its data. `None` uses the loaders of the module.
+        datamodule: Its data. `None` uses the loaders of the module. `LightningDataModule.from_datasets` makes one of
+            data sets.
         rates: Factors of the configured learning rates.
         steps: Number of steps for each rate. The default is a tenth of the steps of `fit`, but at least 50, or
             all of them if there are fewer.
@@ -92,6 +95,7 @@ def find_learning_rate(
             for factor in factors:
                 restore_random_state(before)
                 trials.append(runs.trial(factor, steps))
+                gc.collect()  # trainer, module and data refer to each other
     finally:
         restore_random_state(before)
     found = FoundRate(tuple(trials), steps, runs.monitor or LOSS_OF_STEPS)
@@ -131,7 +135,7 @@ class _Runs:
         if not scaled.steps and not watch.diverged:
             raise ValueError("No optimizer made a step, or none calls the hooks of torch.optim.Optimizer.")
         if watch.loss is None and not watch.diverged:
-            raise ValueError("Learning rates are judged on validation data, but there are none.")
+            raise ValueError(NO_VALIDATION)
         self.monitor = self.monitor or watch.monitor
         loss = inf if watch.diverged or watch.loss is None or not isfinite(watch.loss) else watch.loss
         return Trial(factor, watch.rate * factor, loss, tuple(watch.curve), time.perf_counter() - start)
@@ -145,7 +149,7 @@ class _Runs:
         replaced |= {id(each): _LEFT_OUT for each in callbacks if is_left_out(each)}
         try:
             trainer, module, datamodule = copy.deepcopy((self.trainer, self.module, self.datamodule), replaced)
-        except (TypeError, RuntimeError, AttributeError) as error:
+        except (TypeError, RuntimeError, AttributeError, copy.Error, pickle.PickleError) as error:
             raise TypeError(
                 f"Learning rates are tried on copies, but module, data or callbacks cannot be copied: {error}"
             ) from error

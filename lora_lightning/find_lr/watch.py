@@ -26,6 +26,7 @@ from lora_lightning.lightning_packages import is_a
 
 LOSS_OF_STEPS = "validation loss"
 """Name of the mean loss of the validation steps, for modules that log none."""
+NO_VALIDATION = "Learning rates are judged on validation data, but there are none."
 _LEFT_OUT: tuple[type[Callback], ...] = (
     BatchSizeFinder,
     Checkpoint,
@@ -86,6 +87,8 @@ class Watch(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.enable_validation:
+            raise ValueError(NO_VALIDATION)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         if any(id(parameter) in self._originals for group in groups for parameter in group["params"]):
             raise ValueError(

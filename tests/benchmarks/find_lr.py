@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.tuner.tuning import Tuner
-from rich import get_console
+from rich.console import Console
 from rich.table import Table
 
 from lora_lightning import Classifier, LoRAFinetuning, MNISTDataModule, RichBoyNet, TextDataModule, text_backbone
@@ -216,7 +216,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         case = Case(options.case, Path(folder), options.layers)
         results = measure(case, options.seeds, options.steps, options.out)
-    get_console().print(table(case, options.seeds, options.steps, results), width=160)
+    Console(width=160).print(table(case, options.seeds, options.steps, results))
 
 
 if __name__ == "__main__":
