@@ -163,7 +163,7 @@ class NumberView:
                 continue
             was = before[index].get(name) if before else None
             change = self._change(name, before[index] if before else {}, row)
-            found.append(Row(one_line(str(row[first]), _LONGEST_NAME), was, row[name], change))
+            found.append(Row(_name(first, row[first]), was, row[name], change))
         if self._is_regression:
             note = "Mean absolute error by the true value, most improved first, from zero."
         else:
@@ -207,7 +207,7 @@ class NumberView:
             names = [name for name in rows[0] if name not in _HIDDEN]
             cells: list[list[str | Change]] = [
                 [
-                    one_line(_text(row[name]), _LONGEST_NAME)
+                    _name(name, row[name])
                     if name in _UNCHANGED
                     else self._change(name, before[index] if before else {}, row)
                     for name in names
@@ -264,5 +264,7 @@ def _signed(value: float) -> str:
     return f"{'+' if value > 0 else ''}{significant(value)}"
 
 
-def _text(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _name(column: str, value: object) -> str:
+    """Return a name or a number on one line. A label that is a number can not be mistaken for a count."""
+    text = one_line(f"{value:,}" if isinstance(value, int) else str(value), _LONGEST_NAME)
+    return f"label {text}" if column == "label" and text.isdigit() else text

@@ -47,7 +47,6 @@ def test_a_run_ends_with_where_things_are_and_a_next_command_that_works(run: Run
         "confusion.json",
         "confusion.csv",
         "confusion.png",
-        "confusion_normalized.png",
     }
     assert all(file.is_file() for file in files)
 
@@ -96,6 +95,7 @@ def test_a_base_that_is_not_there_is_told_with_the_command_that_makes_it(run: Ru
     assert "logs/pretrain does not exist" in text
     assert "lora-lightning fit --config configs/pretrain.yaml" in text
     assert "base_checkpoint" in text
+    assert not Path("logs").exists(), "a failed start leaves no folder"
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="Macs have another accelerator")

@@ -140,7 +140,7 @@ def values(count: int = 60) -> Report:
 def labels() -> Report:
     before = torch.tensor([[20, 30], [9, 9], [10, 5], [61, 56]])
     after = torch.tensor([[25, 29], [9, 12], [5, 6], [61, 53]])
-    names = ("beach", "a label with a long name that goes on and on")
+    names = ("7", "a label with a long name that goes on and on")
     pairs = Pairs(20, 4, fixed_indices=list(range(20)), broken_indices=[50, 51, 52, 53])
     return Report("test", Labels(after, names, 100, 86), Labels(before, names, 100, 70), pairs=pairs, task="multilabel")
 
@@ -334,6 +334,7 @@ def test_labels_have_their_verdict_and_the_samples_to_look_at(tmp_path: Path) ->
     assert "The adapters get more samples entirely right: 70.0 → 86.0 %." in text
     assert "Broken: right before, wrong now (4) Index in the data set: 50, 51, 52, 53" in text
     assert "missed" in text
+    assert "label 7" in text, "a name that can not be mistaken for a count"
 
 
 def test_a_training_is_summarized(tmp_path: Path) -> None:
