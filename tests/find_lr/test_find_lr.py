@@ -337,3 +337,10 @@ def test_the_command_shows_a_table_and_writes_a_figure(run: Run, a_base: Path) -
     code, output = run(*words, "--adapter", "none")
     assert code == 1
     assert "--adapter none is for commands with --ckpt_path" in output
+
+
+def test_the_command_goes_on_with_an_adapter_folder(run: Run, a_base_with_adapters: Path) -> None:
+    words = ("find-lr", "--config", "configs/adapt.yaml", "--data.source", "sample", "--steps", "2", "--rates", "[1]")
+    code, output = run(*words, "--adapter", str(a_base_with_adapters))
+    assert code == 0, output
+    assert "the only rate of the grid" in output
