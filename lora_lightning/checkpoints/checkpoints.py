@@ -212,7 +212,10 @@ def _read_base(path: Path, weights_only: bool | None) -> dict[str, Any]:
     check_file(path)
     with explain_damage(path), paths_are_safe():
         unknown = get_unsafe_globals_in_checkpoint(path) if weights_only is None else []
-        with safe_globals([(_Unread, name) for name in unknown]):
+        try:
+            with safe_globals([(_Unread, name) for name in unknown]):
+                found = torch.load(path, map_location="cpu", weights_only=weights_only)
+        except pickle.UnpicklingError:  # PyTorch takes no other meaning for some names, and says here for which
             found = torch.load(path, map_location="cpu", weights_only=weights_only)
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         return found
