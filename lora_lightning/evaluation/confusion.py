@@ -15,7 +15,7 @@ from lora_lightning.evaluation.results import loggable, mean_of_known, or_none, 
 SHOWN_CLASSES = 20
 """Maximum number of classes in tables, figures and scalars: those with the lowest recall. Files contain all."""
 QUANTITIES = ("errors", "recall", "precision", "f1", "iou", "false_positives")
-"""What is known of each class, beside its support."""
+"""Names what is known of each class, beside its support."""
 _DENSE_CLASSES = 100
 
 

@@ -1,4 +1,4 @@
-"""What is done to a module: attach, detach, choose, switch off, merge.
+"""Attaches adapters to a module, and detaches, chooses, switches off and merges them.
 
 The layers are the only record of adapters, and each adapter holds its configuration. The module that `attach` was
 called with remembers what was trainable before, and the modules that are trained in full.

@@ -56,7 +56,7 @@ def is_transformed() -> bool:
 
 
 class _Context(Protocol):
-    """What the forward pass keeps for the backward pass."""
+    """Holds what the forward pass keeps for the backward pass."""
 
     scaling: float
     dropout: float

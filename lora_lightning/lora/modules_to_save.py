@@ -17,7 +17,7 @@ from lora_lightning.lora.matching import Names
 _log = logging.getLogger("lora_lightning.lora")
 _lock = RLock()
 _claims: WeakKeyDictionary[nn.Module, ReferenceType[SavedModules]] = WeakKeyDictionary()
-"""What trains a module in full, by module."""
+"""Maps each module to what trains it in full."""
 
 
 class SavedModules:
