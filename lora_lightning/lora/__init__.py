@@ -23,11 +23,12 @@ from lora_lightning.lora.combine import add_weighted_adapter
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.extract import extract_adapter
 from lora_lightning.lora.fingerprint import base_fingerprint
-from lora_lightning.lora.layers import AdaptedWeight, bare
+from lora_lightning.lora.layers import bare
 from lora_lightning.lora.lora_plus import lora_plus_param_groups
 from lora_lightning.lora.low_rank import low_rank_factors
 from lora_lightning.lora.scaling import scale_adapter, scaled
 from lora_lightning.lora.state import adapter_parameters, adapter_state_dict, is_untrained
+from lora_lightning.lora.targets import AdaptedWeight
 from lora_lightning.lora.verify import InertAdapterError, verify_adapters
 
 __all__ = [

@@ -20,8 +20,6 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.freeze import freeze, keep_frozen, unfreeze_statistics
 from lora_lightning.lora.layers import (
     Adapted,
-    AdaptedWeight,
-    Target,
     adapters_of,
     bare_layers,
     bias_with_updates,
@@ -38,6 +36,7 @@ from lora_lightning.lora.layers import (
 from lora_lightning.lora.modules_to_save import SavedModules, shared_memory
 from lora_lightning.lora.packed import become_linear, keep_packing
 from lora_lightning.lora.selection import bias_keys, check_name, select, variant_of
+from lora_lightning.lora.targets import AdaptedWeight, Target
 from lora_lightning.wording import some_of
 
 
@@ -107,7 +106,7 @@ def attach_to(module: nn.Module, selected: list[Target], config: LoRAConfig, nam
             attachment.saved[name] = SavedModules(module, config, biases)
         for target, adapter in zip(selected, made, strict=True):
             placed.append(target.layer)
-            place(target, name, adapter)
+            place(target.layer, target.parameter, target.kind, name, adapter)
     except BaseException:
         for layer in placed:
             take_away(layer, name)
@@ -306,7 +305,8 @@ def delete_adapter(module: nn.Module, name: str) -> None:
     if active == [name]:
         set_adapter(module, others[0])
     elif name in active:
-        set_adapter(module, [each for each in active if each != name], [each for each in trained if each != name])
+        active.remove(name)
+        set_adapter(module, active, [other for other in trained if other != name])
     for layer in _layers(module):
         take_away(layer, name)
     attachment_of(module).saved.pop(name, None)

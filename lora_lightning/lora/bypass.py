@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from lora_lightning.lora.adapter import Forward, Kind
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.layers import Target, adapters_of, child_name
+from lora_lightning.lora.layers import adapters_of, child_name
 from lora_lightning.lora.registry import kind_of
+from lora_lightning.lora.targets import Target
 
 
 class BypassKind(Kind[nn.Module]):

@@ -16,9 +16,10 @@ from lora_lightning.lora.adaptation import (
     unwrapped,
 )
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.layers import AdaptedWeight, Target, adapters_of
+from lora_lightning.lora.layers import adapters_of
 from lora_lightning.lora.matching import exactly, literally
 from lora_lightning.lora.selection import check, layers_of
+from lora_lightning.lora.targets import AdaptedWeight, Target
 
 
 def add_weighted_adapter(module: nn.Module, weights: Mapping[str, float], name: str) -> None:

@@ -47,6 +47,8 @@ class Names:
 
     def first(self, *names: str) -> str | None:
         """Return the first pattern that matches one of these names."""
+        if not self._patterns:
+            return None
         ends = [end for name in names for end in (endings(name) if self._by_end else (name,))]
         found = [index for index, expression in self._expressions if self._any_matches(expression, ends)][:1]
         found += [self._literals[end] for name in names for end in endings(name) if end in self._literals]

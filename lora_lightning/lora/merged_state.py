@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.adaptation import adapted_weights, unwrapped
 from lora_lightning.lora.adapter import is_quantized
-from lora_lightning.lora.layers import AdaptedWeight, effective, is_computed, stored
+from lora_lightning.lora.layers import effective, is_computed, stored
 from lora_lightning.lora.modules_to_save import shared_memory
 from lora_lightning.lora.state import with_values
+from lora_lightning.lora.targets import AdaptedWeight
 from lora_lightning.wording import some_of
 
 

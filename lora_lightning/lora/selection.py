@@ -15,9 +15,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lora_lightning.lora.adapter import Adapter, Adapters, Layout
 from lora_lightning.lora.bypass import bypass_target
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.layers import Adapted, Target, bare_layers, child_name, stored
+from lora_lightning.lora.layers import Adapted, bare_layers, child_name, stored
 from lora_lightning.lora.matching import Names
 from lora_lightning.lora.registry import BY_NAME, KINDS_OF_OTHERS, kind_of
+from lora_lightning.lora.targets import Target
 from lora_lightning.lora.variants import adapter_class
 from lora_lightning.wording import some_of
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.adaptation import adapted_weights
-from lora_lightning.lora.layers import AdaptedWeight
 from lora_lightning.lora.state import adapter_parameters, adapter_state_dict
+from lora_lightning.lora.targets import AdaptedWeight
 
 _DRAWS = 8
 """Number of random forward passes before an adapter counts as inert, since layers may be dropped at random."""

@@ -22,10 +22,10 @@ from lora_lightning.lora import (
 )
 from lora_lightning.lora.adaptation import alone, attach_to, config_of, the_active_name, unwrapped
 from lora_lightning.lora.bypass import bypass_target
-from lora_lightning.lora.layers import Target
 from lora_lightning.lora.matching import Names
 from lora_lightning.lora.selection import bias_keys, candidates, check, layers_of
 from lora_lightning.lora.state import adapter_keys, with_values
+from lora_lightning.lora.targets import Target
 from lora_lightning.peft_format.base_check import base_metadata, base_of, check_base
 from lora_lightning.peft_format.differences import unknown_to_peft
 from lora_lightning.peft_format.experts import experts_from_peft

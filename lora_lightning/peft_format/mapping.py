@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from lora_lightning.lora import AdaptedWeight, LoRAConfig, adapted_weights
 from lora_lightning.lora.adaptation import attachment_of, config_of
-from lora_lightning.lora.layers import ConvKind, EmbeddingKind, Target
+from lora_lightning.lora.layers import ConvKind, EmbeddingKind
 from lora_lightning.lora.matching import endings, exactly, literally
 from lora_lightning.lora.other_layers import TransposedLinearKind
 from lora_lightning.lora.registry import kind_of
 from lora_lightning.lora.selection import layers_of
 from lora_lightning.lora.sharding import full
+from lora_lightning.lora.targets import Target
 from lora_lightning.peft_format.differences import unknown_to_peft
 from lora_lightning.peft_format.experts import experts_to_peft, is_experts
 from lora_lightning.peft_format.model_card import base_name

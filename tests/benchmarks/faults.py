@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import random
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("lora", "callbacks", "report", "checkpoints")
+SURVIVED = "survived"
 _SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -85,15 +87,29 @@ def _changed(path: Path, text: str, index: int) -> Fault | None:
 
 
 def caught_by(fault: Fault, arguments: list[str]) -> str:
-    """Run the suite on a copy of the project with this fault, and return the test that failed first."""
+    """Run the suite on a copy of the project with this fault, and return the test that failed first.
+
+    The tests of the room of the fault run before all others.
+    """
+    room = f"tests/{fault.path.relative_to(ROOT / 'lora_lightning').parts[0]}"
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "logs", ".venv", "results", "*.pyc"))
         (copy / fault.path.relative_to(ROOT)).write_text(fault.source)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return "survived" if done.returncode == 0 else (failed or ["does not start"])[0]
+        for tests in ([room], ["tests", f"--ignore={room}"]):
+            done = subprocess.run(
+                [*command, *tests],
+                cwd=copy,
+                env=os.environ | {"PYTHONPATH": str(copy)},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode != 0:
+                failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+                return (failed or ["does not start"])[0]
+    return SURVIVED
 
 
 def main() -> None:
@@ -107,7 +123,7 @@ def main() -> None:
     caught = 0
     for fault in drawn:
         test = caught_by(fault, arguments)
-        caught += test != "survived"
+        caught += test != SURVIVED
         print(f"{fault.path.relative_to(ROOT)}:{fault.line}: {fault.description}: {test}", flush=True)
     print(f"{caught} of {len(drawn)} caught")
 
