@@ -16,7 +16,7 @@ CARD_NAME = "README.md"
 
 def base_name(module: nn.Module) -> str | None:
     """Return the hub name or folder of the base, which models of the transformers library store."""
-    names = (getattr(child, "name_or_path", None) for child in module.modules())
+    names = (vars(child).get("name_or_path") for child in module.modules())
     return next((name for name in names if isinstance(name, str) and name), None)
 
 
