@@ -77,7 +77,8 @@ def test_adapters_in_all_layers(run: Run, name: str) -> None:
         assert float(row["probability"]) == pytest.approx(float(expected.max()), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["squeezenet1_1", "vgg19"])
 def test_the_bypass_predicts_the_same_in_a_new_process(run: Run, name: str) -> None:
     config = ("--config", "configs/goldfish.yaml", "--model.backbone.name", name)
     code, text = run("fit", *config)
@@ -183,6 +184,7 @@ class TestSmall:
         assert code == 0, text
         assert "No checkpoint in logs/goldfish_lora: the configured model is used." in text
 
+    @pytest.mark.slow
     def test_the_last_training_predicts_whatever_was_predicted_or_tested_since(self, run: Run, fitted: Path) -> None:
         for command, words in {"predict": ("--adapter", "none"), "test": ()}.items():
             code, text = run(command, *self.CONFIG, *words)

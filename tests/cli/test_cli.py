@@ -35,7 +35,9 @@ def pretrained(a_base: Path) -> Path:
     return a_base
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    "config", [pytest.param(path, marks=pytest.mark.slow) if "notebook" in path else path for path in CONFIGS]
+)
 def test_every_config_runs_as_it_is(run: Run, pretrained: Path, config: str) -> None:
     for command in ("fit", "validate", "test", "predict"):
         if command == "validate" and "notebook" in config:
@@ -44,6 +46,7 @@ def test_every_config_runs_as_it_is(run: Run, pretrained: Path, config: str) -> 
         assert code == 0, text
 
 
+@pytest.mark.slow
 def test_the_documented_sequence_runs_twice_without_editing_a_path(run: Run) -> None:
     text = (ROOT / "docs" / "mnist.md").read_text() + (ROOT / "docs" / "resuming.md").read_text()
     commands = re.findall(r"^lora-lightning (fit|test|merge) ((?!.*goldfish).*)$", text, re.MULTILINE)

@@ -68,6 +68,7 @@ def test_base_and_adapters_are_exported_from_a_checkpoint_or_a_folder(trained: R
         torch.testing.assert_close(found, logits.detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_texts_of_any_length_are_tokenized_outside(run: Run, workspace: Path, tiny_bert: str) -> None:
     rows = [f"{text},{'card' if 'card' in text else 'other'}" for text in TEXTS * 5]
     Path("mine.csv").write_text("\n".join(["text,label", *rows]) + "\n")

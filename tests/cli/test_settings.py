@@ -87,6 +87,7 @@ def test_the_options_bring_the_callback_where_none_is_configured(pretrained: Run
     assert adapters_in(Path("logs/pretrain/version_1/config.yaml"))["rank"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # and Lightning says so
 def test_runs_without_a_logger_keep_the_configurations_of_each_other(pretrained: Run) -> None:
     words = ("--config", "configs/adapt.yaml", *SMALL, "--trainer.logger", "false")
@@ -121,7 +122,8 @@ def test_a_value_that_is_none_of_the_kind_is_refused_with_the_option(run: Run) -
     assert "many" in text
 
 
-@pytest.mark.parametrize("command", ["fit", pytest.param("predict", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["fit", "predict"])
 def test_a_run_s_own_configuration_works_later_with_every_command(pretrained: Run, command: str) -> None:
     """Also when there is a newer base by then, and when it is the configuration of a prediction."""
     code, text = pretrained("fit", "--config", "configs/adapt.yaml", *SMALL)
@@ -154,6 +156,7 @@ def photographs(folder: Path, *names: str) -> None:
             Image.fromarray(pixels).save(folder / name / f"{number}.jpg")
 
 
+@pytest.mark.slow
 def test_images_of_one_s_own_need_their_folder_alone(run: Run) -> None:
     photographs(Path("photos"), "cats", "dogs")
     # Random weights, since there is no network; null on the command line is the word None where jsonargparse nests it.

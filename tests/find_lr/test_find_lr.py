@@ -165,7 +165,15 @@ class LossOfSteps(Bowl):
         return {"loss": self.loss()}
 
 
-@pytest.mark.parametrize("kind", [TwoOptimizers, AbsoluteSchedule, Plateau, LossOfSteps])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        TwoOptimizers,
+        LossOfSteps,
+        pytest.param(AbsoluteSchedule, marks=pytest.mark.slow),
+        pytest.param(Plateau, marks=pytest.mark.slow),
+    ],
+)
 def test_any_module_is_swept(kind: type[Bowl]) -> None:
     model = kind()
     before = state(model)
