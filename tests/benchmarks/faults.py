@@ -51,39 +51,38 @@ class Fault:
     source: str
 
 
-def faults_of(path: Path) -> list[Fault]:
-    """Return all faults that can be planted in a file."""
-    text = path.read_text()
-    count = len(list(ast.walk(ast.parse(text))))
-    return [fault for index in range(count) if (fault := _changed(path, text, index)) is not None]
+def places_of(path: Path) -> list[tuple[Path, int]]:
+    """Return the nodes of a file that can have a fault, by their index in `ast.walk`."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    return [(path, index) for index, node in enumerate(nodes) if _change(node)]
 
 
-def _changed(path: Path, text: str, index: int) -> Fault | None:
-    """Return the file with a fault in the node at this index, if it can have one."""
-    tree = ast.parse(text)
+def fault_at(path: Path, index: int) -> Fault:
+    """Return the file with a fault in the node at this index."""
+    tree = ast.parse(path.read_text())
     node = list(ast.walk(tree))[index]
-    what = ""
+    line = int(getattr(node, "lineno", 0))
+    return Fault(path, line, _change(node), ast.unparse(tree))
+
+
+def _change(node: ast.AST) -> str:
+    """Change a node, and return what was changed, or an empty string if it cannot have a fault."""
     if isinstance(node, ast.BinOp | ast.BoolOp) and (other := _SWAPPED.get(type(node.op))) is not None:
-        what = f"{type(node.op).__name__} -> {other.__name__}"
-        node.op = other()  # type: ignore[assignment]
-    elif isinstance(node, ast.Compare) and (other := _SWAPPED.get(type(node.ops[0]))) is not None:
-        what = f"{type(node.ops[0]).__name__} -> {other.__name__}"
-        node.ops[0] = other()  # type: ignore[call-overload]
-    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
-        what, node.value = f"{node.value} -> {not node.value}", not node.value
-    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
-        what, node.value = f"{node.value} -> {node.value + 1}", node.value + 1
-    elif isinstance(node, ast.If | ast.FunctionDef | ast.For | ast.With) and len(node.body) > 1:
-        dropped = node.body[-1]
-        if isinstance(dropped, ast.Expr | ast.Assign | ast.AugAssign) and not isinstance(
-            getattr(dropped, "value", None), ast.Constant
-        ):
-            what = f"dropped: {ast.unparse(dropped)}"
-            node.body.pop()
-            node = dropped
-    if not what:
-        return None
-    return Fault(path, int(getattr(node, "lineno", 0)), what, ast.unparse(tree))
+        before, node.op = type(node.op).__name__, other()  # type: ignore[assignment]
+        return f"{before} -> {other.__name__}"
+    if isinstance(node, ast.Compare) and (other := _SWAPPED.get(type(node.ops[0]))) is not None:
+        before, node.ops[0] = type(node.ops[0]).__name__, other()  # type: ignore[call-overload]
+        return f"{before} -> {other.__name__}"
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        value = node.value
+        node.value = not value if isinstance(value, bool) else value + 1
+        return f"{value} -> {node.value}"
+    if isinstance(node, ast.If | ast.FunctionDef | ast.For | ast.With) and len(node.body) > 1:
+        last = node.body[-1]
+        is_docstring = isinstance(getattr(last, "value", None), ast.Constant)
+        if isinstance(last, ast.Expr | ast.Assign | ast.AugAssign) and not is_docstring:
+            return f"dropped: {ast.unparse(node.body.pop())}"
+    return ""
 
 
 def caught_by(fault: Fault, arguments: list[str]) -> str:
@@ -119,9 +118,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options, arguments = parser.parse_known_args()
     paths = sorted(path for room in ROOMS for path in (ROOT / "lora_lightning" / room).glob("*.py"))
-    drawn = random.Random(options.seed).sample([fault for path in paths for fault in faults_of(path)], options.count)
+    places = [place for path in paths for place in places_of(path)]
+    drawn = random.Random(options.seed).sample(places, options.count)
     caught = 0
-    for fault in drawn:
+    for path, index in drawn:
+        fault = fault_at(path, index)
         test = caught_by(fault, arguments)
         caught += test != SURVIVED
         print(f"{fault.path.relative_to(ROOT)}:{fault.line}: {fault.description}: {test}", flush=True)
