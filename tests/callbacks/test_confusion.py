@@ -49,7 +49,7 @@ def test_a_plain_model_is_counted_exactly(make_trainer: MakeTrainer, tmp_path: P
     assert report.report.base is None
     (path,) = tmp_path.rglob("confusion.json")
     content = json.loads(path.read_text())
-    assert content["samples"] == 1000
+    assert content["samples"] == 2000
     assert content["base"] is None
     assert path.with_suffix(".csv").exists()
 
@@ -69,7 +69,7 @@ def test_one_test_pass_gives_base_and_adapted_side_by_side(
     assert logged["test/accuracy"] == pytest.approx(report.report.adapted.accuracy)
     printed = capsys.readouterr().out
     assert "before" in printed
-    assert "1,000" in printed
+    assert "2,000" in printed
 
 
 def test_tensorboard_gets_figures_curves_and_settings_and_no_card_for_each_class(make_trainer: MakeTrainer) -> None:
@@ -110,7 +110,7 @@ def test_validate_reports_too(make_trainer: MakeTrainer, tmp_path: Path, capsys:
     report = ConfusionReport()
     make_trainer(report).validate(Classifier(RichBoyNet(16, 8)), datamodule=sample(), verbose=False)
     assert report.report.stage == "val"
-    assert report.report.adapted.total == 400
+    assert report.report.adapted.total == 300
     assert "digit" in capsys.readouterr().out
     assert list(tmp_path.rglob("confusion_val.json"))
 
