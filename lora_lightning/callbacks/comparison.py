@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
-from lora_lightning.callbacks.logged_results import log_report, log_settings, show_classes_as_one_chart
+from lora_lightning.callbacks.logged_results import log_outcome_of_fit, log_report, log_settings, show_charts
 from lora_lightning.callbacks.run_files import RecordedMetrics, log_folder, write_facts
 from lora_lightning.callbacks.trained import TrainedModel
 from lora_lightning.evaluation import TASKS, Confusion, Evaluation, EvaluationSettings, Report
@@ -54,6 +54,7 @@ class ComparisonReport(Callback):
         reports: The latest `Report` of each data loader in `test` or `validate`, on every device.
         report: The first of these reports, or `None` before.
         trained: A description of what the last `fit` trained, or `None` before. A notebook shows it as a table.
+        settings: Further settings to log as hyper-parameters beside those of the adapters.
 
     Raises:
         ValueError: If there is no task of this name.
@@ -77,6 +78,9 @@ class ComparisonReport(Callback):
         self.verbose = verbose
         self.reports: list[Report] = []
         self.trained: TrainedModel | None = None
+        self.settings: dict[str, object] = {}
+        self._validated: Report | None = None
+        self._has_charts = False
         self._evaluation = Evaluation(
             EvaluationSettings(
                 type(self).__name__, self.tasks, class_names, target_key, ignore_index, task, output_key, metrics
@@ -140,7 +144,7 @@ class ComparisonReport(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._metrics = RecordedMetrics()
-        show_classes_as_one_chart(trainer)
+        self._validated, self._has_charts = None, False
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -149,6 +153,8 @@ class ComparisonReport(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._metrics.after_epoch(trainer, pl_module)
+        if self._validated is not None:
+            self._show_charts(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,6 +164,8 @@ class ComparisonReport(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trained = TrainedModel.of(trainer, pl_module, log_folder(trainer))
+        self._show_charts(trainer)
+        log_outcome_of_fit(trainer, pl_module, self._validated)
         self._metrics.write(trainer, pl_module)
 
     @override
@@ -170,7 +178,10 @@ class ComparisonReport(Callback):
             self._finish(trainer, pl_module, "val", trainer.val_dataloaders)
             return
         reports = self._evaluation.reports(trainer, pl_module, "val", trainer.val_dataloaders)
-        for report in reports if not trainer.sanity_checking else ():
+        if trainer.sanity_checking:
+            return
+        self._validated = reports[0] if reports else self._validated
+        for report in reports:
             found = {f"val/{name}{report.suffix}": value for name, value in _to_log_in_fit(report).items()}
             pl_module.log_dict(found, sync_dist=True, add_dataloader_idx=False)  # the suffix names the loader
 
@@ -195,7 +206,13 @@ class ComparisonReport(Callback):
         if self.verbose:
             show(report.read_as, markup=False, highlight=False, soft_wrap=True)
             show(report_table(report, report.suffix.strip("/") or None))
-        log_report(trainer, pl_module, report, figures)
+        log_report(trainer, pl_module, report, figures, self.settings)
+
+    def _show_charts(self, trainer: Trainer) -> None:
+        """Write the charts of TensorBoard once, when the names of all metrics are known."""
+        if not self._has_charts:
+            self._has_charts = True
+            show_charts(trainer)
 
 
 def _to_log_in_fit(report: Report) -> dict[str, float]:

@@ -16,11 +16,13 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 import lora_lightning
+from lora_lightning.callbacks.logged_results import log_scalar
 from lora_lightning.callbacks.merging import finetuning_of
 from lora_lightning.callbacks.summary import trained_and_total
 from lora_lightning.lightning_packages import is_a
@@ -53,7 +55,9 @@ class RecordedMetrics:
             metrics = self._measured(trainer.logged_metrics)
             groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
             for group in groups[:1]:  # empty if configure_optimizers returned None
-                self._log(trainer, metrics, "lr", float(group["lr"]))
+                metrics["lr"] = float(group["lr"])
+                if not any(is_a(each, LearningRateMonitor) for each in trainer.callbacks):  # type: ignore[attr-defined]
+                    log_scalar(trainer, "lr", metrics["lr"])
             self._record(trainer, metrics)
 
     def after_validation(self, trainer: Trainer) -> None:
@@ -64,7 +68,8 @@ class RecordedMetrics:
         """Record the metrics of a training epoch, and log the norm of ΔW over all layers."""
         metrics = self._measured(trainer.callback_metrics)
         if trainer.is_global_zero and (layers := layer_changes(pl_module, with_base=False)):
-            self._log(trainer, metrics, "delta_norm", sum(each["norm"] ** 2 for each in layers) ** 0.5)
+            metrics["delta_norm"] = sum(each["norm"] ** 2 for each in layers) ** 0.5
+            log_scalar(trainer, "delta_norm", metrics["delta_norm"])
         self._record(trainer, metrics)
 
     def _measured(self, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -78,11 +83,6 @@ class RecordedMetrics:
                 self._recorded[name] = value
             found[name] = float(value)
         return found
-
-    def _log(self, trainer: Trainer, metrics: dict[str, float], name: str, value: float) -> None:
-        metrics[name] = value
-        for logger in trainer.loggers:
-            logger.log_metrics({name: value}, trainer.global_step)
 
     def _record(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         if trainer.is_global_zero and metrics:

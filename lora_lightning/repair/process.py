@@ -141,6 +141,7 @@ class Repair:
     def _test(self, setting: Setting, tested: Predictions) -> Outcome:
         trained = self.trained[setting.rank, setting.share]
         net, callback, report = trained.adapted, trained.adapters, ConfusionReport()
+        report.settings = {"focus": self.called, "share": setting.share, "scale": setting.scale}
         assert callback is not None
         scale_adapter(net, setting.scale)
         self.runs.trainer("adapted", report).test(trained.model, datamodule=self.data, verbose=False)
