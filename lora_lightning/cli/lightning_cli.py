@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lora_lightning.callbacks import PredictionWriter
-from lora_lightning.checkpoints import last_checkpoint, newest_checkpoint
+from lora_lightning.checkpoints import choice_in_words, doubt_about_choice, last_checkpoint, newest_checkpoint
 from lora_lightning.checkpoints.atomic_checkpoint import write_atomically
 from lora_lightning.checkpoints.checkpoints import check_file, explain_damage, paths_are_safe
 from lora_lightning.checkpoints.started_from import StartedFrom
@@ -212,7 +212,8 @@ class LoRALightningCLI(LightningCLI):
             return
         settings.ckpt_path = str(newest_checkpoint(path))
         if settings.ckpt_path != str(path):
-            rank_zero_info(f"Checkpoint: {settings.ckpt_path}")
+            chosen = Path(settings.ckpt_path)
+            rank_zero_info(f"Checkpoint: {choice_in_words(chosen)} {doubt_about_choice(path, chosen)}".rstrip())
 
 
 def _save_no_exceptions_of_one_device(trainer: Trainer) -> None:
