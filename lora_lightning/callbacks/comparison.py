@@ -13,6 +13,7 @@ from typing_extensions import override
 from lora_lightning.callbacks.logged_results import log_outcome_of_fit, log_report, log_settings, show_charts
 from lora_lightning.callbacks.run_files import RecordedMetrics, log_folder, write_facts
 from lora_lightning.callbacks.trained import TrainedModel
+from lora_lightning.callbacks.validations import Validations
 from lora_lightning.evaluation import TASKS, Confusion, Evaluation, EvaluationSettings, Report
 from lora_lightning.report import report_table
 from lora_lightning.report.figure import report_figures
@@ -79,7 +80,7 @@ class ComparisonReport(Callback):
         self.reports: list[Report] = []
         self.trained: TrainedModel | None = None
         self.settings: dict[str, object] = {}
-        self._validated: Report | None = None
+        self._validations = Validations()
         self._has_charts = False
         self._evaluation = Evaluation(
             EvaluationSettings(
@@ -110,6 +111,7 @@ class ComparisonReport(Callback):
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluation.start()
+        self._evaluation.compares_in_fit = not trainer.sanity_checking and self._validations.last is None
 
     @override
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -144,7 +146,7 @@ class ComparisonReport(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._metrics = RecordedMetrics()
-        self._validated, self._has_charts = None, False
+        self._validations, self._has_charts = Validations(), False
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -153,7 +155,7 @@ class ComparisonReport(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._metrics.after_epoch(trainer, pl_module)
-        if self._validated is not None:
+        if self._validations.last is not None:
             self._show_charts(trainer)
 
     @override
@@ -165,8 +167,8 @@ class ComparisonReport(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trained = TrainedModel.of(trainer, pl_module, log_folder(trainer))
         self._show_charts(trainer)
-        log_outcome_of_fit(trainer, pl_module, self._validated)
-        self._metrics.write(trainer, pl_module)
+        log_outcome_of_fit(trainer, pl_module, self._validations.last)
+        self._metrics.write(trainer, pl_module, self._validations.facts())
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,7 +182,8 @@ class ComparisonReport(Callback):
         reports = self._evaluation.reports(trainer, pl_module, "val", trainer.val_dataloaders)
         if trainer.sanity_checking:
             return
-        self._validated = reports[0] if reports else self._validated
+        if reports:
+            self._validations.add(reports[0], self._evaluation.compares_in_fit)
         for report in reports:
             found = {f"val/{name}{report.suffix}": value for name, value in _to_log_in_fit(report).items()}
             pl_module.log_dict(found, sync_dist=True, add_dataloader_idx=False)  # the suffix names the loader

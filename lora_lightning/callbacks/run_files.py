@@ -88,8 +88,8 @@ class RecordedMetrics:
         if trainer.is_global_zero and metrics:
             self.history.record(trainer.global_step, metrics)
 
-    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `metrics.csv`, `curves.png` and the report of the run to the log folder."""
+    def write(self, trainer: Trainer, pl_module: LightningModule, validations: Mapping[str, Any]) -> None:
+        """Write `metrics.csv`, `curves.png` and the report of the run, with the result of its validations, to the log folder."""
         folder = log_folder(trainer)
         if folder is None or not trainer.is_global_zero or not self.history.rows:
             return
@@ -101,7 +101,7 @@ class RecordedMetrics:
         if (figure := curves_figure(self.history)) is not None:
             figure.set_facecolor("white")
             write_to(free_name(folder, "curves.png"), partial(write_png, figure))
-        write_facts(trainer, pl_module, folder)
+        write_facts(trainer, pl_module, folder, validations)
 
 
 def log_folder(trainer: Trainer) -> str | None:
@@ -110,8 +110,10 @@ def log_folder(trainer: Trainer) -> str | None:
     return None if trainer.fast_dev_run else folder  # type: ignore[attr-defined] # Trainer sets it from elsewhere
 
 
-def write_facts(trainer: Trainer, pl_module: LightningModule, folder: str) -> None:
-    """Write `run.json` if it does not exist, and the report of the run."""
+def write_facts(
+    trainer: Trainer, pl_module: LightningModule, folder: str, further: Mapping[str, Any] | None = None
+) -> None:
+    """Write `run.json` with what is known of the run and `further` facts if it does not exist, and the report of the run."""
     packages: tuple[Any, ...] = (lora_lightning, torch, lightning)
     trained, total = trained_and_total(pl_module)
     checkpoint = trainer.ckpt_path if trainer.state.fn != "fit" else None
@@ -122,7 +124,7 @@ def write_facts(trainer: Trainer, pl_module: LightningModule, folder: str) -> No
         "versions": {"python": platform.python_version()} | {each.__name__: each.__version__ for each in packages},
         "device": type(trainer.accelerator).__name__.removesuffix("Accelerator"),
         "devices": trainer.world_size,
-        "machine": _machine(),
+        "machine": machine_in_words(),
         "trained": trained,
         "total": total,
         "layers": layer_changes(pl_module) if is_adapted(pl_module) else [],
@@ -130,6 +132,7 @@ def write_facts(trainer: Trainer, pl_module: LightningModule, folder: str) -> No
         "base": _base_in_words(trainer),
         "checkpoint": None if checkpoint is None else str(checkpoint),
         **(_of_training(trainer) if trainer.state.fn == "fit" else {}),
+        **(further or {}),
     }
     if (path := free_name(folder, "run.json")).endswith("run.json"):
         write_to(path, lambda file: file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8"))
@@ -163,9 +166,10 @@ def _program() -> str:
     return "lora-lightning" if is_module else program.name
 
 
-def _machine() -> str:
-    """Return the number of cores and threads, and the name of the GPU."""
-    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+def machine_in_words() -> str:
+    """Return the number of cores and threads, and the name of the GPU: `2 CPU cores, 1 thread`."""
+    threads = torch.get_num_threads()
+    cores = f"{os.cpu_count()} CPU cores, {threads} thread{'s' if threads > 1 else ''}"
     return f"{torch.cuda.get_device_name()}, {cores}" if torch.cuda.is_available() else cores
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 STARTED_FROM = "started_from.txt"
 """File in a log folder: the checkpoint that the run started from, or an empty line, and then how it ended."""
@@ -47,15 +50,28 @@ class RunRecord:
     @staticmethod
     def start(folder: Path, started_from: str) -> None:
         """Write the record of a run that starts."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / STARTED_FROM).write_text(f"{started_from}\n", encoding="utf-8")
+        _write(folder, [started_from])
 
     @staticmethod
     def finish(folder: Path, steps: int, best: str) -> None:
         """Add to the record how the run ended. `best` is a path, or an empty string."""
-        lines = [f"{_STEPS}{steps}"]
+        record = RunRecord.read(folder)
+        lines = ["" if record is None else record.started_from, f"{_STEPS}{steps}"]
         if best:
             whole, of_run = Path(best).absolute(), folder.absolute()
             lines.append(f"{_BEST}{whole.relative_to(of_run) if whole.is_relative_to(of_run) else whole}")
-        with (folder / STARTED_FROM).open("a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+        _write(folder, lines)
+
+
+def _write(folder: Path, lines: list[str]) -> None:
+    """Write the record whole or not at all: an empty one would make the next run start from the beginning."""
+    path = folder / STARTED_FROM
+    unfinished = path.with_name(f".{STARTED_FROM}.unfinished")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        rank_zero_warn(f"{path} could not be written ({error.strerror or error}). The run goes on without it.")

@@ -68,7 +68,7 @@ class ClassView:
         """Return what the page shows."""
         return View(
             self.title,
-            f"{self.model.total:,} {self._parts}" + (f" · {read_as}" if (read_as := self._read_as) else ""),
+            f"{self.model.total:,} {self._parts}",
             self._verdict(),
             self._cards(),
             self._before,
@@ -78,6 +78,7 @@ class ClassView:
             samples=self._samples(),
             tables=[*self._own_metrics(), self._table()],
             has_base=self.base is not None,
+            read_as=self._read_as,
             score=share(None if self.base is None else self.base.accuracy, self.model.accuracy),
         )
 
@@ -181,9 +182,12 @@ class ClassView:
         before, after = (sum(each.errors[index] for index in self._focus) for each in (base, model))
         other = [sum(each.errors) - errors for each, errors in ((base, before), (model, after))]
         elsewhere = f"on all others {other[0]:,} → {other[1]:,}"
+        detail, alone = self._detail(), repair.get("p_of_focus")
+        if alone is not None and p is not None and alone > LIKELY >= p:
+            detail += f" On {name} alone, chance explains the difference: {p_in_words(alone)}."
         if outcome == "repaired":
             sentence = f"Repaired: {before:,} → {after:,} errors on {name}, {elsewhere}."
-            return Verdict("better", f"better than chance explains{pill}", sentence, self._detail())
+            return Verdict("better", f"better than chance explains{pill}", sentence, detail)
         if outcome == "within chance":
             sentence = (
                 f"Fewer errors on {name} ({before:,} → {after:,}), but chance explains a difference of this size."

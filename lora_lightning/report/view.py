@@ -204,6 +204,7 @@ class Samples:
         cards: Those to draw.
         rows: Those without an image, a text or a signal, as rows of a table.
         indices: Indices in the data set, if nothing else is known.
+        columns: Names of the columns of the rows.
     """
 
     title: str
@@ -212,12 +213,12 @@ class Samples:
     cards: list[SampleCard] = field(default_factory=list)
     rows: list[list[str | Change]] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
+    columns: tuple[str, ...] = ("sample", "true class", "base", "adapted")
 
     @property
     def table(self) -> Table:
         """Return the samples that can not be drawn as a table."""
-        columns = ["sample", "true class", "base", "adapted"]
-        return Table(self.title, f"{self.title}, by their index in the data set", columns, self.rows)
+        return Table(self.title, f"{self.title}, by their index in the data set", list(self.columns), self.rows)
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ class View:
 
     Args:
         title: Which data: `test`, `val`, ....
-        subject: What was counted, in words.
+        subject: How much was counted, in words.
         verdict: The verdict.
         cards: Up to four numbers.
         before: Name of the base in legends, which says if its numbers are chance.
@@ -237,6 +238,7 @@ class View:
         samples: Broken samples, then fixed ones.
         tables: The numbers of each class, and others.
         has_base: Whether there is a base.
+        read_as: How outputs and targets were read.
         score: The main number, for the table of several runs.
     """
 
@@ -252,6 +254,7 @@ class View:
     samples: list[Samples] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     has_base: bool = True
+    read_as: str = ""
     score: Change = field(default_factory=lambda: Change("–"))
 
 
