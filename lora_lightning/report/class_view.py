@@ -36,6 +36,8 @@ from lora_lightning.report.view import (
 from lora_lightning.wording import one_line
 
 _LONGEST_NAME = 80
+_PAIRS = 12
+"""Number of confusions to list."""
 _SHADE = 0.45
 """The strongest colour of a cell, on which text is still easy to read."""
 _PARTS = {"segmentation": "pixels", "tokens": "tokens", "next_tokens": "tokens"}
@@ -75,6 +77,7 @@ class ClassView:
             self._moves(),
             self._matrices(),
             self._matrix_note,
+            self._pairs(),
             samples=self._samples(),
             tables=[*self._own_metrics(), self._table()],
             has_base=self.base is not None,
@@ -275,6 +278,24 @@ class ClassView:
         if len(self._names) == len(self.model.class_names):
             return ""
         return f"The {len(self._shown)} classes with the lowest recall; all others share the last row and column."
+
+    def _pairs(self) -> Table | None:
+        """Return the confusions that changed most, or occur most without a base, if the matrices leave out classes."""
+        if not self._matrix_note:
+            return None
+        after = self.model.matrix
+        before = torch.zeros_like(after) if self.base is None else self.base.matrix
+        changes = (after - before).abs().fill_diagonal_(0)
+        order = changes.flatten().argsort(descending=True, stable=True)[:_PAIRS].tolist()
+        rows: list[list[str | Change]] = []
+        for target, taken in (divmod(place, len(after)) for place in order):
+            if changes[target, taken]:
+                was = None if self.base is None else int(before[target, taken])
+                change = counted(was, int(after[target, taken]))
+                rows.append([self._called(target), self._called(taken), change])
+        what = "changed most" if self.base is not None else "occur most"
+        columns = ["true class", "taken for", self._parts]
+        return Table("", f"The confusions that {what}", columns, rows) if rows else None
 
     def _matrices(self) -> list[Matrix]:
         found = {"model": shown_alone(self.model.matrix, self._shown)}

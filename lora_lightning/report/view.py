@@ -233,7 +233,8 @@ class View:
         before: Name of the base in legends, which says if its numbers are chance.
         moves: Where it changed.
         matrices: The difference, the base and the adapted model, or the model alone.
-        matrix_note: Which classes the matrices show.
+        matrix_note: Which classes the matrices show, or an empty string for all.
+        pairs: The confusions that changed most, if the matrices do not show all classes.
         scatter: The samples of a regression.
         samples: Broken samples, then fixed ones.
         tables: The numbers of each class, and others.
@@ -250,6 +251,7 @@ class View:
     moves: Moves | None = None
     matrices: list[Matrix] = field(default_factory=list)
     matrix_note: str = ""
+    pairs: Table | None = None
     scatter: Scatter | None = None
     samples: list[Samples] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
@@ -302,6 +304,11 @@ def significant(value: float | None, digits: int = 3) -> str:
 def p_in_words(p: float) -> str:
     """Return a p-value: `p = 0.076`."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def unbroken(text: str) -> str:
+    """Return a text whose numbers stay on one line with their arrows and percent signs."""
+    return text.replace(" → ", "\u00a0→\u00a0").replace(" %", "\u00a0%")
 
 
 def signed(value: float, is_count: bool = True) -> str:
