@@ -81,20 +81,20 @@ def show_charts(trainer: Trainer) -> None:
 
 
 def charts_of(names: Iterable[str]) -> dict[str, list[Any]]:
-    """Return a chart for each metric that is logged in training or validation: the loss first, and the recalls of all classes as one.
+    """Return a chart for each metric of training or validation: the loss first, and the recalls of all classes as one.
+
+    The chart of a metric is the same for all runs, so that TensorBoard draws several runs in one.
 
     Args:
         names: Names of metrics, such as `train/loss` and `val_loss`.
     """
-    metrics: dict[str, list[str]] = {}
-    for name in names:
-        found = re.fullmatch(r"(train|val)[/_](.+)", name)
-        if found is None or found[2].endswith(("_step", "_epoch")):
-            continue
-        metric = "recall by class" if found[2].startswith("recall/") else found[2]
-        metrics.setdefault(metric, []).append(f"^{re.escape(name)}$")
-    order = sorted(metrics, key=lambda metric: (metric != "loss", "recall" not in metric, metric))
-    return {metric: ["Multiline", sorted(metrics[metric])] for metric in order}
+    found = (re.fullmatch(r"(?:train|val)[/_](.+)", name) for name in names)
+    metrics = {each[1] for each in found if each is not None and not each[1].endswith(("_step", "_epoch"))}
+    charts = {metric: f"^(train|val)[/_]{re.escape(metric)}$" for metric in metrics if not metric.startswith("recall/")}
+    if len(charts) < len(metrics):
+        charts["recall by class"] = "^val/recall/"
+    order = sorted(charts, key=lambda metric: (metric != "loss", "recall" not in metric, metric))
+    return {metric: ["Multiline", [charts[metric]]] for metric in order}
 
 
 def log_settings(trainer: Trainer, pl_module: LightningModule) -> None:

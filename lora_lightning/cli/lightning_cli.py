@@ -64,7 +64,7 @@ _ADAPTER_HELP = (
 
 
 class LoRALightningCLI(LightningCLI):
-    """`LightningCLI` with a fixed default seed, which accepts a log folder for the newest checkpoint in it.
+    """`LightningCLI` with a fixed default seed, which accepts a log folder for its newest finished run.
 
     Args:
         args: The command-line arguments.

@@ -101,7 +101,7 @@ class FitView:
         first, best = values[0], values[place]
         kind: VerdictKind = "plain"
         errors = self._change_from_base()
-        if errors is not None:
+        if errors is not None and errors.kind != "same":
             what_changed = f"{self._counted['name']} on {self._counted['samples']:,} validation samples"
             sentence = f"{what}: {errors.before} → {errors.after} {what_changed}."
             kind = "better" if errors.kind == "better" else "unsure"
