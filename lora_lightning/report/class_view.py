@@ -320,7 +320,7 @@ class ClassView:
             chosen = [each for each in self._kept if each.is_fixed is (kind == "better")]
             cards = [self._sample_card(each) for each in chosen]
             drawn = [each for each in cards if each.sample.image or each.sample.text or each.sample.signal]
-            rows = [_sample_row(each) for each in cards] if not drawn else []
+            rows = [_sample_row(each, self._kind) for each in cards] if not drawn else []
             if drawn or rows:
                 found.append(Samples(title, "better" if kind == "better" else "worse", count, drawn, rows))
         return found
@@ -409,13 +409,13 @@ def _kind_of_names(names: tuple[str, ...], facts: dict[str, Any]) -> str:
     return f"{noun} " if noun else "digit " if list(names) == digits else "class "
 
 
-def _sample_row(card: SampleCard) -> list[str | Change]:
+def _sample_row(card: SampleCard, kind_of_name: str) -> list[str | Change]:
     sample = card.sample
     kind = "better" if sample.is_fixed else "worse"
     index = "–" if sample.index is None else f"{sample.index}"
     was, now = (
-        f"{card.base_name} {100 * sample.base_confidence:.0f} %",
-        f"{card.adapted_name} {100 * sample.confidence:.0f} %",
+        f"{kind_of_name}{card.base_name}, {100 * sample.base_confidence:.0f} %",
+        f"{kind_of_name}{card.adapted_name}, {100 * sample.confidence:.0f} %",
     )
     return [index, card.target, was, Change(now, kind="better" if kind == "better" else "worse")]
 
