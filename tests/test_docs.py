@@ -63,8 +63,8 @@ def test_the_two_commands_are_there() -> None:
 @pytest.mark.parametrize("code", blocks("python"))
 def test_every_snippet_runs(workspace: Path, code: str) -> None:
     if "Trainer" in code:
-        # Run two batches on data that are here; a pretrained base is not.
-        code = code.replace('base_checkpoint="logs/pretrain"', "").replace("focus=[9]", "focus=[9], source='sample'")
+        # Run one batch, and a pretrained base is not here.
+        code = code.replace('base_checkpoint="logs/pretrain"', "")
         code = code.replace("Trainer(", "Trainer(accelerator='cpu', log_every_n_steps=1, ")
         code = code.replace("max_epochs=1,", "fast_dev_run=True,")
     exec(compile(code, "docs", "exec"), {"__name__": "docs"})  # noqa: S102 - the project's own code

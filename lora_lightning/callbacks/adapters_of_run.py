@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_lightning.backbone_facts import backbone_facts
 from lora_lightning.callbacks.relative_names import relative_names
-from lora_lightning.checkpoints import newest_adapter
+from lora_lightning.checkpoints import choice_in_words, newest_adapter
 from lora_lightning.checkpoints.random_state import own_random_numbers
 from lora_lightning.lora import LoRAConfig, attach, backbone_of, set_adapter
 from lora_lightning.lora.adaptation import config_of, unwrapped
@@ -48,7 +48,7 @@ def attach_adapters(
         set_adapter(adapted, [*names, _NEW] if with_new else names, trained=_NEW if with_new else names)
     else:
         folder = newest_adapter(folders)
-        rank_zero_info(f"Adapter: {folder}")
+        rank_zero_info(f"Adapter: {choice_in_words(folder)}")
         load_adapter(adapted, folder)
 
 
@@ -61,7 +61,7 @@ def _load_all(adapted: nn.Module, folders: list[Folder]) -> list[str]:
     if len({*names, _NEW}) <= len(names) or not all(map(can_be_name, names)):
         names = [f"adapter_{number}" for number in range(1, len(found) + 1)]
     for name, folder in zip(names, found, strict=True):
-        rank_zero_info(f"Adapter {name}: {folder}")
+        rank_zero_info(f"Adapter {name}: {choice_in_words(folder)}")
         load_adapter(adapted, folder, name)
     return names
 

@@ -10,9 +10,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
-from lora_lightning.callbacks.logged_results import log_report, log_settings, show_classes_as_one_chart
+from lora_lightning.callbacks.logged_results import log_outcome_of_fit, log_report, log_settings, show_charts
 from lora_lightning.callbacks.run_files import RecordedMetrics, log_folder, write_facts
 from lora_lightning.callbacks.trained import TrainedModel
+from lora_lightning.callbacks.validations import Validations
 from lora_lightning.evaluation import TASKS, Confusion, Evaluation, EvaluationSettings, Report
 from lora_lightning.report import report_table
 from lora_lightning.report.figure import report_figures
@@ -54,6 +55,7 @@ class ComparisonReport(Callback):
         reports: The latest `Report` of each data loader in `test` or `validate`, on every device.
         report: The first of these reports, or `None` before.
         trained: A description of what the last `fit` trained, or `None` before. A notebook shows it as a table.
+        settings: Further settings to log as hyper-parameters beside those of the adapters.
 
     Raises:
         ValueError: If there is no task of this name.
@@ -77,6 +79,9 @@ class ComparisonReport(Callback):
         self.verbose = verbose
         self.reports: list[Report] = []
         self.trained: TrainedModel | None = None
+        self.settings: dict[str, object] = {}
+        self._validations = Validations()
+        self._has_charts = False
         self._evaluation = Evaluation(
             EvaluationSettings(
                 type(self).__name__, self.tasks, class_names, target_key, ignore_index, task, output_key, metrics
@@ -106,6 +111,7 @@ class ComparisonReport(Callback):
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluation.start()
+        self._evaluation.compares_in_fit = not trainer.sanity_checking and self._validations.last is None
 
     @override
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -140,7 +146,7 @@ class ComparisonReport(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._metrics = RecordedMetrics()
-        show_classes_as_one_chart(trainer)
+        self._validations, self._has_charts = Validations(), False
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -149,6 +155,8 @@ class ComparisonReport(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._metrics.after_epoch(trainer, pl_module)
+        if self._validations.last is not None:
+            self._show_charts(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,7 +166,9 @@ class ComparisonReport(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trained = TrainedModel.of(trainer, pl_module, log_folder(trainer))
-        self._metrics.write(trainer, pl_module)
+        self._show_charts(trainer)
+        log_outcome_of_fit(trainer, pl_module, self._validations.last)
+        self._metrics.write(trainer, pl_module, self._validations.facts())
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -170,7 +180,11 @@ class ComparisonReport(Callback):
             self._finish(trainer, pl_module, "val", trainer.val_dataloaders)
             return
         reports = self._evaluation.reports(trainer, pl_module, "val", trainer.val_dataloaders)
-        for report in reports if not trainer.sanity_checking else ():
+        if trainer.sanity_checking:
+            return
+        if reports:
+            self._validations.add(reports[0], self._evaluation.compares_in_fit)
+        for report in reports:
             found = {f"val/{name}{report.suffix}": value for name, value in _to_log_in_fit(report).items()}
             pl_module.log_dict(found, sync_dist=True, add_dataloader_idx=False)  # the suffix names the loader
 
@@ -195,7 +209,13 @@ class ComparisonReport(Callback):
         if self.verbose:
             show(report.read_as, markup=False, highlight=False, soft_wrap=True)
             show(report_table(report, report.suffix.strip("/") or None))
-        log_report(trainer, pl_module, report, figures)
+        log_report(trainer, pl_module, report, figures, self.settings)
+
+    def _show_charts(self, trainer: Trainer) -> None:
+        """Write the charts of TensorBoard once, when the names of all metrics are known."""
+        if not self._has_charts:
+            self._has_charts = True
+            show_charts(trainer)
 
 
 def _to_log_in_fit(report: Report) -> dict[str, float]:

@@ -29,7 +29,7 @@ from lora_lightning.callbacks.training_checks import (
     refuse_pruning,
     refuse_strategy,
 )
-from lora_lightning.checkpoints import NotFiniteError, RandomState, load_base, newest_checkpoint
+from lora_lightning.checkpoints import NotFiniteError, RandomState, choice_in_words, load_base, newest_checkpoint
 from lora_lightning.checkpoints.adapter_checkpoint import AdapterCheckpointIO, AdapterContent
 from lora_lightning.checkpoints.atomic_checkpoint import write_atomically
 from lora_lightning.checkpoints.packed_layers import let_packed_keys_be_missing
@@ -283,7 +283,7 @@ class LoRAFinetuning(Callback):
         """Load `base_checkpoint`, if any, into a model without adapters."""
         if self.base_checkpoint is not None:
             self.base_path = newest_checkpoint(self.base_checkpoint)
-            rank_zero_info(f"Base: {self.base_path}")
+            rank_zero_info(f"Base: {choice_in_words(self.base_path)}")
             load_base(pl_module, self.base_path, self.weights_only)
         elif self.adapter is None:
             rank_zero_info("Base: the weights that the model has now, since no base_checkpoint is given.")

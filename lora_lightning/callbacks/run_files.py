@@ -16,11 +16,13 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 import lora_lightning
+from lora_lightning.callbacks.logged_results import log_scalar
 from lora_lightning.callbacks.merging import finetuning_of
 from lora_lightning.callbacks.summary import trained_and_total
 from lora_lightning.lightning_packages import is_a
@@ -53,7 +55,9 @@ class RecordedMetrics:
             metrics = self._measured(trainer.logged_metrics)
             groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
             for group in groups[:1]:  # empty if configure_optimizers returned None
-                self._log(trainer, metrics, "lr", float(group["lr"]))
+                metrics["lr"] = float(group["lr"])
+                if not any(is_a(each, LearningRateMonitor) for each in trainer.callbacks):  # type: ignore[attr-defined]
+                    log_scalar(trainer, "lr", metrics["lr"])
             self._record(trainer, metrics)
 
     def after_validation(self, trainer: Trainer) -> None:
@@ -64,7 +68,8 @@ class RecordedMetrics:
         """Record the metrics of a training epoch, and log the norm of ΔW over all layers."""
         metrics = self._measured(trainer.callback_metrics)
         if trainer.is_global_zero and (layers := layer_changes(pl_module, with_base=False)):
-            self._log(trainer, metrics, "delta_norm", sum(each["norm"] ** 2 for each in layers) ** 0.5)
+            metrics["delta_norm"] = sum(each["norm"] ** 2 for each in layers) ** 0.5
+            log_scalar(trainer, "delta_norm", metrics["delta_norm"])
         self._record(trainer, metrics)
 
     def _measured(self, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -79,17 +84,12 @@ class RecordedMetrics:
             found[name] = float(value)
         return found
 
-    def _log(self, trainer: Trainer, metrics: dict[str, float], name: str, value: float) -> None:
-        metrics[name] = value
-        for logger in trainer.loggers:
-            logger.log_metrics({name: value}, trainer.global_step)
-
     def _record(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         if trainer.is_global_zero and metrics:
             self.history.record(trainer.global_step, metrics)
 
-    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `metrics.csv`, `curves.png` and the report of the run to the log folder."""
+    def write(self, trainer: Trainer, pl_module: LightningModule, validations: Mapping[str, Any]) -> None:
+        """Write `metrics.csv`, `curves.png` and the report of the run, with the result of its validations, to the log folder."""
         folder = log_folder(trainer)
         if folder is None or not trainer.is_global_zero or not self.history.rows:
             return
@@ -101,7 +101,7 @@ class RecordedMetrics:
         if (figure := curves_figure(self.history)) is not None:
             figure.set_facecolor("white")
             write_to(free_name(folder, "curves.png"), partial(write_png, figure))
-        write_facts(trainer, pl_module, folder)
+        write_facts(trainer, pl_module, folder, validations)
 
 
 def log_folder(trainer: Trainer) -> str | None:
@@ -110,8 +110,10 @@ def log_folder(trainer: Trainer) -> str | None:
     return None if trainer.fast_dev_run else folder  # type: ignore[attr-defined] # Trainer sets it from elsewhere
 
 
-def write_facts(trainer: Trainer, pl_module: LightningModule, folder: str) -> None:
-    """Write `run.json` if it does not exist, and the report of the run."""
+def write_facts(
+    trainer: Trainer, pl_module: LightningModule, folder: str, further: Mapping[str, Any] | None = None
+) -> None:
+    """Write `run.json` with what is known of the run and `further` facts if it does not exist, and the report of the run."""
     packages: tuple[Any, ...] = (lora_lightning, torch, lightning)
     trained, total = trained_and_total(pl_module)
     checkpoint = trainer.ckpt_path if trainer.state.fn != "fit" else None
@@ -122,7 +124,7 @@ def write_facts(trainer: Trainer, pl_module: LightningModule, folder: str) -> No
         "versions": {"python": platform.python_version()} | {each.__name__: each.__version__ for each in packages},
         "device": type(trainer.accelerator).__name__.removesuffix("Accelerator"),
         "devices": trainer.world_size,
-        "machine": _machine(),
+        "machine": machine_in_words(),
         "trained": trained,
         "total": total,
         "layers": layer_changes(pl_module) if is_adapted(pl_module) else [],
@@ -130,6 +132,7 @@ def write_facts(trainer: Trainer, pl_module: LightningModule, folder: str) -> No
         "base": _base_in_words(trainer),
         "checkpoint": None if checkpoint is None else str(checkpoint),
         **(_of_training(trainer) if trainer.state.fn == "fit" else {}),
+        **(further or {}),
     }
     if (path := free_name(folder, "run.json")).endswith("run.json"):
         write_to(path, lambda file: file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8"))
@@ -163,9 +166,10 @@ def _program() -> str:
     return "lora-lightning" if is_module else program.name
 
 
-def _machine() -> str:
-    """Return the number of cores and threads, and the name of the GPU."""
-    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+def machine_in_words() -> str:
+    """Return the number of cores and threads, and the name of the GPU: `2 CPU cores, 1 thread`."""
+    threads = torch.get_num_threads()
+    cores = f"{os.cpu_count()} CPU cores, {threads} thread{'s' if threads > 1 else ''}"
     return f"{torch.cuda.get_device_name()}, {cores}" if torch.cuda.is_available() else cores
 
 

@@ -3,6 +3,8 @@
 from lora_lightning.checkpoints.adapter_checkpoint import NotFiniteError
 from lora_lightning.checkpoints.atomic_checkpoint import AtomicCheckpointIO
 from lora_lightning.checkpoints.checkpoints import (
+    choice_in_words,
+    doubt_about_choice,
     last_checkpoint,
     load_base,
     newest_adapter,
@@ -17,6 +19,8 @@ __all__ = [
     "NotFiniteError",
     "RandomState",
     "ResumableLoader",
+    "choice_in_words",
+    "doubt_about_choice",
     "last_checkpoint",
     "load_base",
     "newest_adapter",

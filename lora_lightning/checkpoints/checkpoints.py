@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
 from typing import Any, Self
 from zipfile import BadZipFile
@@ -17,17 +18,20 @@ import torch
 from lightning.pytorch import LightningModule
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from lora_lightning.checkpoints.run_record import STARTED_FROM, RunRecord
 from lora_lightning.wording import some_of
 
 ADAPTER_CONFIG = "adapter_config.json"
-STARTED_FROM = "started_from.txt"
-"""File in a log folder that names the checkpoint which the run started from, if any."""
 ADAPTER_KEY = "lora_lightning"
 """Entry of a checkpoint with the configuration of the adapters, and the fingerprint and path of the base."""
 
 
 def newest_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """Return `path` if it is a file, else the newest `*.ckpt` in or below this folder.
+    """Return `path` if it is a file, else the checkpoint of the newest run in or below this folder.
+
+    A run of the command line that finished comes before one that was interrupted or still runs. Its checkpoint is the best one,
+    whose adapters are in its adapter folder, or the last one if no metric is monitored. Other runs are not recorded, and the
+    newest `*.ckpt` is theirs.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -37,10 +41,52 @@ def newest_checkpoint(path: str | os.PathLike[str]) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist; expected a checkpoint, or a log folder that contains one.")
-    found = sorted(path.rglob("*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file))
+    found = _by_age(path, "*.ckpt")
     if not found:
         raise FileNotFoundError(f"{path} contains no checkpoint (*.ckpt); run fit first, or choose another folder.")
-    return found[-1]
+    record = RunRecord.of(found[-1])
+    best = None if record is None else record.best
+    return best if best is not None and best in found else found[-1]
+
+
+def _by_age(folder: Path, pattern: str) -> list[Path]:
+    """Return the files with names of this pattern in a folder: those of runs that did not finish, then others, the newest last."""
+
+    def key(file: Path) -> tuple[bool, int, Path]:
+        record = RunRecord.of(file)
+        return record is None or record.steps is not None, file.stat().st_mtime_ns, file
+
+    return sorted(folder.rglob(pattern), key=key)
+
+
+def choice_in_words(chosen: Path) -> str:
+    """Return the file or folder of a run with its steps, if they are known, and its date: `last.ckpt (600 steps, 2026-11-30 12:01)`."""
+    record = RunRecord.of(chosen)
+    time = datetime.fromtimestamp(chosen.stat().st_mtime).astimezone().isoformat(" ", "minutes")[:16]
+    if record is None:
+        return f"{chosen} ({time})"
+    return f"{chosen} ({'not finished' if record.steps is None else f'{record.steps:,} steps'}, {time})"
+
+
+def doubt_about_choice(folder: str | os.PathLike[str], chosen: Path) -> str:
+    """Return a sentence if another run in the folder may be meant, else an empty string.
+
+    A newer run did not finish, or an earlier one is ten times as long, since the newest one may have been a trial.
+    """
+    record = RunRecord.of(chosen)
+    if record is None or record.steps is None or not Path(folder).is_dir():
+        return ""
+    runs = [found for path in Path(folder).rglob(STARTED_FROM) if (found := RunRecord.read(path.parent)) is not None]
+    for other in runs:
+        if other.steps is None and _is_newer(other.folder, chosen):
+            return f"{other.folder} is newer, but did not finish. To use it, give its path."
+        if other.steps is not None and other.steps >= 10 * max(record.steps, 1):
+            return f"{other.folder} has {other.steps:,} steps. To use it, give its path."
+    return ""
+
+
+def _is_newer(folder: Path, than: Path) -> bool:
+    return any(file.stat().st_mtime_ns > than.stat().st_mtime_ns for file in folder.rglob("*.ckpt"))
 
 
 def newest_adapter(path: str | os.PathLike[str]) -> Path:
@@ -52,7 +98,7 @@ def newest_adapter(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if (path / ADAPTER_CONFIG).is_file():
         return path
-    found = sorted(path.rglob(ADAPTER_CONFIG), key=lambda file: (file.stat().st_mtime_ns, file))
+    found = _by_age(path, ADAPTER_CONFIG)
     if not found:
         raise FileNotFoundError(
             f"{path} is not an adapter folder and contains none ({ADAPTER_CONFIG}); expected the folder that fit wrote, a log folder, "
@@ -75,9 +121,8 @@ def last_checkpoint(folder: Path) -> Path | None:
         found = [path for path in version.rglob("*.ckpt") if not path.name.startswith(".")]
         if found:
             return max(found, key=lambda file: (file.stat().st_mtime_ns, file))
-        if (version / STARTED_FROM).is_file():
-            started_from = (version / STARTED_FROM).read_text().strip()
-            return Path(started_from) if started_from and Path(started_from).is_file() else None
+        if (record := RunRecord.read(version)) is not None:
+            return Path(record.started_from) if record.started_from and Path(record.started_from).is_file() else None
     return None
 
 

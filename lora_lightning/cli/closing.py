@@ -17,6 +17,8 @@ from lora_lightning.report.terminal import show
 
 _FILES = ("*.csv", "confusion*.json", "*.png")
 _INDENT = 11
+_CHARTS = "http://localhost:6006/#custom_scalars"
+"""Page of TensorBoard with training and validation in one chart for each metric."""
 _WRAPPED = ("val", "test", "files", "base")
 _STAGES = {"fit": "val", "validate": "val", "test": "test"}
 
@@ -42,6 +44,7 @@ def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
         lines["files"] = ", ".join(path.name for pattern in _FILES for path in sorted(Path(folder).glob(pattern)))
         if any(True for _ in Path(folder).glob("events.out.tfevents.*")):
             lines["curves"] = f"tensorboard --logdir {shlex.quote(folder)}"
+            lines["opens at"] = _CHARTS if command == "fit" else ""
     if command == "fit":
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         lines["checkpoint"] = as_typed(best) if best else ""

@@ -20,10 +20,12 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
+from rich import get_console
 from typing_extensions import override
 
 from lora_lightning.callbacks import PredictionWriter
-from lora_lightning.checkpoints import last_checkpoint, newest_checkpoint
+from lora_lightning.callbacks.loss_bar import LossBar
+from lora_lightning.checkpoints import choice_in_words, doubt_about_choice, last_checkpoint, newest_checkpoint
 from lora_lightning.checkpoints.atomic_checkpoint import write_atomically
 from lora_lightning.checkpoints.checkpoints import check_file, explain_damage, paths_are_safe
 from lora_lightning.checkpoints.started_from import StartedFrom
@@ -44,6 +46,8 @@ from lora_lightning.cli.progress_lines import ProgressLines
 from lora_lightning.cli.saved_config import SaveSharedConfig
 
 NO_ADAPTER = "none"
+_WIDE = 120
+"""Columns of a terminal in which the metrics of a progress bar fit beside it."""
 FUNCTIONS: dict[str, Callable[..., Path]] = {"merge": merge, "export": export, "find-lr": find_lr}
 """Commands that are functions of a trainer, a model and a data module."""
 _OBJECTS = ("trainer", "model", "datamodule")
@@ -64,7 +68,7 @@ _ADAPTER_HELP = (
 
 
 class LoRALightningCLI(LightningCLI):
-    """`LightningCLI` with a fixed default seed, which accepts a log folder for the newest checkpoint in it.
+    """`LightningCLI` with a fixed default seed, which accepts a log folder for its newest finished run.
 
     Args:
         args: The command-line arguments.
@@ -172,6 +176,8 @@ class LoRALightningCLI(LightningCLI):
             callbacks = [callback for callback in callbacks if type(callback) not in (RichProgressBar, TQDMProgressBar)]
             if not any(isinstance(callback, ProgressBar) for callback in callbacks):
                 callbacks.append(ProgressLines())
+        if get_console().width < _WIDE:
+            callbacks = [_narrow(each) if type(each) is RichProgressBar else each for each in callbacks]
         summary = configured.enable_model_summary or any(isinstance(callback, ModelSummary) for callback in callbacks)
         trainer = super().instantiate_trainer(**{"callbacks": callbacks, "enable_model_summary": summary} | kwargs)
         of_trainer: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # Trainer sets it from elsewhere
@@ -212,7 +218,8 @@ class LoRALightningCLI(LightningCLI):
             return
         settings.ckpt_path = str(newest_checkpoint(path))
         if settings.ckpt_path != str(path):
-            rank_zero_info(f"Checkpoint: {settings.ckpt_path}")
+            chosen = Path(settings.ckpt_path)
+            rank_zero_info(f"Checkpoint: {choice_in_words(chosen)} {doubt_about_choice(path, chosen)}".rstrip())
 
 
 def _save_no_exceptions_of_one_device(trainer: Trainer) -> None:
@@ -223,6 +230,11 @@ def _save_no_exceptions_of_one_device(trainer: Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         if trainer.world_size > 1 and isinstance(callback, ModelCheckpoint):
             callback.save_on_exception = False
+
+
+def _narrow(bar: RichProgressBar) -> LossBar:
+    """Return a bar that does not wrap its metrics in a narrow terminal."""
+    return LossBar(refresh_rate=bar.refresh_rate, leave=bar._leave, theme=bar.theme)
 
 
 def _is_local_file(path: str | Path | None) -> bool:

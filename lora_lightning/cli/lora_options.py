@@ -8,10 +8,11 @@ from typing import Any, Literal, get_type_hints
 from docstring_parser import parse
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_info
 
 from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.callbacks.lora_arguments import LR_RATIO_IS_OF_THE_OPTIMIZER
-from lora_lightning.checkpoints import newest_adapter, newest_checkpoint
+from lora_lightning.checkpoints import doubt_about_choice, newest_adapter, newest_checkpoint
 from lora_lightning.lora import LoRAConfig
 
 _OWN = {
@@ -76,7 +77,10 @@ def apply_lora_options(settings: Namespace) -> None:
             if isinstance(given_paths, list):
                 arguments[name] = [str(newest(path)) if Path(path).is_dir() else path for path in given_paths]
             elif given_paths is not None and Path(given_paths).is_dir():
-                arguments[name] = str(newest(given_paths))
+                chosen = newest(given_paths)
+                arguments[name] = str(chosen)
+                if doubt := doubt_about_choice(given_paths, chosen):
+                    rank_zero_info(f"{name}: {doubt}")
 
 
 def configured_callbacks(trainer: Namespace) -> list[Any]:

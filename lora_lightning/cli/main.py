@@ -34,6 +34,8 @@ _NOISE = (
     ".*isinstance\\(treespec, LeafSpec\\).*",
 )
 _ADVERTISEMENT = "Tip: For seamless"
+_AT_THE_END = ("`Trainer.fit` stopped", "The base is bitwise unchanged")
+"""Starts of messages at the end of `fit`. The closing lines repeat what matters."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -54,7 +56,7 @@ def main(args: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", message=message)
     # Both packages log with the logger of the one that was imported last.
     for package in ("lightning.pytorch", "pytorch_lightning"):
-        logging.getLogger(f"{package}.utilities.rank_zero").addFilter(_is_no_advertisement)
+        logging.getLogger(f"{package}.utilities.rank_zero").addFilter(_is_wanted)
     try:
         return _run(words, args)
     except (ArgumentError, ValueError, OSError, RuntimeError, MisconfigurationException) as error:
@@ -90,5 +92,7 @@ def _run(words: list[str], args: list[str] | None) -> int:
     return 0
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return _ADVERTISEMENT not in str(record.msg)
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """Return whether to print a message: no advertisement, and none that would end up in a bar and is not needed."""
+    is_in_bar = sys.stdout.isatty() and str(record.msg).startswith(_AT_THE_END)
+    return _ADVERTISEMENT not in str(record.msg) and not is_in_bar

@@ -134,8 +134,31 @@ def example_input(trainer: Trainer, model: LightningModule, datamodule: Lightnin
     inputs = batch[0] if isinstance(batch, tuple | list) else batch
     if isinstance(inputs, Mapping):
         targets = find_targets(batch)
-        return {key: value[:2] for key, value in inputs.items() if value is not targets}
+        tensors = {
+            key: value[:2] for key, value in inputs.items() if isinstance(value, Tensor) and value is not targets
+        }
+        return _accepted(model, tensors)
     return torch.as_tensor(inputs[:2])
+
+
+def _accepted(model: LightningModule, inputs: dict[str, Tensor]) -> Inputs:
+    """Return the part of a batch that `forward` takes: what its parameters name, the only tensor, or else the mapping.
+
+    `forward(x)` for a batch with one input gets this input if it does not take the mapping.
+    """
+    parameters = signature(model.forward).parameters.values()
+    named = {each.name for each in parameters}
+    if named & inputs.keys():
+        takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters)
+        return inputs if takes_all else {key: value for key, value in inputs.items() if key in named}
+    if len(inputs) == 1:
+        [only] = inputs.values()
+        try:
+            with torch.no_grad():
+                model(inputs)
+        except Exception:  # noqa: BLE001 - any error says that forward does not take a mapping
+            return only
+    return inputs
 
 
 def _dynamic(example: Inputs) -> Any:

@@ -54,6 +54,7 @@ def main(args: list[str] | None = None) -> int:
         from lora_lightning.cli.init import init  # only this command needs it
 
         return init(words[1:])
+    print(f"lora-lightning {__version__}: {first}", file=sys.stderr, flush=True)  # the imports take seconds
     try:
         from lora_lightning.cli.main import main as run  # it imports PyTorch, which takes seconds
     except KeyboardInterrupt:

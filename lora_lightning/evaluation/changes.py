@@ -41,6 +41,8 @@ class ChangedSample:
         text: The text, or an empty string.
         index: Index of the sample in the data set, if it is known.
         signal: Up to 128 values of a signal, or an empty list.
+        labels: For several labels per sample, the indices of the true labels, of those of the base, and of those of the
+            model. `target` is then 1, and `base` and `model` are 1 if all labels are right and else 0.
     """
 
     target: int
@@ -52,6 +54,7 @@ class ChangedSample:
     text: str = ""
     index: int | None = None
     signal: list[float] = field(default_factory=list)
+    labels: list[list[int]] = field(default_factory=list)
 
     @property
     def is_fixed(self) -> bool:

@@ -62,9 +62,13 @@ class Evaluation:
 
     Args:
         settings: What the user says about the data.
+
+    Attributes:
+        compares_in_fit: Whether to count the base in the validations of `fit`, too.
     """
 
     def __init__(self, settings: EvaluationSettings) -> None:
+        self.compares_in_fit = False
         self._settings = settings
         collection = collection_of(settings.metrics)
         self._metrics = None if collection is None else UserMetrics(collection)
@@ -86,7 +90,7 @@ class Evaluation:
     def record(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the calls of the step that is about to run."""
         self.stop()
-        self._recorded = RecordedCalls(pl_module, trainer.state.fn != "fit" and is_adapted(pl_module))
+        self._recorded = RecordedCalls(pl_module, self._compares(trainer) and is_adapted(pl_module))
 
     def stop(self) -> list[Call]:
         """Restore the module, and return the recorded calls."""
@@ -137,7 +141,12 @@ class Evaluation:
         if found is None:
             return
         call, outputs, seen = found
-        base = self._base_outputs(trainer, pl_module, call, calls)
+        try:
+            base = self._base_outputs(trainer, pl_module, call, calls)
+        except Exception:
+            if trainer.state.fn != "fit":
+                raise
+            base, self.compares_in_fit = None, False  # a fit goes on without the numbers of the base
         loaders = trainer.test_dataloaders if trainer.state.fn == "test" else trainer.val_dataloaders
         data_loader = _number(loaders, loader)
         replicas = trainer.world_size if data_parallel_group(trainer) is None else 0
@@ -166,10 +175,14 @@ class Evaluation:
         fitting = (each for each in possible if len(possible) == 1 or counts.fits(each[1], each[2]))
         return next(fitting, possible[0] if possible else None)
 
+    def _compares(self, trainer: Trainer) -> bool:
+        """Return whether to count the base, too. In `fit` this is asked for by `compares_in_fit`."""
+        return trainer.state.fn != "fit" or self.compares_in_fit
+
     def _base_outputs(
         self, trainer: Trainer, pl_module: LightningModule, call: Call, calls: list[Call]
     ) -> list[Candidate] | None:
-        if trainer.state.fn == "fit" or not is_adapted(pl_module):
+        if not self._compares(trainer) or not is_adapted(pl_module):
             return None
         if call.module is not pl_module and not _holds_all_adapters(call, calls, pl_module):
             self._warn(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lora_lightning.evaluation.changes import Pairs
+from lora_lightning.evaluation.changes import ChangedSample, Inputs, Pairs
 from lora_lightning.evaluation.classes import doubt_of_constant
 from lora_lightning.evaluation.reading import (
     Aligned,
@@ -182,6 +182,8 @@ class LabelTally(Tally):
                 was_right = ((before == targets) | ~counted).all(1)
                 self._base_exact[row] += int(was_right.sum())
                 self._pairs[row].add_unnamed(right & ~was_right, was_right & ~right, inputs)
+                if inputs is not None:
+                    _keep(self._pairs[row], (targets & counted, before & counted, predicted & counted), inputs)
 
     @override
     def merge(self, other: Self) -> None:
@@ -267,6 +269,31 @@ class Multilabel(Reading[LabelTally]):
     @override
     def doubt(self, evidence: Evidence, others: Sequence[str]) -> str | None:
         return doubt_of_constant(evidence, self.task, others)
+
+
+def _keep(pairs: Pairs, labels: tuple[Tensor, Tensor, Tensor], inputs: Inputs) -> None:
+    """Keep samples that only one model gets right.
+
+    Args:
+        pairs: The samples so far.
+        labels: The true labels, those of the base, and those of the model, each of shape (N, K).
+        inputs: The inputs of the samples.
+    """
+    targets, before, predicted = labels
+    was_right, right = ((each == targets).all(1) for each in (before, predicted))
+    for is_fixed, rows in ((True, right & ~was_right), (False, was_right & ~right)):
+        for number in rows.nonzero()[: pairs.room(is_fixed), 0].tolist():
+            sample = ChangedSample(
+                1,
+                int(not is_fixed),
+                int(is_fixed),
+                0.0,
+                0.0,
+                **inputs.of(number),
+                index=inputs.index_of(number),
+                labels=[each[number].nonzero()[:, 0].tolist() for each in labels],
+            )
+            pairs.add(Pairs(samples=[sample]))
 
 
 def _counts(predicted: Tensor, targets: Tensor, counted: Tensor) -> Tensor:

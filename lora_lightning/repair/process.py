@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from lightning.pytorch import seed_everything
 from rich import get_console
 from rich.markup import escape
 
 from lora_lightning.callbacks import ConfusionReport
-from lora_lightning.callbacks.run_files import add_facts
+from lora_lightning.callbacks.run_files import add_facts, machine_in_words
 from lora_lightning.lora import base_fingerprint, scale_adapter, scaled
 from lora_lightning.peft_format import save_adapter
 from lora_lightning.repair.choice import LAMBDAS, Setting, choose, classes_in_focus
@@ -71,6 +72,7 @@ class Repair:
 
     def run(self) -> Outcome:
         """Run all steps and print their results."""
+        say(f"[bold]Machine[/]: {machine_in_words()}, PyTorch {torch.__version__}.")
         say(f"[bold]Data[/]: {escape(self.task.description)}.")
         self.base = self._base()
         self.validated = self.runs.predict_base(self.task, self.base, self.data, "validate")
@@ -87,13 +89,14 @@ class Repair:
         say(f"Chosen on validation data: {setting.in_words()}.")
         return self._test(setting, tested)
 
-    def _complete_page(self, verdict: Verdict, adapter: Path, base: str) -> None:
+    def _complete_page(self, verdict: Verdict, p_of_focus: float, adapter: Path, base: str) -> None:
         """Add the verdict to the report of the test."""
         facts = {
             "focus": [self.task.names[index] for index in self.focus],
             "noun": self.task.noun if self.task.noun == "digit" else "",
             "outcome": OUTCOMES[verdict.exit_code],
             "p": verdict.p,
+            "p_of_focus": p_of_focus,
             "next": _more_samples(self.task),
             "adapter": str(adapter),
         }
@@ -141,6 +144,7 @@ class Repair:
     def _test(self, setting: Setting, tested: Predictions) -> Outcome:
         trained = self.trained[setting.rank, setting.share]
         net, callback, report = trained.adapted, trained.adapters, ConfusionReport()
+        report.settings = {"focus": self.called, "share": setting.share, "scale": setting.scale}
         assert callback is not None
         scale_adapter(net, setting.scale)
         self.runs.trainer("adapted", report).test(trained.model, datamodule=self.data, verbose=False)
@@ -157,7 +161,7 @@ class Repair:
         of_focus = mcnemar(tested.of_classes(self.focus), repaired.of_classes(self.focus))
         say(f"McNemar's exact test: p = {p:.2g} on all samples, {of_focus:.2g} on {escape(self.called)} alone.")
         base = f"bitwise unchanged (SHA-256 {callback.base_fingerprint[:12]})" if unchanged else "CHANGED"
-        self._complete_page(verdict, folder, base)
+        self._complete_page(verdict, of_focus, folder, base)
         say(f"Trained: {callback.trained_parameters()}, in {trained.seconds:.1f} s.")
         say(f"Base bitwise unchanged: {'yes' if unchanged else 'NO'} (SHA-256 {callback.base_fingerprint[:12]}).")
         for guarantee in broken:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
-from typing_extensions import override
 
 from lora_lightning.callbacks import LoRAFinetuning
+from lora_lightning.callbacks.loss_bar import LossBar
 from lora_lightning.checkpoints import load_base
 from lora_lightning.lora.freeze import freeze
 from lora_lightning.models import Classifier
@@ -45,17 +45,6 @@ class Trained:
         assert self.adapters is not None
         assert self.adapters.adapted is not None
         return self.adapters.adapted
-
-
-class LossBar(RichProgressBar):
-    """Shows the training loss as the only metric, so that the bar fits a line of 80 columns."""
-
-    @override
-    def get_metrics(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        shown = super().get_metrics(trainer, pl_module)
-        return {"loss": shown["train/loss"]} if "train/loss" in shown else {}
 
 
 class Runs:

@@ -36,6 +36,8 @@ from lora_lightning.report.view import (
 from lora_lightning.wording import one_line
 
 _LONGEST_NAME = 80
+_PAIRS = 12
+"""Number of confusions to list."""
 _SHADE = 0.45
 """The strongest colour of a cell, on which text is still easy to read."""
 _PARTS = {"segmentation": "pixels", "tokens": "tokens", "next_tokens": "tokens"}
@@ -68,16 +70,18 @@ class ClassView:
         """Return what the page shows."""
         return View(
             self.title,
-            f"{self.model.total:,} {self._parts}" + (f" · {read_as}" if (read_as := self._read_as) else ""),
+            f"{self.model.total:,} {self._parts}",
             self._verdict(),
             self._cards(),
             self._before,
             self._moves(),
             self._matrices(),
             self._matrix_note,
+            self._pairs(),
             samples=self._samples(),
             tables=[*self._own_metrics(), self._table()],
             has_base=self.base is not None,
+            read_as=self._read_as,
             score=share(None if self.base is None else self.base.accuracy, self.model.accuracy),
         )
 
@@ -181,9 +185,12 @@ class ClassView:
         before, after = (sum(each.errors[index] for index in self._focus) for each in (base, model))
         other = [sum(each.errors) - errors for each, errors in ((base, before), (model, after))]
         elsewhere = f"on all others {other[0]:,} → {other[1]:,}"
+        detail, alone = self._detail(), repair.get("p_of_focus")
+        if alone is not None and p is not None and alone > LIKELY >= p:
+            detail += f" On {name} alone, chance explains the difference: {p_in_words(alone)}."
         if outcome == "repaired":
             sentence = f"Repaired: {before:,} → {after:,} errors on {name}, {elsewhere}."
-            return Verdict("better", f"better than chance explains{pill}", sentence, self._detail())
+            return Verdict("better", f"better than chance explains{pill}", sentence, detail)
         if outcome == "within chance":
             sentence = (
                 f"Fewer errors on {name} ({before:,} → {after:,}), but chance explains a difference of this size."
@@ -272,6 +279,24 @@ class ClassView:
             return ""
         return f"The {len(self._shown)} classes with the lowest recall; all others share the last row and column."
 
+    def _pairs(self) -> Table | None:
+        """Return the confusions that changed most, or occur most without a base, if the matrices leave out classes."""
+        if not self._matrix_note:
+            return None
+        after = self.model.matrix
+        before = torch.zeros_like(after) if self.base is None else self.base.matrix
+        changes = (after - before).abs().fill_diagonal_(0)
+        order = changes.flatten().argsort(descending=True, stable=True)[:_PAIRS].tolist()
+        rows: list[list[str | Change]] = []
+        for target, taken in (divmod(place, len(after)) for place in order):
+            if changes[target, taken]:
+                was = None if self.base is None else int(before[target, taken])
+                change = counted(was, int(after[target, taken]))
+                rows.append([self._called(target), self._called(taken), change])
+        what = "changed most" if self.base is not None else "occur most"
+        columns = ["true class", "taken for", self._parts]
+        return Table("", f"The confusions that {what}", columns, rows) if rows else None
+
     def _matrices(self) -> list[Matrix]:
         found = {"model": shown_alone(self.model.matrix, self._shown)}
         if self.base is not None:
@@ -295,7 +320,7 @@ class ClassView:
             chosen = [each for each in self._kept if each.is_fixed is (kind == "better")]
             cards = [self._sample_card(each) for each in chosen]
             drawn = [each for each in cards if each.sample.image or each.sample.text or each.sample.signal]
-            rows = [_sample_row(each) for each in cards] if not drawn else []
+            rows = [_sample_row(each, self._kind) for each in cards] if not drawn else []
             if drawn or rows:
                 found.append(Samples(title, "better" if kind == "better" else "worse", count, drawn, rows))
         return found
@@ -384,13 +409,13 @@ def _kind_of_names(names: tuple[str, ...], facts: dict[str, Any]) -> str:
     return f"{noun} " if noun else "digit " if list(names) == digits else "class "
 
 
-def _sample_row(card: SampleCard) -> list[str | Change]:
+def _sample_row(card: SampleCard, kind_of_name: str) -> list[str | Change]:
     sample = card.sample
     kind = "better" if sample.is_fixed else "worse"
     index = "–" if sample.index is None else f"{sample.index}"
     was, now = (
-        f"{card.base_name} {100 * sample.base_confidence:.0f} %",
-        f"{card.adapted_name} {100 * sample.confidence:.0f} %",
+        f"{kind_of_name}{card.base_name}, {100 * sample.base_confidence:.0f} %",
+        f"{kind_of_name}{card.adapted_name}, {100 * sample.confidence:.0f} %",
     )
     return [index, card.target, was, Change(now, kind="better" if kind == "better" else "worse")]
 

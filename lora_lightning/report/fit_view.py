@@ -8,7 +8,18 @@ from typing import Any
 from lora_lightning.report.charts import panels
 from lora_lightning.report.class_view import trained_card
 from lora_lightning.report.history import History
-from lora_lightning.report.view import Card, Change, Table, Verdict, VerdictKind, View, kind_of, significant
+from lora_lightning.report.view import (
+    Card,
+    Change,
+    Table,
+    Verdict,
+    VerdictKind,
+    View,
+    counted,
+    kind_of,
+    number,
+    significant,
+)
 
 _MAIN = ("loss", "accuracy", "mae", "mean_recall")
 """Measures to judge a training by if no checkpoint monitors one."""
@@ -26,6 +37,7 @@ class FitView:
     def __init__(self, history: History, facts: dict[str, Any]) -> None:
         self._facts = facts
         self._best: dict[str, Any] = facts.get("best") or {}
+        self._counted: dict[str, Any] = facts.get("validations") or {}
         self.panels = panels(history)
         self._steps = sorted(history.rows)
         self._values: dict[str, list[tuple[int, float]]] = {}
@@ -88,7 +100,15 @@ class FitView:
         values = [value for _, value in self._values[name]]
         first, best = values[0], values[place]
         kind: VerdictKind = "plain"
-        if len(values) == 1:
+        errors = self._change_from_base()
+        if errors is not None and errors.kind != "same":
+            what_changed = f"{self._counted['name']} on {self._counted['samples']:,} validation samples"
+            sentence = f"{what}: {errors.before} → {errors.after} {what_changed}."
+            kind = "better" if errors.kind == "better" else "unsure"
+            after = f"From the base to the saved checkpoint, {self._when(place)}. {after}"
+            if self._base_guesses:
+                after = f"The head is new: the base's number is that of guessing. {after}"
+        elif len(values) == 1:
             sentence = f"{what}: {name} is {significant(best)} at the only validation."
         else:
             change = kind_of(first, best, self._lower_is_better(name))
@@ -100,8 +120,32 @@ class FitView:
             after = f"From the first validation to the best one, {self._when(place)}. {after}"
         return Verdict(kind, "validation, not a test", sentence, after)
 
+    @property
+    def _base_guesses(self) -> bool:
+        """Return whether modules were trained in full, and the base is no better than the most frequent class."""
+        base, guess, samples = (self._counted.get(name) for name in ("base", "guess", "samples"))
+        if base is None or guess is None or not samples or not self._facts.get("trained_in_full"):
+            return False
+        return bool(base >= guess - 2 * (guess * (1 - guess / samples)) ** 0.5)
+
+    def _change_from_base(self) -> Change | None:
+        """Return the errors of the base and of the best validation, if they are known."""
+        base, each = self._counted.get("base"), self._counted.get("each") or []
+        if base is None or self._monitor is None or len(each) != len(self._values[self._monitor]):
+            return None
+        found = each[self._best_place()]
+        return None if found is None else self._change_of_errors(found)
+
+    def _change_of_errors(self, after: float) -> Change:
+        """Return the number of errors, or the mean absolute error, after that of the base."""
+        base = self._counted["base"]
+        return counted(base, round(after)) if self._counted["name"] == "errors" else number(base, after, True)
+
     def _cards(self, length: str) -> list[Card]:
         cards = [card] if (card := trained_card(self._facts)) else []
+        if (change := self._change_from_base()) is not None:
+            title = f"Validation {self._counted['name']}"
+            cards.append(Card(title, change, "guessing → best" if self._base_guesses else "base → best"))
         if self._monitor is not None:
             place, values = self._best_place(), [value for _, value in self._values[self._monitor]]
             several = len(values) > 1
@@ -125,17 +169,24 @@ class FitView:
         if not names:
             return []
         places = sorted({step for name in names for step, _ in self._values[name]})
+        each, base = self._counted.get("each") or [], self._counted.get("base")
+        errors = each if base is not None and len(each) == len(places) and None not in each else []
         known = {name: dict(self._values[name]) for name in names}
         rows: list[list[str | Change]] = []
-        for number, step in enumerate(places):
-            row: list[str | Change] = [f"{number + 1}", f"{step:,}"]
+        for place, step in enumerate(places):
+            row: list[str | Change] = [f"{place + 1}", f"{step:,}"]
+            row += [self._change_of_errors(errors[place])] if errors else []
             for name in names:
                 value, first = known[name].get(step), self._values[name][0][1]
                 change = Change("–")
                 if value is not None:
-                    kind = kind_of(first, value, self._lower_is_better(name)) if number else "same"
-                    change = Change(significant(value), significant(first) if number else "", kind)
+                    kind = kind_of(first, value, self._lower_is_better(name)) if place else "same"
+                    change = Change(significant(value), significant(first) if place else "", kind)
                 row.append(change)
             rows.append(row)
         caption = "The metrics of each validation, after those of the first one"
-        return [Table("Validation by validation", caption, ["validation", "step", *names], rows)]
+        columns = ["validation", "step", *names]
+        if errors:
+            caption = f"The {self._counted['name']} after those of the base, and the metrics after the first ones"
+            columns.insert(2, self._counted["name"])
+        return [Table("Validation by validation", caption, columns, rows)]

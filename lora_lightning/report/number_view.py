@@ -8,12 +8,14 @@ from typing import Any
 
 from lora_lightning.report.charts import Row, moves, scatter
 from lora_lightning.report.class_view import own_metrics, trained_card
+from lora_lightning.report.samples import read_samples
 from lora_lightning.report.view import (
     LIKELY,
     Card,
     Change,
     Kind,
     Moves,
+    SampleCard,
     Samples,
     Table,
     Verdict,
@@ -48,6 +50,7 @@ _WORDS = {
 }
 _HIDDEN = ("true_positives", "true_negatives")
 _SHOWN_INDICES = 50
+_LABEL_COLUMNS = ("sample", "true labels", "base", "adapted")
 
 
 class NumberView:
@@ -66,6 +69,8 @@ class NumberView:
         self._base: dict[str, Any] = self._content["base"] or {}
         self._errors: dict[str, Any] = self._content.get("errors") or {}
         self._is_regression = "mae" in self._model
+        samples = path.with_name(path.name.replace("comparison", "samples", 1))
+        self._kept = read_samples(samples) if samples.is_file() else []
 
     def view(self) -> View:
         """Return what the page shows."""
@@ -73,7 +78,7 @@ class NumberView:
         main = "mae" if self._is_regression else "accuracy"
         return View(
             self.title,
-            f"{content['samples']:,} samples" + (f" · {content['read_as']}" if content.get("read_as") else ""),
+            f"{content['samples']:,} samples",
             self._verdict(),
             self._cards(),
             moves=self._moves(),
@@ -81,6 +86,7 @@ class NumberView:
             samples=self._samples(),
             tables=[*own_metrics(content), *self._value_tables(), *self._tables()],
             has_base=bool(self._base),
+            read_as=str(content.get("read_as") or ""),
             score=self._change(main, self._base, self._model) if main in self._model else Change("–"),
         )
 
@@ -174,12 +180,44 @@ class NumberView:
         changed = self._content.get("changed")
         if changed is None:
             return []
+        if self._kept:
+            both = (
+                ("Broken: right before, wrong now", "worse", "broke"),
+                ("Fixed: wrong before, right now", "better", "fixed"),
+            )
+            return [part for title, kind, name in both if (part := self._kept_samples(title, kind, changed[name]))]
         broken, fixed = (list(self._content.get(name) or [])[:_SHOWN_INDICES] for name in ("broken", "fixed"))
         found = [
             Samples("Broken: right before, wrong now", "worse", changed["broke"], indices=broken),
             Samples("Fixed: wrong before, right now", "better", changed["fixed"], indices=fixed),
         ]
         return [each for each in found if each.indices]
+
+    def _kept_samples(self, title: str, kind: str, count: int) -> Samples | None:
+        """Return the samples of a kind: those that can be drawn as cards, or else all as rows."""
+        names = [str(row["label"]) for row in self._rows(self._model)]
+        cards = []
+        for sample in self._kept:
+            if sample.is_fixed is (kind == "better"):
+                words = [
+                    ", ".join(one_line(names[index], _LONGEST_NAME) for index in part) or "none"
+                    for part in sample.labels
+                ]
+                cards.append(SampleCard(sample, *words, *[""] * 3))
+        drawn = [each for each in cards if each.sample.image or each.sample.text or each.sample.signal]
+        if not cards:
+            return None
+        of_kind: Kind = "better" if kind == "better" else "worse"
+        rows: list[list[str | Change]] = [
+            [
+                "–" if each.sample.index is None else str(each.sample.index),
+                each.target,
+                each.base_name,
+                Change(each.adapted_name, kind=of_kind),
+            ]
+            for each in cards
+        ]
+        return Samples(title, of_kind, count, drawn, [] if drawn else rows, columns=_LABEL_COLUMNS)
 
     def _value_tables(self) -> list[Table]:
         found = []

@@ -13,7 +13,7 @@ from lora_lightning.report.files import free_path
 from lora_lightning.report.fit_view import FitView
 from lora_lightning.report.history import History
 from lora_lightning.report.number_view import NumberView
-from lora_lightning.report.view import View, significant
+from lora_lightning.report.view import View, significant, unbroken
 
 _MARK = '<meta name="generator" content="lora_lightning">'
 REPORTS = ("confusion*.json", "comparison*.json")
@@ -33,7 +33,7 @@ def write_page(folders: list[Path], path: Path) -> None:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lora_lightning.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"significant": significant, "signal": signal_points}
+    environment.filters |= {"significant": significant, "signal": signal_points, "unbroken": unbroken}
     runs = [Run(folder) for folder in folders]
     text = environment.get_template("report.html.j2").render(runs=runs)
     path.write_text(text, encoding="utf-8")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import string
 from math import isnan
 
+from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
 from lora_lightning.evaluation import SHOWN_CLASSES, Confusion, Report
 from lora_lightning.wording import one_line
 
-_LONGEST_NAME = 60
+_LONGEST_NAME, _SHORT_NAME, _WIDE = 60, 12, 100
+"""Characters of the longest name, of one that leaves room for all columns, and of a terminal that is wide enough."""
 _UNCHANGED = ("label", "targets", "support", "samples")
 _LEFT_OUT = ("true_positives", "false_positives", "false_negatives", "true_negatives")
 """Columns of files that the terminal has no room for."""
@@ -90,7 +92,10 @@ def _table_of_classes(report: Report[Confusion], title: str | None) -> Table:
         table.add_column("errors\nafter", f"{sum(model.errors):,}", justify="right")
         table.add_column("change", _signed(sum(changes)), justify="right")
     table.add_column("recall %", _transition(base, model, "accuracy"), justify="right", no_wrap=True)
-    table.add_column("precision %", "", justify="right", no_wrap=True)
+    longest = max((len(names[index]) for index in shown), default=0)
+    has_room = longest <= _SHORT_NAME or get_console().width >= _WIDE
+    if has_room:
+        table.add_column("precision %", "", justify="right", no_wrap=True)
 
     for index in shown:
         cells: list[str | Text] = [Text(one_line(names[index], _LONGEST_NAME)), f"{model.support[index]:,}"]
@@ -98,7 +103,9 @@ def _table_of_classes(report: Report[Confusion], title: str | None) -> Table:
             cells += [f"{base.errors[index]:,}", f"{model.errors[index]:,}", _signed(changes[index])]
         else:
             cells.append(f"{model.errors[index]:,}")
-        cells += [_transition(base, model, "recall", index), _transition(base, model, "precision", index)]
+        cells.append(_transition(base, model, "recall", index))
+        if has_room:
+            cells.append(_transition(base, model, "precision", index))
         table.add_row(*cells)
     return table
 

@@ -204,6 +204,7 @@ class Samples:
         cards: Those to draw.
         rows: Those without an image, a text or a signal, as rows of a table.
         indices: Indices in the data set, if nothing else is known.
+        columns: Names of the columns of the rows.
     """
 
     title: str
@@ -212,12 +213,12 @@ class Samples:
     cards: list[SampleCard] = field(default_factory=list)
     rows: list[list[str | Change]] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
+    columns: tuple[str, ...] = ("sample", "true class", "base", "adapted")
 
     @property
     def table(self) -> Table:
         """Return the samples that can not be drawn as a table."""
-        columns = ["sample", "true class", "base", "adapted"]
-        return Table(self.title, f"{self.title}, by their index in the data set", columns, self.rows)
+        return Table(self.title, f"{self.title}, by their index in the data set", list(self.columns), self.rows)
 
 
 @dataclass(frozen=True)
@@ -226,17 +227,19 @@ class View:
 
     Args:
         title: Which data: `test`, `val`, ....
-        subject: What was counted, in words.
+        subject: How much was counted, in words.
         verdict: The verdict.
         cards: Up to four numbers.
         before: Name of the base in legends, which says if its numbers are chance.
         moves: Where it changed.
         matrices: The difference, the base and the adapted model, or the model alone.
-        matrix_note: Which classes the matrices show.
+        matrix_note: Which classes the matrices show, or an empty string for all.
+        pairs: The confusions that changed most, if the matrices do not show all classes.
         scatter: The samples of a regression.
         samples: Broken samples, then fixed ones.
         tables: The numbers of each class, and others.
         has_base: Whether there is a base.
+        read_as: How outputs and targets were read.
         score: The main number, for the table of several runs.
     """
 
@@ -248,10 +251,12 @@ class View:
     moves: Moves | None = None
     matrices: list[Matrix] = field(default_factory=list)
     matrix_note: str = ""
+    pairs: Table | None = None
     scatter: Scatter | None = None
     samples: list[Samples] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     has_base: bool = True
+    read_as: str = ""
     score: Change = field(default_factory=lambda: Change("–"))
 
 
@@ -299,6 +304,11 @@ def significant(value: float | None, digits: int = 3) -> str:
 def p_in_words(p: float) -> str:
     """Return a p-value: `p = 0.076`."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def unbroken(text: str) -> str:
+    """Return a text whose numbers stay on one line with their arrows and percent signs."""
+    return text.replace(" → ", "\u00a0→\u00a0").replace(" %", "\u00a0%")
 
 
 def signed(value: float, is_count: bool = True) -> str:

@@ -124,6 +124,53 @@ def test_labels_are_counted_as_by_hand(make_trainer: MakeTrainer, inputs: Tensor
         exact.append((predicted == true).all(1))
         assert result.accuracy == pytest.approx(float(exact[-1].float().mean()))
     assert report.fixed == tuple((exact[0] & ~exact[1]).nonzero()[:, 0].tolist())
+    labels = [outputs > (0.5 if kind == "probabilities" else 0) for outputs in both(task, inputs)]
+    samples = {each.index: each for each in report.pairs.samples}
+    assert sorted(samples) == sorted([*report.fixed, *report.broken])
+    for index, sample in samples.items():
+        rows = (targets[index] == 1, labels[1][index], labels[0][index])
+        assert sample.labels == [row.nonzero()[:, 0].tolist() for row in rows]
+        assert sample.is_fixed is (index in report.fixed)
+
+
+def fitted(make_trainer: MakeTrainer, task: Task, inputs: Tensor, targets: Tensor) -> dict[str, Any]:
+    """What `run.json` says of the validations of a `fit` of two epochs."""
+    loader = DataLoader(TensorDataset(inputs, targets), batch_size=7)
+    trainer = make_trainer(ComparisonReport(verbose=False), max_epochs=2)
+    trainer.fit(task, loader, loader)
+    return json.loads((Path(trainer.log_dir) / "run.json").read_text())["validations"]
+
+
+@pytest.mark.parametrize("kind", ["classes", "regression"])
+def test_a_fit_counts_its_base_in_the_first_validation(make_trainer: MakeTrainer, inputs: Tensor, kind: str) -> None:
+    task = adapted(nn.Linear(6, 4))
+    targets = torch.arange(N) % 4 if kind == "classes" else torch.randn(N, 4)
+    base = both(task, inputs)[1]
+    found = fitted(make_trainer, task, inputs, targets)
+    after = both(task, inputs)[0]
+    assert (found["samples"], len(found["each"])) == (N, 2)
+    for outputs, number in ((base, found["base"]), (after, found["each"][-1])):
+        if kind == "classes":
+            assert number == int((outputs.argmax(1) != targets).sum())
+        else:
+            assert number == pytest.approx(float((outputs - targets).abs().mean()), rel=1e-5)
+
+
+def test_a_base_that_fails_in_fit_costs_its_numbers_and_nothing_else(make_trainer: MakeTrainer, inputs: Tensor) -> None:
+    task, targets = adapted(nn.Linear(6, 4)), torch.arange(N) % 4
+    with disabled(task):
+        base = task.net.weight.detach().clone()
+
+    class Broken(Task):
+        def forward(self, x: Tensor) -> Any:
+            is_base = torch.equal(self.net.weight, base)
+            if is_base and not self.training:
+                raise RuntimeError("failed by the test")
+            return self.net(x)
+
+    found = fitted(make_trainer, Broken(task.net), inputs, targets)
+    assert found["base"] is None
+    assert len(found["each"]) == 2
 
 
 @pytest.mark.parametrize("outputs", [1, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,11 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -49,7 +53,7 @@ def test_a_plain_model_is_counted_exactly(make_trainer: MakeTrainer, tmp_path: P
     assert report.report.base is None
     (path,) = tmp_path.rglob("confusion.json")
     content = json.loads(path.read_text())
-    assert content["samples"] == 1000
+    assert content["samples"] == 2000
     assert content["base"] is None
     assert path.with_suffix(".csv").exists()
 
@@ -69,7 +73,7 @@ def test_one_test_pass_gives_base_and_adapted_side_by_side(
     assert logged["test/accuracy"] == pytest.approx(report.report.adapted.accuracy)
     printed = capsys.readouterr().out
     assert "before" in printed
-    assert "1,000" in printed
+    assert "2,000" in printed
 
 
 def test_tensorboard_gets_figures_curves_and_settings_and_no_card_for_each_class(make_trainer: MakeTrainer) -> None:
@@ -87,12 +91,65 @@ def test_tensorboard_gets_figures_curves_and_settings_and_no_card_for_each_class
     assert set(tags["images"]) == {f"test/confusion/{name}" for name in figures}
     assert {f"val/recall/{digit}" for digit in range(10)} <= set(tags["scalars"])
     assert not [tag for tag in tags["scalars"] if tag.startswith("test/") and tag.count("/") > 1]
-    assert {"lr", "delta_norm", "train/loss", "hp/errors", "hp/base_errors"} <= set(tags["scalars"])
-    assert [event.value for event in events.Scalars("lr")] == pytest.approx([0.1] * 2)
-    assert events.Scalars("hp/errors")[0].value == sum(report.report.adapted.errors)
-    assert "custom_scalars__config__" in tags["tensors"]
+    expected = {"updates/lr", "updates/delta_norm", "train/loss", "verdict/errors", "verdict/base_errors"}
+    assert expected <= set(tags["scalars"])
+    assert [event.value for event in events.Scalars("updates/lr")] == pytest.approx([0.1] * 2)
+    assert events.Scalars("verdict/errors")[0].value == sum(report.report.adapted.errors)
     hparams = yaml.safe_load((Path(trainer.log_dir) / "hparams.yaml").read_text())
-    assert (hparams["rank"], hparams["target_modules"]) == (1, "all")
+    assert (hparams["rank"], hparams["alpha"], hparams["target_modules"]) == (1, 1, "all")
+
+
+def charts(events: EventAccumulator) -> dict[str, list[str]]:
+    """The charts under custom scalars, each with the tags that it draws."""
+    (config,) = events.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(config.tensor_proto.string_val[0])
+    tags = events.Tags()["scalars"]
+    return {
+        chart.title: [tag for tag in tags if any(re.match(pattern, tag) for pattern in chart.multiline.tag)]
+        for category in layout.category
+        for chart in category.chart
+    }
+
+
+def test_tensorboard_draws_loss_and_recall_first_of_training_and_validation_together(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(LoRAFinetuning(rank=1), ConfusionReport(verbose=False), max_epochs=2, limit_train_batches=2)
+    trainer.fit(Classifier(RichBoyNet(16, 8)), datamodule=sample())
+    trainer.logger.experiment.flush()
+    events = EventAccumulator(trainer.log_dir).Reload()
+    drawn = charts(events)
+    assert list(drawn) == ["loss", "recall by class", "accuracy"]
+    assert sorted(drawn["loss"]) == ["train/loss", "val/loss"]
+    assert sorted(drawn["recall by class"]) == [f"val/recall/{digit}" for digit in range(10)]
+    tags = events.Tags()["scalars"]
+    groups = sorted({tag.partition("/")[0] for tag in tags})  # the first two are open
+    assert groups[:2] == ["epoch", "train"]  # of which Lightning adds the first
+    for tag in tags:
+        steps = [event.step for event in events.Scalars(tag)]
+        assert len(steps) == len(set(steps)) or tag == "epoch", f"{tag} is logged twice for a step"
+    assert "updates/lr" in tags
+
+
+def test_a_rate_that_lightning_logs_is_not_logged_twice(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(LearningRateMonitor(), ConfusionReport(verbose=False), max_epochs=1, limit_train_batches=2)
+    trainer.fit(Classifier(RichBoyNet(16, 8)), datamodule=sample())
+    trainer.logger.experiment.flush()
+    tags = EventAccumulator(trainer.log_dir).Reload().Tags()["scalars"]
+    assert [tag for tag in tags if "lr" in tag] == ["lr-Adam"]
+
+
+def test_every_run_is_in_tensorboards_table_with_its_settings_and_final_errors(make_trainer: MakeTrainer) -> None:
+    model, report = Classifier(RichBoyNet(16, 8)), ConfusionReport(verbose=False)
+    trainer = make_trainer(LoRAFinetuning(rank=2, alpha=4), report, max_epochs=1, limit_train_batches=2)
+    trainer.fit(model, datamodule=sample(focus=[9]))
+    trainer.logger.experiment.flush()
+    events = EventAccumulator(trainer.log_dir).Reload()
+    metadata = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = HParamsPluginData.FromString(metadata).session_start_info.hparams
+    assert (settings["rank"].number_value, settings["alpha"].number_value) == (2, 4)
+    assert (settings["target_modules"].string_value, settings["focus"].string_value) == ("all", "[9]")
+    assert "seed" in settings
+    (errors,) = events.Scalars("verdict/val_errors")
+    assert 0 < errors.value <= 300
 
 
 def test_other_loggers_get_numbers_by_class_whatever_the_names(make_trainer: MakeTrainer, tmp_path: Path) -> None:
@@ -110,7 +167,7 @@ def test_validate_reports_too(make_trainer: MakeTrainer, tmp_path: Path, capsys:
     report = ConfusionReport()
     make_trainer(report).validate(Classifier(RichBoyNet(16, 8)), datamodule=sample(), verbose=False)
     assert report.report.stage == "val"
-    assert report.report.adapted.total == 400
+    assert report.report.adapted.total == 300
     assert "digit" in capsys.readouterr().out
     assert list(tmp_path.rglob("confusion_val.json"))
 

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from lora_lightning import RichBoyNet, load_adapter
 from lora_lightning.cli.export import export
+from lora_lightning.evaluation import tensors_of
 
 Run = Callable[..., tuple[int, str]]
 MNIST = ("--data.source", "sample")
@@ -136,6 +137,42 @@ def test_a_module_of_ones_own_with_dict_batches(kind: type[WholeBatch], tmp_path
     x, scale = torch.randn(5, 4), torch.rand(5)
     expected = module.net(x) * scale[:, None]
     torch.testing.assert_close(logits_of(session, {"x": x, "scale": scale}), expected.detach())
+
+
+class OneInput(WholeBatch):
+    """A module whose step calls `self(batch["signal"])`."""
+
+    def forward(self, values: Tensor) -> Tensor:  # type: ignore[override]
+        return self.net(values)
+
+
+class Further(LightningDataModule):
+    """Batches with entries that no model gets."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.key = key
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        samples = [{self.key: torch.randn(4), "scale": torch.rand(()), "name": "a", "label": 1} for _ in range(4)]
+        samples = [{key: each[key] for key in each if key != "scale" or self.key == "x"} for each in samples]
+        return DataLoader(samples, batch_size=4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "key", "names"), [(OneInput, "signal", ["input"]), (ByKeyword, "x", ["x", "scale"])])
+def test_entries_of_a_batch_that_forward_does_not_take_are_left_out(
+    kind: type[WholeBatch], key: str, names: list[str], tmp_path: Path
+) -> None:
+    module, trainer = kind(), Trainer(accelerator="cpu", logger=False)
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "base.ckpt")
+    path = export(trainer, module, Further(key), str(tmp_path / "base.ckpt"), tmp_path / "model.onnx")
+    session = session_of(str(path))
+    assert [entry.name for entry in session.get_inputs()] == names
+    inputs = {"input": torch.randn(5, 4), "x": torch.randn(5, 4), "scale": torch.rand(5)}
+    given = {name: inputs[name] for name in names}
+    expected = module(*given.values())
+    found = logits_of(session, given)
+    torch.testing.assert_close(found, next(iter(tensors_of(expected))).detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_weights_in_a_separate_file_are_moved_with_their_model_and_overwrite_nothing(

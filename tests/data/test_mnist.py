@@ -56,16 +56,16 @@ def write_mnist(folder: Path, train: int = 40, test: int = 20) -> Path:
 
 
 class TestWhatItServes:
-    def test_the_sample_has_4000_and_1000_digits_as_many_of_each(self) -> None:
+    def test_the_sample_has_3000_and_2000_digits_as_many_of_each(self) -> None:
         data = ready(val_fraction=0)
-        assert counts(data.train_dataloader()) == [400] * 10
-        assert counts(data.test_dataloader()) == [100] * 10
+        assert counts(data.train_dataloader()) == [300] * 10
+        assert counts(data.test_dataloader()) == [200] * 10
         assert data.val_dataloader() == []
 
     def test_a_stratified_tenth_is_held_out_the_same_for_every_run(self) -> None:
         data = ready()
-        assert counts(data.train_dataloader()) == [360] * 10
-        assert counts(data.val_dataloader()) == [40] * 10
+        assert counts(data.train_dataloader()) == [270] * 10
+        assert counts(data.val_dataloader()) == [30] * 10
         held = [images for images, _ in data.val_dataloader()]
         assert torch.equal(torch.cat(held), torch.cat([images for images, _ in ready().val_dataloader()]))
         other = ready(split_seed=1)
@@ -73,22 +73,22 @@ class TestWhatItServes:
 
     def test_digits_filters_training_alone(self) -> None:
         data = ready(digits=[9, 2])
-        assert counts(data.train_dataloader()) == [0, 0, 360, 0, 0, 0, 0, 0, 0, 360]
-        assert counts(data.val_dataloader()) == [40] * 10
-        assert counts(data.test_dataloader()) == [100] * 10
+        assert counts(data.train_dataloader()) == [0, 0, 270, 0, 0, 0, 0, 0, 0, 270]
+        assert counts(data.val_dataloader()) == [30] * 10
+        assert counts(data.test_dataloader()) == [200] * 10
 
     def test_eval_digits_filters_validation_test_and_prediction_alone(self) -> None:
         data = ready(eval_digits=[3])
-        assert counts(data.train_dataloader()) == [360] * 10
-        assert counts(data.val_dataloader()) == [0, 0, 0, 40, 0, 0, 0, 0, 0, 0]
+        assert counts(data.train_dataloader()) == [270] * 10
+        assert counts(data.val_dataloader()) == [0, 0, 0, 30, 0, 0, 0, 0, 0, 0]
         for loader in (data.test_dataloader(), data.predict_dataloader()):
-            assert counts(loader) == [0, 0, 0, 100, 0, 0, 0, 0, 0, 0]
+            assert counts(loader) == [0, 0, 0, 200, 0, 0, 0, 0, 0, 0]
 
     def test_focus_mixes_35_percent_into_every_batch(self) -> None:
         data = ready(focus=[9], batch_size=100)
         batches = [targets for _, targets in data.train_dataloader()]
         assert [int((targets == 9).sum()) for targets in batches] == [35] * len(batches)
-        assert len(batches) == 3240 // 65
+        assert len(batches) == 2430 // 65
 
     def test_batches_are_normalized_images_and_their_digits(self) -> None:
         data = ready(batch_size=7)

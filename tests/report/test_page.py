@@ -432,3 +432,53 @@ def test_layers_are_measured_as_their_dense_change(config: dict[str, Any]) -> No
         assert found["base_norm"] == pytest.approx(float(each.weight.detach().norm()), rel=1e-5)
         assert found["effective_rank"] == pytest.approx(float((-shares * shares.log()).sum().exp()), rel=1e-4)
         assert found["rank"] == 3
+
+
+def test_a_training_is_compared_with_its_base(tmp_path: Path) -> None:
+    trained().write(tmp_path / "metrics.csv")
+    best = {"path": "epoch=1.ckpt", "monitor": "val/loss", "mode": "min", "score": 0.4}
+    counted = {"name": "errors", "samples": 300, "base": 90, "each": [70, 30, 40], "guess": 200}
+    page = page_of(tmp_path, facts={"best": best, "epochs": 3, "validations": counted})
+    assert "Adapters with 10 parameters were trained: 90 → 30 errors on 300 validation samples." in page.text
+    assert "From the base to the saved checkpoint, epoch 2 of 3." in page.text
+    assert "Validation errors 90 → 30 base → best" in page.text
+    assert "90 → 40" in page.text  # in the table
+    assert "guess" not in page.text
+
+    new_head = {"validations": counted | {"base": 195}, "trained_in_full": ["head"]}
+    page = page_of(tmp_path, facts={"best": best, "epochs": 3} | new_head)
+    assert "The head is new: the base's number is that of guessing." in page.text
+    assert "195 → 30 guessing → best" in page.text
+
+
+def test_samples_of_several_labels_are_drawn_broken_first(tmp_path: Path) -> None:
+    names = ("sky", "a long name of a label", "car")
+    image = small_image(torch.rand(1, 28, 28))
+    samples = [
+        ChangedSample(1, 0, 1, 0, 0, image, index=4, labels=[[0, 1], [0], [0, 1]]),
+        ChangedSample(1, 1, 0, 0, 0, image, index=7, labels=[[], [], [2]]),
+    ]
+    counts = torch.tensor([[5, 4, 3], [1, 0, 2], [2, 1, 0], [2, 5, 5]])
+    both = Labels(counts, names, 10, 5), Labels(counts + 1, names, 10, 6)
+    report = Report("test", both[1], both[0], pairs=Pairs(1, 1, samples), task="multilabel")
+    page = page_of(tmp_path, report)
+    assert "is none base: none adapted: car" in page.text
+    assert "is sky, a long name of a label base: sky adapted: sky, a long name of a label" in page.text
+    assert page.text.index("adapted: car") < page.text.index("base: sky")
+    assert len(page.all("img")) == 2
+
+    for sample in samples:
+        object.__setattr__(sample, "image", "")
+    page = page_of(tmp_path / "rows", Report("test", both[1], both[0], pairs=Pairs(1, 1, samples), task="multilabel"))
+    assert "true labels" in page.text
+    assert "7 none none car" in page.text
+
+
+def test_the_confusions_that_changed_most_are_listed_if_the_matrices_leave_out_classes(tmp_path: Path) -> None:
+    names = tuple(f"intent number {index}" for index in range(77))
+    base = 10 * torch.eye(77, dtype=torch.int64)
+    adapted = base.clone()
+    base[5, 6], adapted[5, 6], adapted[70, 3] = 9, 1, 2
+    page = page_of(tmp_path, Report("test", Confusion(adapted, names), Confusion(base, names), pairs=Pairs(8, 2)))
+    assert "intent number 5 intent number 6 9 → 1 intent number 70 intent number 3 0 → 2" in page.text
+    assert page.text.index("9 → 1") < page.text.index("The 20 classes with the lowest recall")
