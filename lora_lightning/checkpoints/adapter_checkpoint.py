@@ -315,10 +315,10 @@ def not_written(path: object, names: list[str]) -> str:
 
 
 def _describe(weight: AdaptedWeight, active: list[str]) -> str:
-    words = [f"rank {weight.rank}", f"scale {weight.adapter.scaling:g}", weight.adapter.label]
+    words = weight.adapter.in_words()
     if len(active) > 1 and not weight.is_trained:
-        words.append("frozen" if weight.adapter_name in active else "inactive")
-    return ", ".join(filter(None, words))
+        return f"{words}, {'frozen' if weight.adapter_name in active else 'inactive'}"
+    return words
 
 
 def _summary(adapters: dict[str, str]) -> str:

@@ -289,6 +289,11 @@ class Adapter(nn.Module):
         for name, buffer in self.named_buffers(recurse=False):
             self._buffers[name] = DTensor.from_local(buffer, mesh, [Replicate()] * mesh.ndim, run_check=True)
 
+    def in_words(self) -> str:
+        """Return the rank, the scale and the variant, for example `rank 1, scale 1, DoRA`."""
+        words = [f"rank {self.rank}", f"scale {self.scaling:g}", self.label, "bias" if self.config.lora_bias else ""]
+        return ", ".join(filter(None, words))
+
     def extra_repr(self) -> str:
         """Return the rank and the scale."""
         return f"rank={self.rank}, scaling={self.scaling:g}"

@@ -91,6 +91,8 @@ def describe(module: nn.Module, name: str) -> dict[str, Any]:
     }
     if config.qkv:
         description["qkv"] = config.qkv  # PEFT reports that it ignores this, and would train all rows of B
+    if config.qkv_sizes:
+        description["qkv_sizes"] = config.qkv_sizes
     if unknown_to_peft(module, name):
         description["peft_type"] = OWN_TYPE
         description["target_parameters"] = [adapted.name for adapted in found if adapted.kind.is_reader]
@@ -215,6 +217,7 @@ def configuration(
             target_parameters=exactly(by_name, weights) if by_name else [],
             modules_to_save=exactly(trained, modules) if trained else [],
             qkv=description.get("qkv") or "",
+            qkv_sizes=description.get("qkv_sizes") or [],
             init="mica" if description.get("init_lora_weights") == "mica" else "kaiming",
             bias=description.get("bias") or "none",
             lora_bias=bool(description.get("lora_bias")),
