@@ -214,7 +214,7 @@ class QKVAdapter(Adapter):
 
     def _kept(self, values: Tensor) -> Tensor:
         """Return values with a row for each output. Those of the parts that are not adapted are zero."""
-        parts = values.split(self.config.qkv_sizes or len(values) // 3)
+        parts = torch.split(values, self.config.qkv_sizes or len(values) // 3)
         return torch.cat([part * float(name in self.config.qkv) for part, name in zip(parts, "qkv", strict=True)])
 
 
