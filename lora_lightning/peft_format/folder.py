@@ -28,7 +28,7 @@ from lora_lightning.lora.selection import bias_keys, candidates, check, layers_o
 from lora_lightning.lora.state import adapter_keys, with_values
 from lora_lightning.peft_format.base_check import base_metadata, base_of, check_base
 from lora_lightning.peft_format.differences import unknown_to_peft
-from lora_lightning.peft_format.experts import experts_from_peft
+from lora_lightning.peft_format.by_name import by_name_from_peft
 from lora_lightning.peft_format.files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -193,7 +193,7 @@ def _config_and_weights(
     """Return our configuration and the weights that it adapts, and rename the tensors to our keys."""
     tensors = content.adapters
     if description["peft_type"] != OWN_TYPE and (of_peft := description.get("target_parameters")):
-        description = description | {"target_parameters": experts_from_peft(tensors, of_peft, module)}
+        description = description | {"target_parameters": by_name_from_peft(tensors, of_peft, module)}
     modules = dict(layers_of(module))
     names: dict[str, None] = {}
     for key in list(tensors):

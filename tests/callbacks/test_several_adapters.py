@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from lora_lightning import (
     Classifier,
@@ -172,6 +174,105 @@ def test_the_best_checkpoint_holds_the_new_ones(make_trainer: MakeTrainer, folde
     values = lora.adapter_state_dict(net)
     assert all(torch.equal(value, best[f"backbone.{key}"]) for key, value in values.items())
     assert (beside / "adapter_config.json").exists()
+
+
+class InParts(Classifier):
+    """A step that calls two children, so that the input of the second one depends on the adapters of the first."""
+
+    def __init__(self) -> None:
+        super().__init__(network())
+        self.last = torch.nn.Linear(10, 10)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.last(self.backbone(batch[0]))
+
+
+class TestAReportAgainstSomeOfThem:
+    """The base of a report may have the frozen adapters, so that the report tells what training on them changed."""
+
+    @staticmethod
+    def matrix(net: RichBoyNet) -> torch.Tensor:
+        module = data()
+        module.setup("test")
+        counts = torch.zeros(10, 10, dtype=torch.long)
+        for batch in module.test_dataloader():
+            images, digits = module.on_after_batch_transfer(batch, 0)
+            for digit, predicted in zip(digits, net.eval()(images).argmax(1), strict=True):
+                counts[digit, predicted] += 1
+        return counts
+
+    @pytest.fixture
+    def model(self, folders: list[Path]) -> Classifier:
+        net = summed(folders)
+        lora.attach(net, LoRAConfig(rank=2), "new")
+        stir(net, 0.2)
+        lora.set_adapter(net, ["seven", "eight", "new"], trained=["new"])
+        return Classifier(net)
+
+    def report(self, make_trainer: MakeTrainer, model: Classifier, **arguments: Any) -> ConfusionReport:
+        callback = ConfusionReport(**arguments)
+        make_trainer(callback).test(model, data(), verbose=False)
+        return callback
+
+    @pytest.mark.parametrize(
+        ("against", "kept"), [("frozen", ["seven", "eight"]), (["seven"], ["seven"]), (None, []), ("new", ["new"])]
+    )
+    def test_its_base_has_these_adapters(
+        self, make_trainer: MakeTrainer, model: Classifier, against: str | list[str] | None, kept: list[str]
+    ) -> None:
+        report = self.report(make_trainer, model, against=against, verbose=False).report
+        assert report is not None
+        assert report.against == tuple(kept)
+        assert torch.equal(report.adapted.matrix, self.matrix(model.backbone))
+        other = copy.deepcopy(model.backbone)
+        lora.set_adapter(other, kept) if kept else lora.detach(other)
+        assert torch.equal(report.base.matrix, self.matrix(other))
+        assert report.adapted.matrix.equal(report.base.matrix) is False
+
+    def test_terminal_files_and_page_say_so(
+        self, make_trainer: MakeTrainer, model: Classifier, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        trainer = make_trainer(ConfusionReport(against="frozen"), logger=CSVLogger(tmp_path))
+        trainer.test(model, data(), verbose=False)
+        assert "; the base has the adapters 'seven', 'eight'" in capsys.readouterr().out.replace("\n", " ")
+        found = json.loads((Path(trainer.log_dir) / "confusion.json").read_text())
+        assert found["against"] == ["seven", "eight"]
+        page = next(Path(trainer.log_dir).glob("report*.html")).read_text()
+        assert "base with seven and eight" in page
+        assert "The other adapters" in page
+
+    def test_names_that_are_not_active_are_told_and_the_test_goes_on(
+        self, make_trainer: MakeTrainer, model: Classifier
+    ) -> None:
+        with pytest.warns(UserWarning, match="none of the active adapters, seven, eight, new, is 'nine'"):
+            callback = self.report(make_trainer, model, against=["seven", "nine"])
+        assert callback.reports == []
+
+    def test_without_frozen_ones_it_is_against_the_base(self, make_trainer: MakeTrainer, model: Classifier) -> None:
+        lora.set_adapter(model.backbone, ["seven", "new"])
+        with pytest.warns(UserWarning, match="reports the base without adapters: none of the active ones is frozen"):
+            report = self.report(make_trainer, model, against="frozen").report
+        lora.detach(model.backbone)
+        assert report is not None
+        assert torch.equal(report.base.matrix, self.matrix(model.backbone))
+
+    def test_a_step_of_several_calls_has_a_base_only_if_its_inputs_do_not_depend_on_the_others(
+        self, make_trainer: MakeTrainer
+    ) -> None:
+        model = InParts()
+        lora.attach(model, LoRAConfig(rank=1, target_modules=["backbone.linear1"]), "first")
+        stir(model, 0.2)
+        lora.attach(model, LoRAConfig(rank=1, target_modules=["last"]), "second")
+        stir(model, 0.2)
+        lora.set_adapter(model, ["first", "second"], trained=["second"])
+        with pytest.warns(UserWarning, match="cannot report the base: the step of InParts calls several"):
+            report = self.report(make_trainer, model).report
+        assert report is not None
+        assert report.base is None
+        report = self.report(make_trainer, model, against="frozen").report
+        assert report is not None
+        assert report.base is not None
+        assert report.against == ("first",)
 
 
 @pytest.mark.parametrize("names", [("a/adapter", "b/adapter"), ("v0.1", "other"), ("default", "other")])
