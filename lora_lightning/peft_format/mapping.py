@@ -22,8 +22,8 @@ from lora_lightning.lora.other_layers import TransposedLinearKind
 from lora_lightning.lora.registry import kind_of
 from lora_lightning.lora.selection import layers_of
 from lora_lightning.lora.sharding import full
-from lora_lightning.peft_format.differences import unknown_to_peft
 from lora_lightning.peft_format.by_name import by_name_to_peft, is_by_name
+from lora_lightning.peft_format.differences import unknown_to_peft
 from lora_lightning.peft_format.model_card import base_name
 
 PEFT_TYPE = "LORA"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lora_lightning import (
@@ -313,3 +313,65 @@ def test_settings_in_a_configuration_count_as_those_of_new_ones() -> None:
     assert not describes_new_adapters(copy.deepcopy(defaults))
     assert describes_new_adapters(defaults | {"rank": 4})
     assert describes_new_adapters({"rank": LoRAConfig().rank})
+
+
+def test_an_average_of_weights_holds_frozen_ones_as_they_were(make_trainer: MakeTrainer, folders: list[Path]) -> None:
+    """And those that are trained as their average, which is tested and written."""
+    before = state(summed(folders))
+    torch.manual_seed(2)
+    callback, average = LoRAFinetuning(adapter=folders, rank=2), EMAWeightAveraging(decay=0.5)
+    trainer, model = make_trainer(callback, average, max_epochs=2), Classifier(network())
+    trainer.fit(model, datamodule=data(9))
+    averaged = average._average_model.module.backbone.state_dict()
+    assert all(torch.equal(averaged[key], value) for key, value in before.items())
+    assert all(torch.equal(model.backbone.state_dict()[key], value) for key, value in before.items())
+    net = summed(folders)
+    load_adapter(net, Path(str(callback.adapter_folder)), "new")
+    lora.set_adapter(net, ["seven", "eight", "new"])
+    x = torch.rand(4, 1, 28, 28)
+    torch.testing.assert_close(net.eval()(x), average._average_model.module.backbone.eval()(x))
+
+
+@pytest.mark.parametrize("arguments", [{"rank": 2}, {"rank": 2, "lora_bias": True}, {"rank": 1, "bias": "all"}])
+def test_a_full_checkpoint_holds_all_of_them_merged_and_resumes(
+    make_trainer: MakeTrainer, folders: list[Path], tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    def callback() -> LoRAFinetuning:
+        return LoRAFinetuning(adapter=folders, checkpoints="full", **arguments)
+
+    files = ModelCheckpoint(tmp_path / "files", save_top_k=-1, filename="{epoch}")
+    torch.manual_seed(2)
+    trainer, whole = make_trainer(callback(), files, max_epochs=2), Classifier(network())
+    trainer.fit(whole, datamodule=data(9))
+    plain, x = Classifier(network()).eval(), torch.rand(4, 1, 28, 28)
+    plain.load_state_dict(torch.load(tmp_path / "files" / "epoch=1.ckpt", weights_only=True)["state_dict"])
+    torch.testing.assert_close(plain(x), whole.eval()(x))
+    trainer, resumed = make_trainer(callback(), max_epochs=2), Classifier(network())
+    trainer.fit(resumed, datamodule=data(9), ckpt_path=tmp_path / "files" / "epoch=0.ckpt")
+    assert same(state(resumed), state(whole))
+
+
+def test_what_was_trained_and_on_what_is_told_in_a_notebook_and_in_the_folder(
+    make_trainer: MakeTrainer, folders: list[Path]
+) -> None:
+    callback, report = LoRAFinetuning(adapter=folders, rank=2), ConfusionReport(verbose=False)
+    torch.manual_seed(2)
+    make_trainer(callback, report, max_epochs=1).fit(Classifier(network()), datamodule=data(9))
+    assert report.trained is not None
+    found = report.trained.facts()["adapters"].replace("backbone.", "")
+    assert found == "seven (frozen), eight (frozen), default on 3 weights: linear1, linear2, linear3"
+    card = (Path(str(callback.adapter_folder)) / "README.md").read_text()
+    assert "Trained beside the adapters `seven` and `eight`, which stayed frozen: use it together with them." in card
+
+
+def test_an_adapter_that_should_stay_frozen_and_does_not_ends_the_run_with_its_name(
+    make_trainer: MakeTrainer, folders: list[Path]
+) -> None:
+    class Writing(Classifier):
+        def on_train_batch_end(self, *_: Any) -> None:
+            with torch.no_grad():
+                self.backbone.linear1.lora_weight.seven.lora_A.mul_(1.01)
+
+    callback = LoRAFinetuning(adapter=folders, rank=2)
+    with pytest.raises(RuntimeError, match=r"frozen .* changed during training: 'linear1.lora_weight.seven.lora_A'"):
+        make_trainer(callback, max_epochs=1, limit_train_batches=2).fit(Writing(network()), datamodule=data(9))
