@@ -84,7 +84,8 @@ def test_a_new_adapter_is_trained_beside_frozen_ones(
     assert "linear1 (eight): " in caplog.text
     assert "rank 1, scale 1, 800 parameters, frozen" in caplog.text
     assert "linear2 (default): 16 -> 8, rank 3, scale 1, 72 parameters\n" in caplog.text
-    assert "Trained: 72 of " in caplog.text
+    base = sum(value.numel() for value in network().parameters())
+    assert f"Trained: 72 of {base + 72:,} parameters, {72 / base:.3%} of the base" in caplog.text
     rows = {row["name"] for row in layer_changes(net)}
     assert {"linear1 (seven)", "linear1 (eight)", "linear2 (default)"} <= rows
 
@@ -360,6 +361,8 @@ def test_what_was_trained_and_on_what_is_told_in_a_notebook_and_in_the_folder(
     assert report.trained is not None
     found = report.trained.facts()["adapters"].replace("backbone.", "")
     assert found == "seven (frozen), eight (frozen), default on 3 weights: linear1, linear2, linear3"
+    base = sum(value.numel() for value in network().parameters())
+    assert report.trained.facts()["trained"] == f"1,684 of {base + 1684:,} parameters, {1684 / base:.2%} of the base"
     card = (Path(str(callback.adapter_folder)) / "README.md").read_text()
     assert "Trained beside the adapters `seven` and `eight`, which stayed frozen: use it together with them." in card
 
