@@ -89,11 +89,13 @@ SHARED = {
         "lora.matching.literally",
     },
     "shapes in PEFT's folders depend on the kind of layer": {
+        "lora.layers.Adapted",
         "lora.layers.ConvKind",
         "lora.layers.EmbeddingKind",
         "lora.layers.Target",
         "lora.other_layers.GeometricLinearKind",
         "lora.other_layers.TransposedLinearKind",
+        "lora.readers.ParameterKind",
         "lora.registry.kind_of",
     },
     "a folder is attached whole or not at all, to exactly the weights that it names": {

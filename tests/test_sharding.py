@@ -253,12 +253,12 @@ class Net(nn.Module):
         return self.last(torch.tanh(self.down(torch.tanh(self.up(x)))))
 
 torch.set_num_threads(1)
-data, tensor, early = json.loads(sys.argv[1])
+data, tensor, early, config = json.loads(sys.argv[1])
 torch.manual_seed(0)
 net, rank = Net(), 0
 x, y = torch.randn(8, 8), torch.arange(8) % 3
 if early:
-    lora.attach(net, LoRAConfig(rank=2))
+    lora.attach(net, LoRAConfig(**config))
 if data * tensor > 1:
     mesh = init_device_mesh("cpu", (data, tensor), mesh_dim_names=("data", "tensor"))
     if tensor > 1:
@@ -268,13 +268,13 @@ if data * tensor > 1:
         fully_shard(net, mesh=mesh["data"])
     rank = mesh.get_local_rank("data")
 if not early:
-    lora.attach(net, LoRAConfig(rank=2))
+    lora.attach(net, LoRAConfig(**config))
 if data * tensor > 1:
     distribute_adapters(net, mesh["data"].get_group())
 generator = torch.Generator().manual_seed(3)
 with torch.no_grad():  # trained adapters: with B = 0, everything looks right
     for weight in lora.adapted_weights(net):
-        for factor in weight.factors:
+        for factor in weight.adapter.parameters():
             value = torch.randn(factor.shape, generator=generator) / 4
             if hasattr(factor, "device_mesh"):
                 value = torch.distributed.tensor.distribute_tensor(value, factor.device_mesh, factor.placements)
@@ -296,11 +296,11 @@ if data * tensor > 1:
 """
 
 
-def both_ways(folder: Path, data: int, tensor: int, *, early: bool = False) -> dict[str, Any]:
+def both_ways(folder: Path, data: int, tensor: int, *, early: bool = False, **config: Any) -> dict[str, Any]:
     """Return the adapters and the output after three steps on a mesh of this size."""
     script = folder / f"run_{data}_{tensor}_{early}.py"
     script.write_text(BOTH_WAYS)
-    words = [str(script), json.dumps([data, tensor, early])]
+    words = [str(script), json.dumps([data, tensor, early, {"rank": 2} | config])]
     launcher = [sys.executable]
     if data * tensor > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={data * tensor}"]
@@ -333,6 +333,20 @@ def test_adapters_on_a_mesh_of_one_or_two_dimensions_train_as_in_one_process(
 ) -> None:
     alone = both_ways(tmp_path, 1, 1)
     found = both_ways(tmp_path, data, tensor, early=early)
+    assert found.keys() == alone.keys()
+    for key, value in alone.items():
+        torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(value), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("early", [False, True], ids=["adapters last", "adapters first"])
+@pytest.mark.parametrize(("data", "tensor"), [(2, 1), (1, 2)], ids=["fully_shard", "tensor parallel"])
+def test_biases_train_as_in_one_process(data: int, tensor: int, early: bool, tmp_path: Path) -> None:
+    """Those of adapters, which layers add to their own, and these, which are trained in full."""
+    config = {"lora_bias": True, "bias": "lora_only"}
+    alone = both_ways(tmp_path, 1, 1, **config)
+    assert any(key.endswith("lora_bias") for key in alone)
+    found = both_ways(tmp_path, data, tensor, early=early, **config)
     assert found.keys() == alone.keys()
     for key, value in alone.items():
         torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(value), rtol=1e-4, atol=1e-5)

@@ -50,6 +50,8 @@ class ComparisonReport(Callback):
         output_key: Key, attribute or position of the outputs in the output of the model, if it has several that fit.
         metrics: Metrics of torchmetrics to compute for the adapted model and its base. They receive outputs of shape (N, C), (N, K) or
             (N,), and targets of shape (N,) or (N, K), without those to ignore.
+        against: Which of the active adapters the base of the report has: `None` for none, `"frozen"` for those that are not trained, or
+            a list of their names.
 
     Attributes:
         reports: The latest `Report` of each data loader in `test` or `validate`, on every device.
@@ -73,6 +75,7 @@ class ComparisonReport(Callback):
         task: str | None = None,
         output_key: str | int | None = None,
         metrics: MetricCollection | Metric | None = None,
+        against: list[str] | str | None = None,
     ) -> None:
         if task is not None and task not in self.tasks:
             raise ValueError(f"task={task!r}: expected one of {', '.join(self.tasks)}.")
@@ -84,7 +87,15 @@ class ComparisonReport(Callback):
         self._has_charts = False
         self._evaluation = Evaluation(
             EvaluationSettings(
-                type(self).__name__, self.tasks, class_names, target_key, ignore_index, task, output_key, metrics
+                type(self).__name__,
+                self.tasks,
+                class_names,
+                target_key,
+                ignore_index,
+                task,
+                output_key,
+                metrics,
+                against,
             )
         )
         self._metrics = RecordedMetrics()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
-from lora_lightning.lora.adaptation import attachment_of
+from lora_lightning.lora import adapter_state_dict
+from lora_lightning.lora.adaptation import active_names, attachment_of, trained_names
 from lora_lightning.lora.adapter import is_quantized
 from lora_lightning.lora.fingerprint import base_tensors, digests
 from lora_lightning.lora.freeze import FrozenStatistics
-from lora_lightning.lora.sharding import is_distributed
+from lora_lightning.lora.sharding import full, is_distributed
 from lora_lightning.wording import some_of
 
 
@@ -19,6 +21,7 @@ class FrozenBase:
     No tensor may change by a single bit, except those that the user's code may update itself: buffers other than the statistics of norm
     layers (the centre of DINO's teacher, the counts of a metric), and parameters that were already frozen before `attach` while others
     were not (a teacher that follows its student by a moving average). A warning names those that change, and checkpoints include them.
+    Active adapters that are frozen belong to the base in this sense.
 
     Args:
         adapted: The module that `attach` was called with.
@@ -33,6 +36,7 @@ class FrozenBase:
         self._buffers = _user_buffers(adapted)
         own = self._buffers | _frozen_before(adapted)
         self.updatable = {key: digest for key, digest in self.at_start.items() if key in own}
+        self._adapters = {key: value.clone() for key, value in _frozen_adapters(adapted).items()}
         self._warned = False
         self._writes: dict[str, int] | None = self._count_writes()
 
@@ -40,7 +44,14 @@ class FrozenBase:
         """Return the keys of the frozen tensors that changed, and of the tensors that changed and that the user's code may update."""
         now = digests(self.adapted)
         changed = [key for key, digest in self.at_start.items() if now.get(key) != digest]
-        return [key for key in changed if key not in self.updatable], [key for key in changed if key in self.updatable]
+        adapters = _frozen_adapters(self.adapted)
+        moved = [
+            key
+            for key, value in self._adapters.items()
+            if key in adapters and not torch.equal(adapters[key], value.to(adapters[key].device))
+        ]
+        frozen = [key for key in changed if key not in self.updatable]
+        return frozen + moved, [key for key in changed if key in self.updatable]
 
     def warn_of_changes(self) -> None:
         """Warn once about tensors that the user's code has updated, and once about frozen tensors that have changed.
@@ -90,6 +101,13 @@ class FrozenBase:
         """Return what the tensors of these keys are: `buffers`, `parameters`, or `tensors` for both."""
         buffers = self._buffers.intersection(keys)
         return "parameters" if not buffers else "buffers" if len(buffers) == len(keys) else "tensors"
+
+
+def _frozen_adapters(adapted: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the active adapters that are frozen, by state-dict key."""
+    trained = trained_names(adapted)
+    frozen = [name for name in active_names(adapted) if trained and name not in trained]
+    return {key: full(value) for name in frozen for key, value in adapter_state_dict(adapted, name).items()}
 
 
 def _user_buffers(adapted: nn.Module) -> set[str]:

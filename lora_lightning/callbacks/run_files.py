@@ -27,7 +27,7 @@ from lora_lightning.callbacks.merging import finetuning_of
 from lora_lightning.callbacks.summary import trained_and_total
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import backbone_of, is_adapted
-from lora_lightning.lora.adaptation import config_of
+from lora_lightning.lora.adaptation import active_names, attachment_of
 from lora_lightning.report import write_page
 from lora_lightning.report.figure import write_png
 from lora_lightning.report.files import free_name, write_to
@@ -175,7 +175,11 @@ def machine_in_words() -> str:
 
 def _trained_in_full(pl_module: LightningModule) -> list[str]:
     """Return the modules without adapters that are trained beside them, such as a new head."""
-    return list(config_of(backbone_of(pl_module)).modules_to_save or ()) if is_adapted(pl_module) else []
+    if not is_adapted(pl_module):
+        return []
+    adapted = backbone_of(pl_module)
+    saved = attachment_of(adapted).saved
+    return [name for each in active_names(adapted) if each in saved for name in saved[each].names]
 
 
 def _base_in_words(trainer: Trainer) -> str:

@@ -7,7 +7,7 @@ import math
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lora_lightning.lora import AdaptedWeight, adapted_weights, adapter_parameters
+from lora_lightning.lora import AdaptedWeight, adapted_weights
 from lora_lightning.lora.modules_to_save import shared_memory
 from lora_lightning.lora.state import adapter_keys
 
@@ -39,17 +39,18 @@ def _sizes(weight: AdaptedWeight) -> str:
 
 def trained_parameters(adapted: nn.Module) -> str:
     """Return the number of trained parameters: `6,794 of 2,813,804 parameters, 0.242% of the base`."""
-    trained = sum(parameter.numel() for parameter in adapter_parameters(adapted))
-    of_adapters, ours = adapter_keys(adapted), {id(parameter) for parameter in adapter_parameters(adapted)}
-    sizes = {key: parameter.numel() for key, parameter in adapted.named_parameters()}
-    others = [key for key, value in adapted.named_parameters() if key in of_adapters and id(value) not in ours]
-    base = sum(sizes.values()) - trained - sum(sizes[key] for key in others)
-    return f"{trained:,} of {sum(sizes.values()):,} parameters, {trained / base:.3%} of the base"
+    trained, total = trained_and_total(adapted)
+    return f"{trained:,} of {total:,} parameters, {trained / (total - trained):.3%} of the base"
 
 
 def trained_and_total(module: nn.Module) -> tuple[int, int]:
-    """Return the number of trained parameters of a module, and of all parameters."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
+    """Return the number of trained parameters of a module, and of all but those of adapters that are not trained."""
+    of_adapters = adapter_keys(module)
+    sizes = [
+        (parameter.numel(), parameter.requires_grad)
+        for key, parameter in module.named_parameters()
+        if parameter.requires_grad or key not in of_adapters
+    ]
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 

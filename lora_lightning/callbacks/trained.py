@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lora_lightning.callbacks.lora_finetuning import LoRAFinetuning
 from lora_lightning.callbacks.merging import finetuning_of
 from lora_lightning.callbacks.summary import stage_metrics, trained_and_total
-from lora_lightning.lora import adapted_weights, is_adapted
+from lora_lightning.lora import adapted_weights
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class TrainedModel:
         trained: Number of trained parameters.
         total: Number of all parameters.
         layers: Names of the adapted weights.
+        adapters: Names of the active adapters, and which of them are frozen, if there are several.
         epochs: Number of epochs.
         metrics: Metrics of the last validation.
         folder: The log folder, or an empty string.
@@ -32,6 +33,7 @@ class TrainedModel:
     trained: int
     total: int
     layers: tuple[str, ...]
+    adapters: tuple[str, ...]
     epochs: int
     metrics: dict[str, float]
     folder: str
@@ -40,11 +42,13 @@ class TrainedModel:
     @classmethod
     def of(cls, trainer: Trainer, pl_module: LightningModule, folder: str | None) -> TrainedModel:
         """Describe the module of a trainer at the end of `fit`."""
-        layers = tuple(weight.name for weight in adapted_weights(pl_module)) if is_adapted(pl_module) else ()
+        found = adapted_weights(pl_module)
+        adapters = {each.adapter_name: "" if each.is_trained else " (frozen)" for each in found}
         return cls(
             type(pl_module).__name__,
             *trained_and_total(pl_module),
-            layers,
+            tuple(dict.fromkeys(each.name for each in found)),
+            tuple(name + state for name, state in adapters.items()) if len(adapters) > 1 else (),
             trainer.current_epoch,
             stage_metrics(trainer, "val"),
             folder or "",
@@ -54,9 +58,10 @@ class TrainedModel:
     def facts(self) -> dict[str, str]:
         """Return what is known, by name."""
         of_base = f", {self.trained / (self.total - self.trained):.2%} of the base" if self.trained < self.total else ""
+        names = ", ".join(self.adapters) + " " * bool(self.adapters)
         found = {
             "trained": f"{self.trained:,} of {self.total:,} parameters{of_base}",
-            "adapters": f"on {len(self.layers)} weights: {', '.join(self.layers[:5])}" if self.layers else "",
+            "adapters": f"{names}on {len(self.layers)} weights: {', '.join(self.layers[:5])}" if self.layers else "",
             "epochs": f"{self.epochs:,}",
             "validation": ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items()),
             "folder": self.folder,

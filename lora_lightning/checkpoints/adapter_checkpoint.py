@@ -153,7 +153,9 @@ class AdapterContent:
     def separate(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the entries of the description with what is not in the state of the plain, merged model."""
         start, adapters = f"{self.part()}.".lstrip("."), adapter_keys(self.pl_module)
-        found: dict[str, Any] = {_ADAPTERS: {key: value for key, value in state.items() if key in adapters}}
+        # A bias that is trained in full is merged with those of adapters.
+        merged = {start + key for key in base_weights(self.adapted)} & saved_keys(self.pl_module)
+        found: dict[str, Any] = {_ADAPTERS: {key: value for key, value in state.items() if key in adapters | merged}}
         if self.base_path is None:
             found[_BASE] = {start + key: value for key, value in base_weights(self.adapted).items()}
         return found
@@ -271,7 +273,7 @@ class AdapterCheckpointIO(CheckpointIO):
         self.content.check(path, checkpoint.get(ADAPTER_KEY))
         description = checkpoint[ADAPTER_KEY]
         if _ADAPTERS in description:  # the state is that of the plain, merged model
-            checkpoint["state_dict"] |= description[_ADAPTERS] | self.content.base_of(description)
+            checkpoint["state_dict"] |= self.content.base_of(description) | description[_ADAPTERS]
         else:
             self.content.keep(checkpoint["state_dict"])
         live = self.content.pl_module.state_dict()
@@ -315,10 +317,10 @@ def not_written(path: object, names: list[str]) -> str:
 
 
 def _describe(weight: AdaptedWeight, active: list[str]) -> str:
-    words = [f"rank {weight.rank}", f"scale {weight.adapter.scaling:g}", weight.adapter.label]
+    words = weight.adapter.in_words()
     if len(active) > 1 and not weight.is_trained:
-        words.append("frozen" if weight.adapter_name in active else "inactive")
-    return ", ".join(filter(None, words))
+        return f"{words}, {'frozen' if weight.adapter_name in active else 'inactive'}"
+    return words
 
 
 def _summary(adapters: dict[str, str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -26,7 +26,7 @@ from lora_lightning.evaluation.reading import MOST_CLASSES, Batch, Context, Sour
 from lora_lightning.evaluation.recorded_calls import Call, RecordedCalls
 from lora_lightning.evaluation.report import Report
 from lora_lightning.evaluation.text_inputs import TextInputs
-from lora_lightning.lora import adapter_parameters, disabled, is_adapted
+from lora_lightning.lora import adapted_weights, adapter_parameters, disabled, is_adapted
 from lora_lightning.wording import some_of
 
 
@@ -43,6 +43,7 @@ class EvaluationSettings:
         task: The task.
         output_key: Key, attribute or position of the outputs in the output of the model.
         metrics: Metrics of torchmetrics.
+        against: Which adapters the base has: `None` for none, `"frozen"`, or their names.
     """
 
     name: str
@@ -53,6 +54,7 @@ class EvaluationSettings:
     task: str | None = None
     output_key: str | int | None = None
     metrics: MetricCollection | Metric | None = None
+    against: str | Sequence[str] | None = None
 
 
 class Evaluation:
@@ -79,12 +81,14 @@ class Evaluation:
         self._has_looked_for_decoder = False
         self._recorded: RecordedCalls | None = None
         self._warned: set[str] = set()
+        self._kept: list[str] = []
+        """Names of the adapters that the base has."""
         self._unread = ""
         """Description of the first batch, for warnings."""
 
     def start(self) -> None:
         """Start a pass over the data."""
-        self._counts, self._texts, self._unread = {}, TextInputs(), ""
+        self._counts, self._texts, self._unread, self._kept = {}, TextInputs(), "", []
         self._decode, self._has_looked_for_decoder = None, False
 
     def record(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,15 +188,37 @@ class Evaluation:
     ) -> list[Candidate] | None:
         if not self._compares(trainer) or not is_adapted(pl_module):
             return None
-        if call.module is not pl_module and not _holds_all_adapters(call, calls, pl_module):
+        left_out = self._left_out(pl_module)
+        if call.module is not pl_module and not _holds_adapters(call, calls, pl_module, left_out):
             self._warn(
                 f"{self._settings.name} cannot report the base: the step of {type(pl_module).__name__} calls "
                 "several of its modules, and the input of one depends on the adapters of another. Call them in "
                 "forward, and self(...) in the step."
             )
             return None
-        with disabled(pl_module), trainer.precision_plugin.forward_context():
+        with disabled(pl_module, left_out), trainer.precision_plugin.forward_context():
             return candidates(call.again(), self._settings.output_key)
+
+    def _left_out(self, pl_module: LightningModule) -> list[str] | None:
+        """Return the names of the adapters that the base lacks; `None` stands for all.
+
+        Raises:
+            ValueError: If one of the names in `against` is not that of active adapters.
+        """
+        against = self._settings.against
+        if against is None:
+            return None
+        found = adapted_weights(pl_module)
+        frozen = [weight.adapter_name for weight in found if not weight.is_trained]
+        names = frozen if against == "frozen" else [against] if isinstance(against, str) else against
+        active = dict.fromkeys(weight.adapter_name for weight in found)
+        for name in names:
+            if name not in active:
+                raise ValueError(f"against={against!r}: none of the active adapters, {', '.join(active)}, is {name!r}")
+        self._kept = [name for name in active if name in names]
+        if not self._kept:
+            self._warn(f"{self._settings.name} reports the base without adapters: none of the active ones is frozen.")
+        return [name for name in active if name not in names]
 
     def reports(self, trainer: Trainer, pl_module: LightningModule, stage: str, loaders: Any) -> list[Report]:
         """Return the reports over all devices. Every device has to call this, even without samples."""
@@ -217,7 +243,10 @@ class Evaluation:
             names = names_of_classes(self._given_names(trainer, dataset, size), size) if size else ()
             read_as = chosen.reading.words(chosen.width, chosen.evidence)
             loader = number if len(summed) > 1 else None
-            reports.append(chosen.tally.report(Context(stage, names, loader, read_as, metrics)))
+            if self._kept:
+                read_as += f"; the base has the adapters {', '.join(map(repr, self._kept))}"
+            report = chosen.tally.report(Context(stage, names, loader, read_as, metrics))
+            reports.append(replace(report, against=tuple(self._kept)))
             if not trainer.sanity_checking:
                 warn_of_repeated_samples(trainer, counts.samples, dataset, repeated[number])
         return reports
@@ -277,11 +306,14 @@ class Evaluation:
             rank_zero_warn(message)
 
 
-def _holds_all_adapters(call: Call, calls: list[Call], pl_module: LightningModule) -> bool:
-    """Return whether the inputs of the call are independent of adapters."""
-    inside = {id(parameter) for parameter in call.module.parameters()}
+def _holds_adapters(call: Call, calls: list[Call], pl_module: LightningModule, left_out: list[str] | None) -> bool:
+    """Return whether the inputs of the call are independent of the adapters that the base lacks."""
+    inside, layers = {id(parameter) for parameter in call.module.parameters()}, set(call.module.modules())
     first = next(each for each in calls if each.module is call.module) is call
-    return first and all(id(parameter) in inside for parameter in adapter_parameters(pl_module))
+    found = adapted_weights(pl_module)
+    adapted = [weight.layer for weight in found if left_out is None or weight.adapter_name in left_out]
+    in_full = (id(parameter) in inside for parameter in adapter_parameters(pl_module))
+    return first and all(layer in layers for layer in adapted) and all(in_full)
 
 
 def _number(loaders: Any, number: int) -> Any:

@@ -37,6 +37,7 @@ class Report(Generic[ResultT]):
         improved: Indices in the data set of the samples whose error decreased most, if their task has errors and the
             indices are known.
         worsened: Indices of the samples whose error increased most.
+        against: Names of the adapters that the base has, if the report is not against the model without any.
     """
 
     stage: str
@@ -50,6 +51,7 @@ class Report(Generic[ResultT]):
     metrics: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)
     improved: tuple[int, ...] = ()
     worsened: tuple[int, ...] = ()
+    against: tuple[str, ...] = ()
 
     @property
     def model(self) -> ResultT:

@@ -221,10 +221,15 @@ def _check_names(module: nn.Module, names: list[str]) -> None:
     """
     known = _names(module)
     for name in names:
-        if name not in known:
-            raise ValueError(f"This {type(module).__name__} has no adapters named {name!r}; it has {', '.join(known)}.")
+        _require_name(module, name)
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"{names} cannot become active: expected different names among {', '.join(known)}.")
+
+
+def _require_name(module: nn.Module, name: str) -> None:
+    known = _names(module)
+    if name not in known:
+        raise ValueError(f"This {type(module).__name__} has no adapters named {name!r}; it has {', '.join(known)}.")
 
 
 def _check_overlap(attachment: Attachment, names: list[str]) -> None:
@@ -326,27 +331,47 @@ def detach(module: nn.Module) -> None:
     require_no_bare_layers(module)
     for layer in _layers(module):
         require_own_class(layer)
-    for saved in _saved(module):
+    for _, saved in _saved(module):
         saved.choose(False)
     _leave_plain(module)
 
 
 @contextmanager
-def disabled(module: nn.Module) -> Iterator[None]:
-    """Compute with the base alone within this context. A module without adapters is not changed.
+def disabled(module: nn.Module, names: str | Sequence[str] | None = None) -> Iterator[None]:
+    """Compute with the base alone, or without some of the active adapters, within this context.
 
-    Contexts may overlap, and the last one to end enables the adapters. Other threads compute with the base as well
-    meanwhile.
+    A module without adapters is not changed. Contexts may overlap, and the last one to end enables the adapters. Other
+    threads compute with the base as well meanwhile.
+
+    Args:
+        module: A module with adapters.
+        names: Names of the adapters to leave out, with what is trained in full with them. `None` leaves out all.
+
+    Raises:
+        ValueError: If there are no adapters with one of these names.
+
+    Example::
+
+        with disabled(net, "digit9"):  # computes with the others
+            before = net(x)
     """
     module, key = unwrapped(module), object()
-    paused: list[Adapters | SavedModules] = [*_containers(module), *_saved(module)]
+    chosen = None if names is None else _listed(names)
+    for name in chosen or ():
+        _require_name(module, name)
+    containers = _containers(module)
+    saved = [values for name, values in _saved(module) if chosen is None or name in chosen]
     try:
-        for holder in paused:
-            holder.pause(key)
+        for adapters in containers:
+            adapters.pause(key, chosen)
+        for values in saved:
+            values.pause(key)
         yield
     finally:
-        for holder in paused:
-            holder.resume(key)
+        for adapters in containers:
+            adapters.resume(key)
+        for values in saved:
+            values.resume(key)
 
 
 @contextmanager
@@ -564,9 +589,10 @@ def _containers(module: nn.Module) -> list[Adapters]:
     return [adapters_of(layer, parameter) for layer in _layers(unwrapped(module)) for parameter, _ in layer.lora_kinds]
 
 
-def _saved(module: nn.Module) -> list[SavedModules]:
+def _saved(module: nn.Module) -> list[tuple[str, SavedModules]]:
+    """Return what is trained in full, with the names of the adapters that it belongs to."""
     records = [vars(child).get("_lora_attachment") for child in unwrapped(module).modules()]
-    return [saved for record in records if isinstance(record, Attachment) for saved in record.saved.values()]
+    return [item for record in records if isinstance(record, Attachment) for item in record.saved.items()]
 
 
 def _names(module: nn.Module) -> list[str]:

@@ -289,6 +289,11 @@ class Adapter(nn.Module):
         for name, buffer in self.named_buffers(recurse=False):
             self._buffers[name] = DTensor.from_local(buffer, mesh, [Replicate()] * mesh.ndim, run_check=True)
 
+    def in_words(self) -> str:
+        """Return the rank, the scale and the variant, for example `rank 1, scale 1, DoRA`."""
+        words = [f"rank {self.rank}", f"scale {self.scaling:g}", self.label, "bias" if self.config.lora_bias else ""]
+        return ", ".join(filter(None, words))
+
     def extra_repr(self) -> str:
         """Return the rank and the scale."""
         return f"rank={self.rank}, scaling={self.scaling:g}"
@@ -332,7 +337,7 @@ class InEffect(NamedTuple):
 
     Attributes:
         merged: W' within the context `merged`, or `None`. W itself is not changed.
-        adapters: The adapters: the active ones, or none during a pause and with W'.
+        adapters: The adapters: the active ones, those that are left during a pause, or none with W'.
         bias: b + Σ s c within the context `merged`, if any adapter has a bias.
     """
 
@@ -366,7 +371,7 @@ class Adapters(nn.Module):
         self.in_effect = InEffect(None, ())
         self.formed: dict[int, Tensor] = {}
         self.is_computed = False
-        self._pauses: frozenset[object] = frozenset()
+        self._pauses: Mapping[object, frozenset[str] | None] = {}
         self._merges: Mapping[object, tuple[Tensor, Tensor | None]] = {}
 
     def names(self) -> list[str]:
@@ -395,16 +400,19 @@ class Adapters(nn.Module):
                 drop_gradients(adapter)
         self.update()
 
-    def pause(self, key: object) -> None:
-        """Compute with W alone until `resume` is called with the same key. The last of several pauses counts."""
+    def pause(self, key: object, names: Collection[str] | None = None) -> None:
+        """Compute without the adapters of these names, or with W alone, until `resume` is called with the same key.
+
+        Several pauses add up, and the last one to end counts.
+        """
         with _changing():
-            self._pauses = self._pauses | {key}
+            self._pauses = {**self._pauses, key: None if names is None else frozenset(names)}
             self.update()
 
     def resume(self, key: object) -> None:
         """End a pause."""
         with _changing():
-            self._pauses = self._pauses - {key}
+            self._pauses = {other: names for other, names in self._pauses.items() if other is not key}
             self.update()
 
     def merge(self, key: object, weight: Tensor, bias: Tensor | None) -> None:
@@ -429,7 +437,7 @@ class Adapters(nn.Module):
 
     @property
     def is_paused(self) -> bool:
-        """Return whether the layer computes with W alone."""
+        """Return whether the layer computes with W alone, or without some of the active adapters."""
         return bool(self._pauses)
 
     @property
@@ -455,7 +463,7 @@ class Adapters(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         # A copy is not within the contexts of the original.
-        state = vars(self) | {"_pauses": frozenset(), "_merges": {}, "formed": {}}
+        state = vars(self) | {"_pauses": {}, "_merges": {}, "formed": {}}
         return state | {"in_effect": InEffect(None, tuple(map(self.adapter, self.active)))}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -469,7 +477,9 @@ class Adapters(nn.Module):
         with _changing():
             merges = list(self._merges.values())
             if self._pauses:
-                self.in_effect = InEffect(None, ())
+                paused = self._pauses.values()
+                left = [name for name in self.active if not any(names is None or name in names for names in paused)]
+                self.in_effect = InEffect(None, tuple(map(self.adapter, left)))
             elif merges:
                 weight, bias = merges[-1]
                 self.in_effect = InEffect(weight, (), bias)

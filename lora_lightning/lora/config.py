@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -55,6 +56,8 @@ class LoRAConfig:
             equation 5).
         qkv: Which of query, key and value to adapt, such as `"qv"`, in targets whose output holds all three: those
             with three times as many outputs as inputs. Other targets are adapted as usual.
+        qkv_sizes: The numbers of outputs for query, key and value, such as `[32, 8, 8]`, if these differ, as in
+            grouped-query attention. `qkv` then applies to targets with this total number of outputs.
         bias: Biases of the base to train in full: `"none"`, `"all"` of them (parameters named `bias`), or `"lora_only"`
             for those of the adapted layers.
         lora_bias: Whether B has a bias c, for `y = W x + b + s (B A x + c)`. For layers that are called, such as linear
@@ -78,6 +81,7 @@ class LoRAConfig:
     use_rslora: bool = False
     use_dora: bool = False
     qkv: str = ""
+    qkv_sizes: list[int] = field(default_factory=list)
     bias: str = "none"
     lora_bias: bool = False
     bypass: tuple[int, int] | None = None
@@ -100,6 +104,8 @@ class LoRAConfig:
             )
         if self.qkv and self.qkv not in QKV:
             raise ValueError(f"qkv={self.qkv!r}: expected one or two of q, k, v, as 'qv'.")
+        if self.qkv_sizes:
+            _check_sizes(self.qkv_sizes, self.qkv)
         if self.bias not in BIASES:
             raise ValueError(f"bias={self.bias!r}: expected one of {', '.join(BIASES)}.")
         if self.lora_bias and self.use_dora:
@@ -158,6 +164,15 @@ class LoRAConfig:
 def _check_rank(name: str, rank: object) -> None:
     if type(rank) is not int or rank < 1:
         raise ValueError(f"{name}={rank!r}: {_RANK_IS}")
+
+
+def _check_sizes(sizes: Sequence[object], qkv: str) -> None:
+    if len(sizes) != 3 or any(type(size) is not int or size < 1 for size in sizes):
+        raise ValueError(
+            f"qkv_sizes={sizes!r}: expected the numbers of outputs for query, key and value, for example [32, 8, 8]."
+        )
+    if not qkv:
+        raise ValueError(f"qkv_sizes={sizes!r} has no effect without qkv: say which of them to adapt, as qkv='qv'.")
 
 
 def _check_alpha(name: str, alpha: object) -> None:

@@ -22,8 +22,8 @@ def extract_adapter(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> di
     Args:
         base: The module before fine-tuning. It is frozen and adapted in place, as by `attach`.
         tuned: The module after fine-tuning, with the same parameters and buffers.
-        config: The layers and ranks. `init`, `use_dora`, `qkv`, `bias`, `lora_bias` and `bypass` are
-            ignored.
+        config: The layers and ranks. `init`, `use_dora`, `qkv`, `qkv_sizes`, `bias`, `lora_bias` and
+            `bypass` are ignored.
 
     Returns:
         The relative error ||ΔW - s B A|| / ||ΔW|| of each adapted layer in the Frobenius norm. It is 0 if the adapter
@@ -43,7 +43,8 @@ def extract_adapter(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> di
             f"base and tuned are not the same network: they differ in {differing}. Expected a model and its "
             "fine-tuned copy."
         )
-    attach(base, replace(config, init="kaiming", use_dora=False, qkv="", bias="none", lora_bias=False, bypass=None))
+    plain = replace(config, init="kaiming", use_dora=False, qkv="", qkv_sizes=[])
+    attach(base, replace(plain, bias="none", lora_bias=False, bypass=None))
     left_out: dict[str, float] = {}
     adapted = adapted_weights(base)
     for found in adapted:

@@ -488,7 +488,7 @@ def _make_class(plain: type[nn.Module], kinds: Kinds, adds_bias: bool) -> type[n
     sizes = tuple(dict.fromkeys(size for _, kind in kinds for size in kind.sizes))
     members: dict[str, object] = {"lora_plain": plain, "lora_kinds": kinds, "lora_read": read, "lora_sizes": sizes}
     members |= {name: _weight_in_effect(name) for name in weights}
-    members |= {"bias": property(bias_in_effect, _refuse_bias)} if adds_bias else {}
+    members |= {"bias": property(_read_bias, _refuse_bias)} if adds_bias else {}
     members |= {name: _fixed_size(name) for name in sizes if not hasattr(plain, name)}
     members |= {name: _reset(name) for name in ("reset_parameters", "_reset_parameters") if hasattr(plain, name)}
     for _, kind in kinds:
@@ -582,12 +582,19 @@ def _weight_in_effect(parameter: str) -> property:
     return property(read, write, doc=f"The {parameter} in effect, W + ΔW. It is for reading only.")
 
 
+def _read_bias(layer: nn.Module) -> Tensor | None:
+    bias = layer._parameters.get("bias")
+    if bias is not None and not _can_be_added(bias, adapters_of(layer, "weight")):
+        return bias
+    return bias_in_effect(layer)
+
+
 def _refuse_bias(layer: Adapted, value: object) -> None:
     raise RuntimeError(_is_read_only(layer, "bias"))
 
 
 def _can_be_added(weight: Tensor, adapters: Adapters) -> bool:
-    """Return whether ΔW can be added to W. `fully_shard` reads the shard that it owns, and must get that."""
+    """Return whether ΔW can be added to W, or s c to b. `fully_shard` reads the shard that it owns, and must get that."""
     mesh = getattr(weight, "device_mesh", None)
     if mesh is None:
         return True

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.adaptation import adapted_weights, unwrapped
 from lora_lightning.lora.adapter import is_quantized
-from lora_lightning.lora.layers import effective, is_computed, stored
+from lora_lightning.lora.layers import bias_in_effect, effective, is_computed, stored, stored_bias
 from lora_lightning.lora.modules_to_save import shared_memory
 from lora_lightning.lora.state import with_values
 from lora_lightning.lora.targets import AdaptedWeight
@@ -20,7 +20,8 @@ def require_mergeable(module: nn.Module) -> None:
     """Check that a plain state dict can hold the weights of `module` with its adapters.
 
     Raises:
-        ValueError: If a weight is tied, computed, quantized or distributed, or there is a bypass. The message names it.
+        ValueError: If a weight is tied, computed, quantized or distributed, if an adapter has a bias and its layer has
+            none, or if there is a bypass. The message names it.
     """
     memory = shared_memory(unwrapped(module))
     refused = [
@@ -37,14 +38,27 @@ def require_mergeable(module: nn.Module) -> None:
 
 @torch.no_grad()
 def merged_weights(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights with the active adapters by state-dict key, for these values of the adapters."""
+    """Return the weights and biases with the active adapters by state-dict key, for these values of the adapters."""
     with with_values(module, values):
-        return {weight.key: effective(weight.layer, weight.parameter) for weight in adapted_weights(module)}
+        found = {weight.key: effective(weight.layer, weight.parameter) for weight in adapted_weights(module)}
+        biases = {key: bias_in_effect(layer) for key, layer in _with_biases(module)}
+    return found | {key: bias for key, bias in biases.items() if bias is not None}
 
 
 def base_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Return the adapted weights without adapters by state-dict key."""
-    return {weight.key: stored(weight.layer, weight.parameter).detach() for weight in adapted_weights(module)}
+    """Return the adapted weights, and biases that adapters add to, without adapters by state-dict key."""
+    found = {weight.key: stored(weight.layer, weight.parameter).detach() for weight in adapted_weights(module)}
+    biases = {key: stored_bias(layer) for key, layer in _with_biases(module)}
+    return found | {key: bias.detach() for key, bias in biases.items() if bias is not None}
+
+
+def _with_biases(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the layers whose active adapters have a bias, by the key of the bias of the layer."""
+    return [
+        (f"{weight.layer_name}.bias".lstrip("."), weight.layer)
+        for weight in adapted_weights(module)
+        if weight.adapter.config.lora_bias
+    ]
 
 
 def _why_not(weight: AdaptedWeight, memory: Mapping[int, list[str]]) -> str:
@@ -56,6 +70,8 @@ def _why_not(weight: AdaptedWeight, memory: Mapping[int, list[str]]) -> str:
         return f"shared by {', '.join(names)}"
     if is_computed(weight.layer, weight.parameter):
         return "computed from other parameters"
+    if weight.adapter.config.lora_bias and stored_bias(weight.layer) is None:
+        return "without a bias for that of its adapter"
     if weight.kind.is_packed or is_quantized(tensor):
         return "quantized"
     return "distributed over processes" if hasattr(tensor, "device_mesh") else ""

@@ -67,12 +67,12 @@ def select(module: nn.Module, config: LoRAConfig) -> list[Target]:
     check(selected, config)
     if config.target_modules == "all":
         _say_what_is_not_reached(module, selected, in_full)
-    if config.qkv and not all(map(is_qkv, selected)):
+    if config.qkv and not all(is_qkv(target, config) for target in selected):
         _log.warning(
-            "qkv=%r applies to %s. The other targets, without three times as many outputs as inputs, are adapted "
-            "as usual.",
+            "qkv=%r applies to %s. The other targets, without %s, are adapted as usual.",
             config.qkv,
-            some_of(target.name for target in selected if is_qkv(target)),
+            some_of(target.name for target in selected if is_qkv(target, config)),
+            f"{sum(config.qkv_sizes)} outputs" if config.qkv_sizes else "three times as many outputs as inputs",
         )
     return limit_ranks(selected)
 
@@ -84,12 +84,8 @@ def check(selected: Iterable[Target], config: LoRAConfig) -> None:
         ValueError: If one cannot. The message names all of these.
     """
     selected = list(selected)
-    if config.qkv and selected and not any(map(is_qkv, selected)):
-        rows, columns = selected[0].shape
-        raise ValueError(
-            f"Layer {selected[0].name!r} has {rows} outputs and {columns} inputs: expected three times as many outputs "
-            f"as inputs for qkv={config.qkv!r}, in at least one of the targets."
-        )
+    if config.qkv and selected and not any(is_qkv(target, config) for target in selected):
+        raise ValueError(_no_qkv(selected[0], config))
     refused = [f"Layer {target.name!r} {why}" for target in selected if (why := _refusal(target, config))]
     if refused:
         raise ValueError(f"{some_of(refused)}. Leave such layers out with exclude_modules, or do not name them.")
@@ -137,12 +133,13 @@ def bias_keys(module: nn.Module, selected: Iterable[Target], config: LoRAConfig)
 
 def variant_of(target: Target, config: LoRAConfig) -> type[Adapter]:
     """Return the class of the adapter for a weight. A bypass has plain ones."""
-    return adapter_class(config, is_qkv(target)) if target.parameter else Adapter
+    return adapter_class(config, is_qkv(target, config)) if target.parameter else Adapter
 
 
-def is_qkv(target: Target) -> bool:
-    """Return whether a layer has three times as many outputs as inputs, so that they may be query, key and value.
+def is_qkv(target: Target, config: LoRAConfig) -> bool:
+    """Return whether the outputs of a layer may be query, key and value.
 
+    There are as many of them as `qkv_sizes` says, or three times as many as inputs.
     The gates of a GRU are also three, and an embedding may have any sizes.
     """
     weight = target.weight
@@ -151,7 +148,23 @@ def is_qkv(target: Target) -> bool:
     if isinstance(target.layer, nn.RNNBase | nn.RNNCellBase | nn.Embedding) or target.outline().dim() < 2:
         return False
     rows, columns = target.shape
-    return rows == 3 * columns
+    return rows == (sum(config.qkv_sizes) if config.qkv_sizes else 3 * columns)
+
+
+def _no_qkv(target: Target, config: LoRAConfig) -> str:
+    """Return the error message for targets none of which has outputs for query, key and value."""
+    rows, columns = target.shape
+    if config.qkv_sizes:
+        total = f"{' + '.join(map(str, config.qkv_sizes))} = {sum(config.qkv_sizes)}"
+        return (
+            f"Layer {target.name!r} has {rows} outputs: expected {total} for qkv_sizes={config.qkv_sizes}, in at least "
+            "one of the targets."
+        )
+    return (
+        f"Layer {target.name!r} has {rows} outputs and {columns} inputs: expected three times as many outputs as "
+        f"inputs for qkv={config.qkv!r}, in at least one of the targets. Set qkv_sizes if key and value are smaller "
+        "than the query."
+    )
 
 
 def _may_interleave(target: Target, config: LoRAConfig) -> bool:
@@ -200,7 +213,7 @@ def _refusal(target: Target, config: LoRAConfig) -> str | None:
             f"is of shape {tuple(weight.shape)}: expected two or more dimensions. Train such a module in full, "
             "with modules_to_save"
         )
-    if config.qkv and is_qkv(target) and _may_interleave(target, config):
+    if config.qkv and is_qkv(target, config) and _may_interleave(target, config):
         return f"may interleave query, key and value by head, but qkv={config.qkv!r} expects three blocks"
     variant = variant_of(target, config)
     values = target.dense_weight() if variant.reads_weight and not target.layout.experts else target.outline()

@@ -203,12 +203,19 @@ class QKVAdapter(Adapter):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         a, b = super().factors()
-        kept = zip(b.chunk(3), "qkv", strict=True)
-        return a, torch.cat([part * float(name in self.config.qkv) for part, name in kept])
+        return a, self._kept(b)
+
+    def in_words(self) -> str:
+        sizes = " of " + " + ".join(map(str, self.config.qkv_sizes)) if self.config.qkv_sizes else ""
+        return f"{super().in_words()}, {self.config.qkv}{sizes} alone"
 
     def bias_update(self) -> Tensor:
-        kept = zip(super().bias_update().chunk(3), "qkv", strict=True)
-        return torch.cat([part * float(name in self.config.qkv) for part, name in kept])
+        return self._kept(super().bias_update())
+
+    def _kept(self, values: Tensor) -> Tensor:
+        """Return values with a row for each output. Those of the parts that are not adapted are zero."""
+        parts = torch.split(values, self.config.qkv_sizes or len(values) // 3)
+        return torch.cat([part * float(name in self.config.qkv) for part, name in zip(parts, "qkv", strict=True)])
 
 
 def adapter_class(config: LoRAConfig, is_qkv: bool = False) -> type[Adapter]:

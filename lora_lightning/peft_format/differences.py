@@ -7,8 +7,9 @@ import sys
 from torch import nn
 
 from lora_lightning.lora import AdaptedWeight, adapted_weights
+from lora_lightning.lora.layers import Adapted
 from lora_lightning.lora.other_layers import GeometricLinearKind
-from lora_lightning.peft_format.experts import is_experts
+from lora_lightning.peft_format.by_name import is_by_name
 
 
 def unknown_to_peft(module: nn.Module, name: str | None = None) -> list[str]:
@@ -24,8 +25,8 @@ def unknown_to_peft(module: nn.Module, name: str | None = None) -> list[str]:
         adapted.name
         for adapted in adapted_weights(module, name)
         if not _known_to_peft(adapted)
-        or adapted.name in read
-        or (adapted.name.rpartition(".")[2] in experts and not is_experts(adapted))
+        or adapted.layer_name in read
+        or (adapted.name.rpartition(".")[2] in experts and not is_by_name(adapted))
     ]
 
 
@@ -83,8 +84,10 @@ def _read_by_others(module: nn.Module) -> set[str]:
 
 def _known_to_peft(adapted: AdaptedWeight) -> bool:
     layer = adapted.layer
-    if is_experts(adapted):
-        return bool(adapted.layer_name)  # PEFT wraps the module with the parameters, which must not be the root
+    if is_by_name(adapted):
+        # PEFT wraps the module with the parameters, which must not be the root, and adapts them while it is called.
+        is_called = isinstance(layer, Adapted) and layer.lora_plain.forward is not nn.Module.forward
+        return bool(adapted.layer_name) and is_called and adapted.adapter.is_linear
     if adapted.kind.is_reader or not adapted.parameter or isinstance(adapted.kind, GeometricLinearKind):
         return False
     return not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or _conv_is_plain(layer)

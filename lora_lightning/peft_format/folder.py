@@ -20,15 +20,23 @@ from lora_lightning.lora import (
     is_adapted,
     set_adapter,
 )
-from lora_lightning.lora.adaptation import alone, attach_to, config_of, the_active_name, unwrapped
+from lora_lightning.lora.adaptation import (
+    active_names,
+    alone,
+    attach_to,
+    config_of,
+    the_active_name,
+    trained_names,
+    unwrapped,
+)
 from lora_lightning.lora.bypass import bypass_target
 from lora_lightning.lora.matching import Names
 from lora_lightning.lora.selection import bias_keys, candidates, check, layers_of
 from lora_lightning.lora.state import adapter_keys, with_values
 from lora_lightning.lora.targets import Target
 from lora_lightning.peft_format.base_check import base_metadata, base_of, check_base
+from lora_lightning.peft_format.by_name import by_name_from_peft
 from lora_lightning.peft_format.differences import unknown_to_peft
-from lora_lightning.peft_format.experts import experts_from_peft
 from lora_lightning.peft_format.files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -106,7 +114,10 @@ class AdapterFolder:
             tensors = exported(module, chosen, to_peft=description["peft_type"] != OWN_TYPE)
         with alone(module, chosen):
             self._files = description, tensors, base_metadata(module)
-        self._card = model_card(description, sum(tensor.numel() for tensor in tensors.values()), data, metrics)
+        size = sum(tensor.numel() for tensor in tensors.values())
+        frozen = [other for other in active_names(module) if other not in trained_names(module)]
+        beside = frozen if chosen in trained_names(module) else []
+        self._card = model_card(description, size, data, metrics, beside)
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write the folder as `save_adapter` does."""
@@ -193,7 +204,7 @@ def _config_and_weights(
     """Return our configuration and the weights that it adapts, and rename the tensors to our keys."""
     tensors = content.adapters
     if description["peft_type"] != OWN_TYPE and (of_peft := description.get("target_parameters")):
-        description = description | {"target_parameters": experts_from_peft(tensors, of_peft, module)}
+        description = description | {"target_parameters": by_name_from_peft(tensors, of_peft, module)}
     modules = dict(layers_of(module))
     names: dict[str, None] = {}
     for key in list(tensors):

@@ -23,8 +23,8 @@ from lora_lightning.lora.registry import kind_of
 from lora_lightning.lora.selection import layers_of
 from lora_lightning.lora.sharding import full
 from lora_lightning.lora.targets import Target
+from lora_lightning.peft_format.by_name import by_name_to_peft, is_by_name
 from lora_lightning.peft_format.differences import unknown_to_peft
-from lora_lightning.peft_format.experts import experts_to_peft, is_experts
 from lora_lightning.peft_format.model_card import base_name
 
 PEFT_TYPE = "LORA"
@@ -78,8 +78,8 @@ def describe(module: nn.Module, name: str) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": config.dropout,
-        "target_modules": _target_modules(module, [adapted.name for adapted in found if not is_experts(adapted)]),
-        "target_parameters": [adapted.name for adapted in found if is_experts(adapted)] or None,
+        "target_modules": _target_modules(module, [adapted.name for adapted in found if not is_by_name(adapted)]),
+        "target_parameters": [adapted.name for adapted in found if is_by_name(adapted)] or None,
         "bias": config.bias,
         "lora_bias": config.lora_bias,
         "fan_in_fan_out": any(isinstance(adapted.kind, TransposedLinearKind) for adapted in found),
@@ -92,6 +92,8 @@ def describe(module: nn.Module, name: str) -> dict[str, Any]:
     }
     if config.qkv:
         description["qkv"] = config.qkv  # PEFT reports that it ignores this, and would train all rows of B
+    if config.qkv_sizes:
+        description["qkv_sizes"] = config.qkv_sizes
     if unknown_to_peft(module, name):
         description["peft_type"] = OWN_TYPE
         description["target_parameters"] = [adapted.name for adapted in found if adapted.kind.is_reader]
@@ -129,11 +131,11 @@ def exported(module: nn.Module, name: str, to_peft: bool) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for adapted in adapted_weights(module, name):
-        if to_peft and is_experts(adapted):
-            tensors |= experts_to_peft(adapted, PREFIX)
+        if to_peft and is_by_name(adapted):
+            tensors |= by_name_to_peft(adapted, PREFIX)
             continue
         a, b = adapted.adapter.factors()
-        if is_experts(adapted):
+        if adapted.layout.experts:
             a, b = a.transpose(0, 1), b.permute(1, 2, 0)
         parts = {"lora_A": a, "lora_B": b}
         if "lora_magnitude_vector" in adapted.adapter._parameters:
@@ -216,6 +218,7 @@ def configuration(
             target_parameters=exactly(by_name, weights) if by_name else [],
             modules_to_save=exactly(trained, modules) if trained else [],
             qkv=description.get("qkv") or "",
+            qkv_sizes=description.get("qkv_sizes") or [],
             init="mica" if description.get("init_lora_weights") == "mica" else "kaiming",
             bias=description.get("bias") or "none",
             lora_bias=bool(description.get("lora_bias")),

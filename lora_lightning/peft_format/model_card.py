@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -21,7 +21,11 @@ def base_name(module: nn.Module) -> str | None:
 
 
 def model_card(
-    description: Mapping[str, Any], parameters: int, data: str | None = None, metrics: Mapping[str, float] | None = None
+    description: Mapping[str, Any],
+    parameters: int,
+    data: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    beside: Sequence[str] = (),
 ) -> str:
     """Return the text of a model card (https://huggingface.co/docs/hub/model-cards).
 
@@ -30,6 +34,7 @@ def model_card(
         parameters: Number of parameters of the adapters.
         data: Name of the data that `metrics` were measured on.
         metrics: Metrics for the `model-index` of the card, by name.
+        beside: Names of the frozen adapters that these were trained beside.
     """
     own = description["peft_type"] != "LORA"
     base = description["base_model_name_or_path"]
@@ -54,8 +59,16 @@ def model_card(
         f"# LoRA adapter{f' of {base}' if base else ''}\n",
         f"- Rank {description['r']}, alpha {description['lora_alpha']:g}, {parameters:,} parameters.",
         f"- Layers: {listed or 'see `adapter_config.json`'}.",
+        *([f"- Trained beside {_named(beside)}: use it together with them."] if beside else []),
         *(f"- {name}: {value:.4g}" for name, value in (metrics or {}).items()),
         f"- Written by lora-lightning {lora_lightning.__version__}.\n",
         f"```python\n{load}\n```\n",
     ]
     return "\n".join(lines)
+
+
+def _named(adapters: Sequence[str]) -> str:
+    names = [f"`{name}`" for name in adapters]
+    if len(names) == 1:
+        return f"the adapters {names[0]}, which stayed frozen"
+    return f"the adapters {', '.join(names[:-1])} and {names[-1]}, which stayed frozen"

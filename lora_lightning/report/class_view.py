@@ -27,6 +27,7 @@ from lora_lightning.report.view import (
     Verdict,
     VerdictKind,
     View,
+    adapters_in_words,
     counted,
     number,
     p_in_words,
@@ -91,7 +92,8 @@ class ClassView:
 
     @property
     def _before(self) -> str:
-        return "base, whose new head guesses" if self._is_chance else "base"
+        _, base = adapters_in_words(self._content)
+        return f"{base}, whose new head guesses" if self._is_chance else base
 
     @property
     def _is_chance(self) -> bool:
@@ -142,18 +144,19 @@ class ClassView:
             )
         if self._focus and (found := self._verdict_of_repair()) is not None:
             return found
+        adapters, _ = adapters_in_words(self._content)
         before, p, numbers = sum(base.errors), self._p, f"{sum(base.errors):,} → {errors:,}"
         kind, pill = self._chance(errors - before)
         if errors == before:
             changed = self._changed()
             same = "no prediction" if changed == (0, 0) else "no number of errors"
-            return Verdict("unsure", pill, f"The adapters change {same}: {numbers} errors.", self._detail())
+            return Verdict("unsure", pill, f"{adapters} change {same}: {numbers} errors.", self._detail())
         less = "fewer" if errors < before else "more"
         if p is not None and p > LIKELY:
-            sentence = f"The adapters make {less} errors ({numbers}), but chance explains a difference of this size."
+            sentence = f"{adapters} make {less} errors ({numbers}), but chance explains a difference of this size."
             return Verdict("unsure", pill, sentence, f"{self._detail()} To be sure, test on more samples.")
         rate = f"{percent(base.accuracy)} % → {percent(model.accuracy)} %"
-        sentence = f"The adapters make {less} errors: {numbers} of {model.total:,} {self._parts}, accuracy {rate}."
+        sentence = f"{adapters} make {less} errors: {numbers} of {model.total:,} {self._parts}, accuracy {rate}."
         return Verdict(kind, pill, sentence, self._detail())
 
     def _chance(self, change: int) -> tuple[VerdictKind, str]:

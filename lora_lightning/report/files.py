@@ -68,6 +68,7 @@ def _write_json(report: Report, path: Path) -> None:
         "task": report.task,
         "read_as": report.read_as,
         "samples": adapted.total,
+        "against": report.against,
         "base": None if report.base is None else report.base.as_dict(),
         "model": adapted.as_dict(),
         "changed": None if report.pairs is None else _pairs(report.pairs),

@@ -21,6 +21,7 @@ from lora_lightning.report.view import (
     Verdict,
     VerdictKind,
     View,
+    adapters_in_words,
     counted,
     number,
     p_in_words,
@@ -76,11 +77,13 @@ class NumberView:
         """Return what the page shows."""
         content = self._content
         main = "mae" if self._is_regression else "accuracy"
+        _, base = adapters_in_words(content)
         return View(
             self.title,
             f"{content['samples']:,} samples",
             self._verdict(),
             self._cards(),
+            base,
             moves=self._moves(),
             scatter=scatter(self._errors.get("points", []), content["samples"]),
             samples=self._samples(),
@@ -99,6 +102,7 @@ class NumberView:
             found = ", ".join(f"{self._word(name)} {self._change(name, {}, model).after}" for name, _ in numbers[:3])
             what = f"The model on {content['samples']:,} samples: {found}." if found else "The numbers of the model."
             return Verdict("plain", "no base to compare with", what)
+        adapters, _ = adapters_in_words(content)
         test, p = content.get("bootstrap"), content.get("p_value")
         change = self._change(main, base, model)
         numbers_in_words = f"{change.before} → {change.after}"
@@ -123,15 +127,15 @@ class NumberView:
             )
         if self._is_regression:
             verb = "cut" if better else "raise"
-            sentence = f"The adapters {verb} the mean absolute error: {numbers_in_words}."
-            unsure = f"The adapters have a {'smaller' if better else 'larger'} mean absolute error ({numbers_in_words})"
+            sentence = f"{adapters} {verb} the mean absolute error: {numbers_in_words}."
+            unsure = f"{adapters} have a {'smaller' if better else 'larger'} mean absolute error ({numbers_in_words})"
         else:
-            sentence = f"The adapters get {'more' if better else 'fewer'} samples entirely right: {numbers_in_words} %."
-            unsure = f"The adapters get {'more' if better else 'fewer'} samples entirely right ({numbers_in_words} %)"
+            sentence = f"{adapters} get {'more' if better else 'fewer'} samples entirely right: {numbers_in_words} %."
+            unsure = f"{adapters} get {'more' if better else 'fewer'} samples entirely right ({numbers_in_words} %)"
         if kind == "unsure":
             sentence = f"{unsure}, but chance explains a difference of this size."
             if change.kind == "same":
-                sentence = f"The adapters change nothing that can be seen: {numbers_in_words}."
+                sentence = f"{adapters} change nothing that can be seen: {numbers_in_words}."
             detail.append("To be sure, test on more samples.")
         return Verdict(kind, pill, sentence, " ".join(detail))
 

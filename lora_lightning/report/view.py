@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isnan
-from typing import Literal
+from typing import Any, Literal
 
 from lora_lightning.evaluation import ChangedSample
 
@@ -258,6 +259,12 @@ class View:
     has_base: bool = True
     read_as: str = ""
     score: Change = field(default_factory=lambda: Change("–"))
+
+
+def adapters_in_words(content: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what is compared in a report: the adapters that only the adapted model has, and its base."""
+    against = content.get("against") or ()
+    return ("The other adapters", f"base with {' and '.join(against)}") if against else ("The adapters", "base")
 
 
 def kind_of(before: float | None, after: float, lower_is_better: bool) -> Kind:

@@ -1,7 +1,7 @@
 """Runs the benchmarks, prints their tables and writes them as JSON.
 
 LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol] [memory]
-[architectures] [layers] [language_model] [report_cost] [hooks] [loops] [start_end] [text_step]
+[architectures] [continual] [layers] [language_model] [report_cost] [hooks] [loops] [start_end] [text_step]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich import get_console
 
 from tests.benchmarks import (
     architectures,
+    continual,
     hooks,
     language_model,
     layers,
@@ -36,6 +37,7 @@ BENCHMARKS = {
     "networks": lambda: networks.run("networks"),
     "idle": lambda: networks.run("idle"),
     "seed_protocol": lambda: seed_protocol.run(Path(os.environ.get("LORA_LIGHTNING_DATA", "data")).resolve()),
+    "continual": continual.run,
     "memory": vgg19.run_memory,
     "architectures": architectures.run,
     "layers": layers.run,

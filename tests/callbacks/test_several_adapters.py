@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from lora_lightning import (
     Classifier,
@@ -82,7 +84,8 @@ def test_a_new_adapter_is_trained_beside_frozen_ones(
     assert "linear1 (eight): " in caplog.text
     assert "rank 1, scale 1, 800 parameters, frozen" in caplog.text
     assert "linear2 (default): 16 -> 8, rank 3, scale 1, 72 parameters\n" in caplog.text
-    assert "Trained: 72 of " in caplog.text
+    base = sum(value.numel() for value in network().parameters())
+    assert f"Trained: 72 of {base + 72:,} parameters, {72 / base:.3%} of the base" in caplog.text
     rows = {row["name"] for row in layer_changes(net)}
     assert {"linear1 (seven)", "linear1 (eight)", "linear2 (default)"} <= rows
 
@@ -174,6 +177,105 @@ def test_the_best_checkpoint_holds_the_new_ones(make_trainer: MakeTrainer, folde
     assert (beside / "adapter_config.json").exists()
 
 
+class InParts(Classifier):
+    """A step that calls two children, so that the input of the second one depends on the adapters of the first."""
+
+    def __init__(self) -> None:
+        super().__init__(network())
+        self.last = torch.nn.Linear(10, 10)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.last(self.backbone(batch[0]))
+
+
+class TestAReportAgainstSomeOfThem:
+    """The base of a report may have the frozen adapters, so that the report tells what training on them changed."""
+
+    @staticmethod
+    def matrix(net: RichBoyNet) -> torch.Tensor:
+        module = data()
+        module.setup("test")
+        counts = torch.zeros(10, 10, dtype=torch.long)
+        for batch in module.test_dataloader():
+            images, digits = module.on_after_batch_transfer(batch, 0)
+            for digit, predicted in zip(digits, net.eval()(images).argmax(1), strict=True):
+                counts[digit, predicted] += 1
+        return counts
+
+    @pytest.fixture
+    def model(self, folders: list[Path]) -> Classifier:
+        net = summed(folders)
+        lora.attach(net, LoRAConfig(rank=2), "new")
+        stir(net, 0.2)
+        lora.set_adapter(net, ["seven", "eight", "new"], trained=["new"])
+        return Classifier(net)
+
+    def report(self, make_trainer: MakeTrainer, model: Classifier, **arguments: Any) -> ConfusionReport:
+        callback = ConfusionReport(**arguments)
+        make_trainer(callback).test(model, data(), verbose=False)
+        return callback
+
+    @pytest.mark.parametrize(
+        ("against", "kept"), [("frozen", ["seven", "eight"]), (["seven"], ["seven"]), (None, []), ("new", ["new"])]
+    )
+    def test_its_base_has_these_adapters(
+        self, make_trainer: MakeTrainer, model: Classifier, against: str | list[str] | None, kept: list[str]
+    ) -> None:
+        report = self.report(make_trainer, model, against=against, verbose=False).report
+        assert report is not None
+        assert report.against == tuple(kept)
+        assert torch.equal(report.adapted.matrix, self.matrix(model.backbone))
+        other = copy.deepcopy(model.backbone)
+        lora.set_adapter(other, kept) if kept else lora.detach(other)
+        assert torch.equal(report.base.matrix, self.matrix(other))
+        assert report.adapted.matrix.equal(report.base.matrix) is False
+
+    def test_terminal_files_and_page_say_so(
+        self, make_trainer: MakeTrainer, model: Classifier, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        trainer = make_trainer(ConfusionReport(against="frozen"), logger=CSVLogger(tmp_path))
+        trainer.test(model, data(), verbose=False)
+        assert "; the base has the adapters 'seven', 'eight'" in capsys.readouterr().out.replace("\n", " ")
+        found = json.loads((Path(trainer.log_dir) / "confusion.json").read_text())
+        assert found["against"] == ["seven", "eight"]
+        page = next(Path(trainer.log_dir).glob("report*.html")).read_text()
+        assert "base with seven and eight" in page
+        assert "The other adapters" in page
+
+    def test_names_that_are_not_active_are_told_and_the_test_goes_on(
+        self, make_trainer: MakeTrainer, model: Classifier
+    ) -> None:
+        with pytest.warns(UserWarning, match="none of the active adapters, seven, eight, new, is 'nine'"):
+            callback = self.report(make_trainer, model, against=["seven", "nine"])
+        assert callback.reports == []
+
+    def test_without_frozen_ones_it_is_against_the_base(self, make_trainer: MakeTrainer, model: Classifier) -> None:
+        lora.set_adapter(model.backbone, ["seven", "new"])
+        with pytest.warns(UserWarning, match="reports the base without adapters: none of the active ones is frozen"):
+            report = self.report(make_trainer, model, against="frozen").report
+        lora.detach(model.backbone)
+        assert report is not None
+        assert torch.equal(report.base.matrix, self.matrix(model.backbone))
+
+    def test_a_step_of_several_calls_has_a_base_only_if_its_inputs_do_not_depend_on_the_others(
+        self, make_trainer: MakeTrainer
+    ) -> None:
+        model = InParts()
+        lora.attach(model, LoRAConfig(rank=1, target_modules=["backbone.linear1"]), "first")
+        stir(model, 0.2)
+        lora.attach(model, LoRAConfig(rank=1, target_modules=["last"]), "second")
+        stir(model, 0.2)
+        lora.set_adapter(model, ["first", "second"], trained=["second"])
+        with pytest.warns(UserWarning, match="cannot report the base: the step of InParts calls several"):
+            report = self.report(make_trainer, model).report
+        assert report is not None
+        assert report.base is None
+        report = self.report(make_trainer, model, against="frozen").report
+        assert report is not None
+        assert report.base is not None
+        assert report.against == ("first",)
+
+
 @pytest.mark.parametrize("names", [("a/adapter", "b/adapter"), ("v0.1", "other"), ("default", "other")])
 def test_folders_whose_names_do_not_do_are_numbered(
     make_trainer: MakeTrainer, folders: list[Path], names: tuple[str, str], tmp_path: Path
@@ -212,3 +314,67 @@ def test_settings_in_a_configuration_count_as_those_of_new_ones() -> None:
     assert not describes_new_adapters(copy.deepcopy(defaults))
     assert describes_new_adapters(defaults | {"rank": 4})
     assert describes_new_adapters({"rank": LoRAConfig().rank})
+
+
+def test_an_average_of_weights_holds_frozen_ones_as_they_were(make_trainer: MakeTrainer, folders: list[Path]) -> None:
+    """And those that are trained as their average, which is tested and written."""
+    before = state(summed(folders))
+    torch.manual_seed(2)
+    callback, average = LoRAFinetuning(adapter=folders, rank=2), EMAWeightAveraging(decay=0.5)
+    trainer, model = make_trainer(callback, average, max_epochs=2), Classifier(network())
+    trainer.fit(model, datamodule=data(9))
+    averaged = average._average_model.module.backbone.state_dict()
+    assert all(torch.equal(averaged[key], value) for key, value in before.items())
+    assert all(torch.equal(model.backbone.state_dict()[key], value) for key, value in before.items())
+    net = summed(folders)
+    load_adapter(net, Path(str(callback.adapter_folder)), "new")
+    lora.set_adapter(net, ["seven", "eight", "new"])
+    x = torch.rand(4, 1, 28, 28)
+    torch.testing.assert_close(net.eval()(x), average._average_model.module.backbone.eval()(x))
+
+
+@pytest.mark.parametrize("arguments", [{"rank": 2}, {"rank": 2, "lora_bias": True}, {"rank": 1, "bias": "all"}])
+def test_a_full_checkpoint_holds_all_of_them_merged_and_resumes(
+    make_trainer: MakeTrainer, folders: list[Path], tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    def callback() -> LoRAFinetuning:
+        return LoRAFinetuning(adapter=folders, checkpoints="full", **arguments)
+
+    files = ModelCheckpoint(tmp_path / "files", save_top_k=-1, filename="{epoch}")
+    torch.manual_seed(2)
+    trainer, whole = make_trainer(callback(), files, max_epochs=2), Classifier(network())
+    trainer.fit(whole, datamodule=data(9))
+    plain, x = Classifier(network()).eval(), torch.rand(4, 1, 28, 28)
+    plain.load_state_dict(torch.load(tmp_path / "files" / "epoch=1.ckpt", weights_only=True)["state_dict"])
+    torch.testing.assert_close(plain(x), whole.eval()(x))
+    trainer, resumed = make_trainer(callback(), max_epochs=2), Classifier(network())
+    trainer.fit(resumed, datamodule=data(9), ckpt_path=tmp_path / "files" / "epoch=0.ckpt")
+    assert same(state(resumed), state(whole))
+
+
+def test_what_was_trained_and_on_what_is_told_in_a_notebook_and_in_the_folder(
+    make_trainer: MakeTrainer, folders: list[Path]
+) -> None:
+    callback, report = LoRAFinetuning(adapter=folders, rank=2), ConfusionReport(verbose=False)
+    torch.manual_seed(2)
+    make_trainer(callback, report, max_epochs=1).fit(Classifier(network()), datamodule=data(9))
+    assert report.trained is not None
+    found = report.trained.facts()["adapters"].replace("backbone.", "")
+    assert found == "seven (frozen), eight (frozen), default on 3 weights: linear1, linear2, linear3"
+    base = sum(value.numel() for value in network().parameters())
+    assert report.trained.facts()["trained"] == f"1,684 of {base + 1684:,} parameters, {1684 / base:.2%} of the base"
+    card = (Path(str(callback.adapter_folder)) / "README.md").read_text()
+    assert "Trained beside the adapters `seven` and `eight`, which stayed frozen: use it together with them." in card
+
+
+def test_an_adapter_that_should_stay_frozen_and_does_not_ends_the_run_with_its_name(
+    make_trainer: MakeTrainer, folders: list[Path]
+) -> None:
+    class Writing(Classifier):
+        def on_train_batch_end(self, *_: Any) -> None:
+            with torch.no_grad():
+                self.backbone.linear1.lora_weight.seven.lora_A.mul_(1.01)
+
+    callback = LoRAFinetuning(adapter=folders, rank=2)
+    with pytest.raises(RuntimeError, match=r"frozen .* changed during training: 'linear1.lora_weight.seven.lora_A'"):
+        make_trainer(callback, max_epochs=1, limit_train_batches=2).fit(Writing(network()), datamodule=data(9))

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from lora_lightning import Classifier, LoRAConfig, LoRAFinetuning, RichBoyNet
 from lora_lightning.cli.lightning_cli import LoRALightningCLI
@@ -45,6 +46,20 @@ def test_settings_of_adapters_are_options(pretrained: Run) -> None:
     found = adapters_in(Path("logs/adapt/version_0/config.yaml"))
     assert (found["rank"], found["target_modules"]) == (3, ["linear1"])
     assert "lora" not in yaml.safe_load(Path("logs/adapt/version_0/config.yaml").read_text())
+
+
+def test_sizes_of_query_key_and_value_are_an_option(pretrained: Run) -> None:
+    words = ("--config", "configs/adapt.yaml", *SMALL, "--lora.base_checkpoint", "logs/pretrain", "--data.focus", "9")
+    words += ("--lora.target_modules", "[linear3]", "--lora.rank", "2", "--lora.qkv", "qv")
+    code, text = pretrained("fit", *words, "--lora.qkv_sizes", "[6, 2, 2]")
+    assert code == 0, text
+    assert adapters_in(Path("logs/adapt/version_0/config.yaml"))["qkv_sizes"] == [6, 2, 2]
+    tensors = load_file("logs/adapt/version_0/adapter/adapter_model.safetensors")
+    (b,) = (value for key, value in tensors.items() if "lora_B" in key)
+    assert [bool(part.any()) for part in b.split([6, 2, 2])] == [True, False, True]
+    code, text = pretrained("fit", *words, "--lora.qkv_sizes", "[6, 2, 4]")
+    assert code != 0
+    assert "Layer 'linear3' has 10 outputs: expected 6 + 2 + 4 = 12" in text
 
 
 def test_new_adapters_are_trained_beside_frozen_ones_of_folders(pretrained: Run) -> None:

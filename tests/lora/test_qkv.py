@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -27,11 +28,14 @@ from lora_lightning.lora import (
     add_weighted_adapter,
     attach,
     disabled,
+    is_adapted,
     is_untrained,
     merge,
     set_adapter,
     verify_adapters,
 )
+from lora_lightning.lora.adaptation import config_of
+from tests.helpers import stir
 
 WIDTH = 16
 
@@ -192,10 +196,10 @@ class Digits(nn.Module):
 
 
 def test_a_run_of_lightning_trains_these_rows_and_resumes(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
-    def fit(epochs: int, checkpoint: str | None = None) -> tuple[Classifier, Trainer]:
+    def fit(epochs: int, checkpoint: str | None = None, **others: object) -> tuple[Classifier, Trainer]:
         torch.manual_seed(0)
         model = Classifier(Digits())
-        callback = LoRAFinetuning(rank=2, target_modules=["qkv"], qkv="qv")
+        callback = LoRAFinetuning(rank=2, target_modules=["qkv"], **({"qkv": "qv"} | others))
         trainer = make_trainer(callback, ConfusionReport(verbose=False), max_epochs=epochs, limit_train_batches=3)
         trainer.fit(model, datamodule=MNISTDataModule(source="sample", batch_size=20), ckpt_path=checkpoint)
         return model, trainer
@@ -207,6 +211,9 @@ def test_a_run_of_lightning_trains_these_rows_and_resumes(make_trainer: Callable
     assert rows(resumed.backbone) == [[True, False, True]] * 2
     for one, other in zip(adapter_parameters(resumed.backbone), adapter_parameters(whole.backbone), strict=True):
         assert torch.equal(one, other)
+    for others in ({"qkv": "kv"}, {"qkv_sizes": [20, 14, 14]}):  # whose tensors have the same shapes
+        with pytest.raises(ValueError, match=r"In the checkpoint: .*rank 2, scale 1, qv alone\).*; attached: .*alone"):
+            fit(2, str(tmp_path / "one.ckpt"), **others)
 
 
 @pytest.mark.parametrize("targets", [["qkv", "proj"], "all"])
@@ -249,6 +256,91 @@ def test_the_three_gates_of_a_gru_are_not_query_key_and_value() -> None:
     net = nn.ModuleDict({"gru": nn.GRU(WIDTH, WIDTH), "qkv": nn.Linear(WIDTH, 3 * WIDTH)})
     attach(net, LoRAConfig(rank=2, qkv="qv"))
     assert [type(each.adapter).__name__ for each in adapted_weights(net)] == ["Adapter", "Adapter", "QKVAdapter"]
+
+
+class TestSizesOfGroupedQueryAttention:
+    """Key and value have fewer outputs than the query."""
+
+    SIZES: ClassVar = [16, 4, 8]
+
+    @pytest.mark.parametrize("qkv", ["q", "k", "v", "qk", "qv", "kv"])
+    def test_the_layer_computes_with_dense_weights_of_the_parts_that_are_named(self, qkv: str) -> None:
+        """Outputs and gradients are those of W + s B A, where the other rows of B are zero."""
+        layer, x = nn.Linear(WIDTH, 28).double(), torch.randn(7, WIDTH, dtype=torch.float64)
+        weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+        net = nn.Sequential(layer)
+        attach(net, LoRAConfig(rank=2, alpha=6, qkv=qkv, qkv_sizes=self.SIZES))
+        (found,) = adapted_weights(net)
+        stir(net)
+        a, b = (factor.detach().clone().requires_grad_() for factor in found.factors)
+        starts = {"q": 0, "k": 16, "v": 20}
+        ends = {"q": 16, "k": 20, "v": 28}
+        kept = torch.zeros(28, 1, dtype=torch.float64)
+        for part in qkv:
+            kept[starts[part] : ends[part]] = 1
+        expected = nn.functional.linear(x, weight + 3 * (kept * b) @ a, bias)
+        output = net(x)
+        torch.testing.assert_close(output, expected)
+        output.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(found.factors[0].grad, a.grad)
+        torch.testing.assert_close(found.factors[1].grad, b.grad)
+        merge(net)
+        torch.testing.assert_close(net(x), expected)
+        assert torch.equal(layer.weight[kept[:, 0] == 0], weight[kept[:, 0] == 0])
+
+    @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which PEFT reads
+    def test_phi_3_is_adapted_merged_and_exchanged_with_peft(self, tmp_path: Path) -> None:
+        import peft
+        from transformers import Phi3Config, Phi3ForCausalLM
+
+        size = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 20}
+        net = Phi3ForCausalLM(
+            Phi3Config(vocab_size=11, num_hidden_layers=2, pad_token_id=0, eos_token_id=1, bos_token_id=2, **size)
+        ).eval()
+        plain, ids = copy.deepcopy(net), torch.randint(11, (2, 5))
+        attach(net, LoRAConfig(rank=2, target_modules=["qkv_proj", "o_proj"], qkv="qv", qkv_sizes=[16, 4, 4]))
+        adam = torch.optim.AdamW(adapter_parameters(net), lr=0.1)
+        for _ in range(3):
+            adam.zero_grad()
+            net(ids, labels=ids).loss.backward()
+            adam.step()
+        for each in adapted_weights(net):
+            change = each.adapter.delta_weight(each.weight)
+            if each.name.endswith("qkv_proj"):
+                assert [bool(part.any()) for part in change.split([16, 4, 4])] == [True, False, True]
+            else:
+                assert bool(change.any(1).all())
+        y = net(ids).logits
+        save_adapter(net, tmp_path)
+        with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['qkv', 'qkv_sizes'\]"):
+            of_peft = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+        torch.testing.assert_close(of_peft(ids).logits, y)
+        load_adapter(plain, tmp_path)
+        assert torch.equal(plain(ids).logits, y)
+        assert config_of(plain).qkv_sizes == [16, 4, 4]
+        merge(net)
+        torch.testing.assert_close(net(ids).logits, y)
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            (
+                {},
+                r"Layer '0.0.qkv' has 48 outputs: expected 16 \+ 4 \+ 8 = 28 for qkv_sizes=\[16, 4, 8\], in at least one",
+            ),
+            ({"qkv": ""}, r"qkv_sizes=\[16, 4, 8\] has no effect without qkv: say which of them to adapt, as qkv='qv'"),
+            ({"qkv_sizes": [16, 4]}, r"qkv_sizes=\[16, 4\]: expected the numbers of outputs for query, key and value"),
+            ({"qkv_sizes": [16, 4, 0]}, r"qkv_sizes=\[16, 4, 0\]: expected the numbers of outputs"),
+            ({"qkv_sizes": [16, 4, 28.0]}, r"qkv_sizes=\[16, 4, 28.0\]: expected the numbers of outputs"),
+        ],
+    )
+    def test_sizes_that_do_not_add_up_are_refused(self, config: dict[str, object], message: str) -> None:
+        given = {"target_modules": ["qkv"], "qkv": "qv", "qkv_sizes": self.SIZES} | config
+        net = network()
+        with pytest.raises(ValueError, match=message):
+            attach(net, LoRAConfig(**given))
+        assert not is_adapted(net)
 
 
 @pytest.mark.parametrize(

@@ -190,9 +190,37 @@ def test_a_stack_computes_the_sum_of_its_updates(net: Net, x: Tensor, seed: int,
         load_adapter(loaded, tmp_path / name, name, strict=True)
     set_adapter(loaded, list(stack))
     torch.testing.assert_close(loaded(x), expected)
+
+    if trained:  # a training that is stopped after a step and goes on in another network, with what a checkpoint holds
+        dense = [
+            values[name][place][leaf] for name, place, leaf in (places[key] for key in parameters if key in wanted)
+        ]
+        optimizers = [sgd(dense), sgd(adapter_parameters(net))]
+        for step in range(2):
+            for optimizer, output in zip(optimizers, (oracle(plain, stack, values, x), net(x)), strict=True):
+                optimizer.zero_grad()
+                output.square().sum().backward()
+                optimizer.step()
+            if not step:
+                state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizers[1].state_dict())
+        resumed = copy.deepcopy(plain)
+        for name, config in stack.items():
+            attach(resumed, config, name)
+        set_adapter(resumed, list(stack), trained)
+        resumed.load_state_dict(state[0])
+        optimizer = sgd(adapter_parameters(resumed))
+        optimizer.load_state_dict(state[1])
+        resumed(x).square().sum().backward()
+        optimizer.step()
+        assert torch.equal(resumed(x), net(x))
+        torch.testing.assert_close(resumed(x), oracle(plain, stack, values, x))
     detach(net)
     assert torch.equal(net(x), plain(x))
     assert base_fingerprint(net) == digest
+
+
+def sgd(parameters: list[Tensor]) -> torch.optim.SGD:
+    return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
 
 
 def place_of(key: str, values: dict[str, Tensors]) -> tuple[str, tuple[str, str], str] | None:
@@ -211,6 +239,49 @@ def place_of(key: str, values: dict[str, Tensors]) -> tuple[str, tuple[str, str]
 def is_fixed(config: LoRAConfig, leaf: str) -> bool:
     """Return whether a tensor is not trained: B of MiCA, which is a parameter all the same."""
     return config.init == "mica" and leaf == "lora_B"
+
+
+IN_PEFT = [
+    LoRAConfig(rank=2, alpha=3),
+    LoRAConfig(rank=3, target_modules=["2", "4"], use_rslora=True, init="gaussian"),
+    LoRAConfig(rank=1, use_dora=True),
+    LoRAConfig(rank=2, target_modules=["4"], init="pissa"),
+    LoRAConfig(rank=2, target_modules=["0", "4"], use_dora=True, init="pissa"),
+    LoRAConfig(rank=2, alpha=5, lora_bias=True),
+    LoRAConfig(rank=2, target_modules=["2", "4"], init="mica", alpha=1),
+    LoRAConfig(rank=1, target_modules=["0", "4"], bias="lora_only"),
+    LoRAConfig(rank=1, target_modules=["0"], modules_to_save=["4"], dropout=0.2),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*have invalid shape")
+@pytest.mark.parametrize("seed", range(16))
+def test_peft_computes_the_same_with_the_folders_of_a_stack(seed: int, tmp_path: Path) -> None:
+    """With each of them alone, and with all of them where PEFT adds updates up: without DoRA and what is trained in full."""
+    draw = random.Random(seed)
+    base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 4))
+    plain, x = copy.deepcopy(base.eval()), torch.randn(5, 3, 4, 4)
+    stack = {}
+    for index, config in enumerate(draw.sample(IN_PEFT, draw.randint(1, 4))):
+        stack[f"adapter_{index}"] = config
+        attach(base, config, f"adapter_{index}")
+        stir(base, 0.2)
+        base.eval()
+    for name in stack:
+        save_adapter(base, tmp_path / name, name)
+        set_adapter(base, name)
+        alone = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / name).eval()
+        torch.testing.assert_close(alone(x), base(x))
+    adds_up = {name: each for name, each in stack.items() if not each.use_dora and each.bias == "none"}
+    adds_up = {name: each for name, each in adds_up.items() if not each.modules_to_save}
+    if len(adds_up) > 1:
+        first, *others = adds_up
+        other = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / first, first)
+        for name in others:
+            other.load_adapter(tmp_path / name, name)
+        other.base_model.set_adapter(list(adds_up))
+        set_adapter(base, list(adds_up))
+        torch.testing.assert_close(other.eval()(x), base(x))
 
 
 def test_two_plain_adapters_equal_pefts_to_the_bit(tmp_path: Path) -> None:
@@ -307,6 +378,54 @@ def test_frozen_ones_are_verified_as_well_and_left_as_they_were(net: Net, x: Ten
     set_adapter(net, ["a", "c", "d"], trained=["a"])
     with pytest.raises(InertAdapterError, match=r"'unused \(c\)' .*; 'unused \(d\)'"):
         verify_adapters(net, x)
+
+
+class TestSomeOfThemDisabled:
+    """`disabled(net, names)` computes with the adapters that are left, and ends as it began."""
+
+    @pytest.fixture
+    def names(self, net: Net) -> list[str]:
+        configs = [CONFIGS[0], CONFIGS[2], CONFIGS[6], LoRAConfig(rank=1, target_modules=["conv"], bias="lora_only")]
+        for name, config in zip("abcd", configs, strict=True):
+            attach(net, config, name)
+            stir(net, 0.3)
+        set_adapter(net, list("abcd"), trained=["b", "d"])
+        return list("abcd")
+
+    @pytest.mark.parametrize("left_out", ["b", ["b", "d"], ["a", "c"], [], ["a", "b", "c", "d"]])
+    def test_the_others_add_up(self, net: Net, x: Tensor, names: list[str], left_out: str | list[str]) -> None:
+        whole, trains = net(x), {key for key, value in net.named_parameters() if value.requires_grad}
+        other = copy.deepcopy(net)
+        left = [name for name in names if name not in left_out]
+        if left:
+            set_adapter(other, left)
+        else:
+            detach(other)
+        expected = other(x)
+        with disabled(net):
+            base = net(x)
+        with disabled(net, left_out):
+            torch.testing.assert_close(net(x), expected)
+            with disabled(net, "a"), disabled(net):
+                assert torch.equal(net(x), base)
+            torch.testing.assert_close(net(x), expected)
+        assert torch.equal(net(x), whole)
+        assert {key for key, value in net.named_parameters() if value.requires_grad} == trains
+
+    def test_it_goes_before_merged_weights(self, net: Net, x: Tensor, names: list[str]) -> None:
+        with disabled(net, "b"):
+            without = net(x)
+        with merged(net):
+            both = net(x)
+            with disabled(net, "b"):
+                assert torch.equal(net(x), without)
+            assert torch.equal(net(x), both)
+
+    def test_a_name_that_does_not_exist_is_refused(self, net: Net, x: Tensor, names: list[str]) -> None:
+        whole = net(x)
+        with pytest.raises(ValueError, match="no adapters named 'z'; it has a, "), disabled(net, ["a", "z"]):
+            pass
+        assert torch.equal(net(x), whole)
 
 
 class TestModulesTrainedInFull:

@@ -1,4 +1,4 @@
-"""Converts adapters of experts to PEFT's format and back.
+"""Converts adapters of parameters by name, such as those of experts, to PEFT's format and back.
 
 PEFT wraps the module that holds the parameters, once per adapted parameter in the order of the module. The last one is
 the outermost, and each inner one has one more `.base_layer` in its name. PEFT's A has the shape (experts * r, in),
@@ -12,18 +12,21 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from lora_lightning.lora import AdaptedWeight, adapted_weights
+from lora_lightning.lora.readers import ParameterKind
 from lora_lightning.lora.selection import layers_of
 from lora_lightning.lora.targets import Target
 
 _INSIDE = ".base_layer"
 
 
-def is_experts(target: Target) -> bool:
-    """Return whether this parameter has one adapter per expert."""
-    return target.layout.experts
+def is_by_name(target: Target) -> bool:
+    """Return whether PEFT adapts this parameter by name: one of two dimensions, or with one adapter per expert."""
+    if target.layout.experts:
+        return True
+    return isinstance(target.kind, ParameterKind) and target.outline().dim() == 2
 
 
-def experts_to_peft(adapted: AdaptedWeight, prefix: str) -> dict[str, Tensor]:
+def by_name_to_peft(adapted: AdaptedWeight, prefix: str) -> dict[str, Tensor]:
     """Return the tensors of the adapters by PEFT's keys."""
     together = {
         found.parameter
@@ -33,10 +36,12 @@ def experts_to_peft(adapted: AdaptedWeight, prefix: str) -> dict[str, Tensor]:
     adapted_keys = [key for key in adapted.layer._parameters if key in together]
     name = prefix + adapted.layer_name + _INSIDE * (len(adapted_keys) - 1 - adapted_keys.index(adapted.parameter))
     a, b = adapted.adapter.factors()
-    return {f"{name}.lora_A.weight": a.flatten(0, 1), f"{name}.lora_B.weight": b.permute(1, 2, 0).flatten(1)}
+    if adapted.layout.experts:
+        a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+    return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
 
 
-def experts_from_peft(tensors: dict[str, Tensor], target_parameters: Iterable[str], module: nn.Module) -> list[str]:
+def by_name_from_peft(tensors: dict[str, Tensor], target_parameters: Iterable[str], module: nn.Module) -> list[str]:
     """Convert the tensors of parameters that PEFT adapted by name to our keys and shapes, in place.
 
     Args:
