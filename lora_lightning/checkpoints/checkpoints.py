@@ -37,7 +37,9 @@ def newest_checkpoint(path: str | os.PathLike[str]) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist; expected a checkpoint, or a log folder that contains one.")
-    found = sorted(path.rglob("*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file))
+    # A run that was killed may have left a link to a checkpoint that it had replaced.
+    files = [file for file in path.rglob("*.ckpt") if file.exists()]
+    found = sorted(files, key=lambda file: (file.stat().st_mtime_ns, file))
     if not found:
         raise FileNotFoundError(f"{path} contains no checkpoint (*.ckpt); run fit first, or choose another folder.")
     return found[-1]
@@ -72,7 +74,7 @@ def last_checkpoint(folder: Path) -> Path | None:
         key=lambda path: int(path.name.removeprefix("version_")),
     )
     for version in reversed(versions):
-        found = [path for path in version.rglob("*.ckpt") if not path.name.startswith(".")]
+        found = [path for path in version.rglob("*.ckpt") if path.exists() and not path.name.startswith(".")]
         if found:
             return max(found, key=lambda file: (file.stat().st_mtime_ns, file))
         if (version / STARTED_FROM).is_file():
