@@ -193,6 +193,7 @@ class LoRAFinetuning(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._random_state.on_train_batch_end(trainer)
         assert self._finite is not None
         self._finite.look(trainer, outputs)
 

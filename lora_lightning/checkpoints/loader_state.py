@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from torch.utils.data import DataLoader
 
 from lora_lightning.checkpoints.loader import ResumableLoader
 
@@ -73,6 +74,28 @@ def skip_batches(trainer: Trainer, count: int, generators: list[torch.Tensor]) -
     assert fetcher.iterator is not None
     for _ in range(count):
         next(fetcher.iterator)
+
+
+class ValidationLoaders:
+    """Keeps the loaders of the validation from drawing random numbers before the first batch of a resumed run.
+
+    Lightning creates their iterators there to count the batches of a validation that it does not repeat, and each iterator draws a
+    seed. The loaders get a generator of their own until the first batch.
+
+    Args:
+        trainer: The trainer.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        loaders = CombinedLoader(trainer.val_dataloaders or []).flattened
+        self._loaders = [each for each in loaders if isinstance(each, DataLoader) and each.generator is None]
+        for loader in self._loaders:
+            loader.generator = torch.Generator()
+
+    def restore(self) -> None:
+        """Give the loaders the generator of PyTorch again."""
+        for loader in self._loaders:
+            loader.generator = None
 
 
 def _all_keep_their_state(trainer: Trainer) -> bool:
