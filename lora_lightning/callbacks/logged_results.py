@@ -25,10 +25,11 @@ _SETTINGS = ("rank", "alpha", "dropout", "target_modules", "init", "use_rslora",
 
 
 def log_report(trainer: Trainer, pl_module: LightningModule, report: Report, figures: dict[str, Figure]) -> None:
-    """Log a report: figures for all loggers that support them, the settings with the errors for TensorBoard, and numbers per class for others.
+    """Log a report.
 
-    TensorBoard gets the numbers per class as a single figure, since each scalar would be a chart with one point. `figures` is the result
-    of `report_figures`.
+    Loggers that support them get figures, TensorBoard the settings with the errors, and others the numbers per class.
+    TensorBoard gets the numbers per class as a single figure, since each scalar would be a chart with one point.
+    `figures` is the result of `report_figures`.
     """
     for logger in trainer.loggers:
         names = _FIGURES

@@ -37,8 +37,8 @@ from lora_lightning.report.page import page_of
 class RecordedMetrics:
     """Records the logged metrics of a run as often as the loggers receive them, and the learning rate.
 
-    The trainer keeps a metric until it is measured again, for example that of a validation during the next training steps. Such a
-    value is recorded once.
+    The trainer keeps a metric until it is measured again, for example that of a validation during the next training
+    steps. Such a value is recorded once.
     """
 
     def __init__(self) -> None:

@@ -32,12 +32,13 @@ _SEED_OFFSET = 1_000_003
 class RandomState(Callback):
     """Saves the state of all random number generators with a checkpoint, and restores it when training resumes.
 
-    This covers PyTorch on the CPU and on the GPU of this process, NumPy and Python, and generators of the training loaders,
-    separately for each process of a run. The states are restored before the first batch is loaded, so the order of a
-    `DataLoader(shuffle=True)` continues, and so do augmentations. In the middle of an epoch, a loader without state of its own
-    loads and skips the batches that were trained on. Validation does not affect random numbers in training, so these depend
-    neither on the number of validations nor on the moment when a run stopped. A run continues with the correct epoch, also
-    with `max_steps`, and `ModelCheckpoint` continues with its best score, also in another folder.
+    This covers PyTorch on the CPU and on the GPU of this process, NumPy and Python, and generators of the training
+    loaders, separately for each process of a run. The states are restored before the first batch is loaded, so the
+    order of a `DataLoader(shuffle=True)` continues, and so do augmentations. In the middle of an epoch, a loader
+    without state of its own loads and skips the batches that were trained on. Validation does not affect random numbers
+    in training, so these depend neither on the number of validations nor on the moment when a run stopped. A run
+    continues with the correct epoch, also with `max_steps`, and `ModelCheckpoint` continues with its best score, also
+    in another folder.
 
     `LoRAFinetuning` includes this callback. Add it to runs without LoRA.
     """
@@ -164,8 +165,8 @@ def restore_random_state(state: dict[str, Any]) -> None:
 def own_random_numbers() -> Iterator[None]:
     """Make the random numbers in this context a function of the seed of the run.
 
-    The number of earlier draws depends on the strategy (`ddp` seeds again), but adapters must be the same on one device and on several.
-    The offset prevents reusing the numbers that initialized the base.
+    The number of earlier draws depends on the strategy (`ddp` seeds again), but adapters must be the same on one device
+    and on several. The offset prevents reusing the numbers that initialized the base.
     """
     seed = os.environ.get("PL_GLOBAL_SEED")
     if seed is None:

@@ -13,11 +13,12 @@ from lora_lightning.lightning_packages import is_a
 
 
 def keep_best_so_far(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Let `ModelCheckpoint` keep its best checkpoints and their scores. Call this in `on_load_checkpoint`, in all processes.
+    """Let `ModelCheckpoint` keep its best checkpoints and their scores.
 
-    If the resumed run has another `dirpath`, `ModelCheckpoint` would only keep the path, and replace it by that of its next checkpoint
-    (https://github.com/Lightning-AI/pytorch-lightning/pull/12045). It removes no file outside its `dirpath`. Nothing is changed if a
-    checkpoint no longer exists.
+    Call this in `on_load_checkpoint`, in all processes. If the resumed run has another `dirpath`, `ModelCheckpoint`
+    would only keep the path, and replace it by that of its next checkpoint
+    (https://github.com/Lightning-AI/pytorch-lightning/pull/12045). It removes no file outside its `dirpath`. Nothing is
+    changed if a checkpoint no longer exists.
     """
     for files in trainer.checkpoint_callbacks:
         state = checkpoint.get("callbacks", {}).get(files.state_key)
@@ -30,16 +31,17 @@ def keep_best_so_far(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 def warn_of_stochastic_averaging(trainer: Trainer) -> None:
     """Warn if `StochasticWeightAveraging` cannot continue exactly. Call this in `on_train_start` of a run that resumes.
 
-    Unless a run resumes from the end of an epoch, Lightning does not call `on_train_epoch_start` for its first epoch. There, the callback
-    sets the learning rate and adds to the average.
+    Unless a run resumes from the end of an epoch, Lightning does not call `on_train_epoch_start` for its first epoch.
+    There, the callback sets the learning rate and adds to the average.
     """
     is_called = not trainer.fit_loop.restarted_mid_epoch
     for callback in trainer.callbacks:  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         if is_a(callback, StochasticWeightAveraging) and not is_called and trainer.current_epoch >= callback.swa_start:
             rank_zero_warn(
-                "StochasticWeightAveraging does not continue exactly from a checkpoint that was written during an epoch: in Lightning, it "
-                "misses the start of this epoch, so the learning rate and the average differ from those of a run that was not stopped. "
-                "Resume from a checkpoint that was written at the end of an epoch, as ModelCheckpoint does by default."
+                "StochasticWeightAveraging does not continue exactly from a checkpoint that was written during an "
+                "epoch: in Lightning, it misses the start of this epoch, so the learning rate and the average differ "
+                "from those of a run that was not stopped. Resume from a checkpoint that was written at the end of an "
+                "epoch, as ModelCheckpoint does by default."
             )
 
 
