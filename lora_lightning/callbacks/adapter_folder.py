@@ -1,4 +1,4 @@
-"""Writes the adapters of a run as a folder: those of the best checkpoint if a metric was monitored, else the last ones."""
+"""Writes the adapters of a run as a folder: those of the best checkpoint if a metric is monitored, else the last."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class BestCheckpoint:
 class RunAdapters:
     """Keeps the adapters of the best checkpoint of a run, and writes the adapter folder of the run.
 
-    When a checkpoint is saved that is the best so far by a monitored metric, its adapters are copied from the state that is
-    being saved, and written to a folder beside the checkpoint. Nothing is read from a checkpoint afterwards.
+    When a checkpoint is saved that is the best so far by a monitored metric, its adapters are copied from the state
+    that is being saved, and written to a folder beside the checkpoint. Nothing is read from a checkpoint afterwards.
 
     Args:
         trainer: The trainer.

@@ -1,4 +1,4 @@
-"""Determines the adapters that a run trains or tests: new ones, those of a folder, or those that the model already has."""
+"""Determines the adapters that a run trains or tests: new ones, those of a folder, or those of the model."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def _attach_new(pl_module: LightningModule, adapted: nn.Module, config: LoRAConf
 def check_present_adapters(pl_module: LightningModule, config: LoRAConfig, source: str | None) -> None:
     """Check that a run can continue with the adapters that the model already has.
 
-    A cell of a notebook that runs twice then continues to train the adapters, as plain Lightning continues to train the weights.
+    A cell of a notebook that runs twice then continues to train the adapters, as plain Lightning continues to train the
+    weights.
 
     Args:
         pl_module: A model whose adapters come from another callback or from `attach`.

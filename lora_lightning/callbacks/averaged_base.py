@@ -40,8 +40,8 @@ def _copy_again(
 def restore_averaged_base(trainer: Trainer, pl_module: LightningModule, adapted: nn.Module) -> None:
     """Restore the frozen values in averaged copies of the model.
 
-    The average of a number with itself, computed as `d x + (1 - d) x`, can differ from the number. Call this before the averaged
-    parameters replace those of the model, so that the base does not change.
+    The average of a number with itself, computed as `d x + (1 - d) x`, can differ from the number. Call this before the
+    averaged parameters replace those of the model, so that the base does not change.
     """
     for _, averaged in _averaged(trainer):
         frozen = {id(buffer) for buffer in adapted.buffers()} | {
@@ -57,7 +57,8 @@ def restore_averaged_base(trainer: Trainer, pl_module: LightningModule, adapted:
 def restore_statistics(trainer: Trainer, pl_module: LightningModule) -> None:
     """Restore the statistics of frozen norm layers, which `StochasticWeightAveraging` resets before its last epoch.
 
-    The callback would estimate new statistics for the averaged weights. Its copy of the model still has the original ones.
+    The callback would estimate new statistics for the averaged weights. Its copy of the model still has the original
+    ones.
     """
     for callback, averaged in _averaged(trainer):
         if is_a(callback, StochasticWeightAveraging):

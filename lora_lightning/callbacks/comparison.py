@@ -24,34 +24,37 @@ from lora_lightning.report.terminal import show
 class ComparisonReport(Callback):
     """Reports what a model gets right and wrong, for any task. If the model has adapters, it also reports its base.
 
-    In `test` and `validate`, one pass over the data produces a table in the terminal and files in the log folder of the run. For
-    classes, these are `confusion.json`, `confusion.csv`, images of the matrices, the samples that changed, and `report.html`; for
-    other tasks `comparison.json` and `comparison.csv`. Loggers other than TensorBoard receive the numbers. During `fit`, each
-    validation logs the recall of every class as `val/recall/<class>`, or for more than 20 classes their mean as `val/mean_recall`, or the
-    numbers of another task. `metrics.csv`, `curves.png` and the report are written at the end. For more than 20 classes, the table, the
-    figures and the scalars contain the 20 with the lowest recall. Counts are exact on any number of devices. Each data loader has its
-    own report.
+    In `test` and `validate`, one pass over the data produces a table in the terminal and files in the log folder of the
+    run. For classes, these are `confusion.json`, `confusion.csv`, images of the matrices, the samples that changed, and
+    `report.html`; for other tasks `comparison.json` and `comparison.csv`. Loggers other than TensorBoard receive the
+    numbers. During `fit`, each validation logs the recall of every class as `val/recall/<class>`, or for more than 20
+    classes their mean as `val/mean_recall`, or the numbers of another task. `metrics.csv`, `curves.png` and the report
+    are written at the end. For more than 20 classes, the table, the figures and the scalars contain the 20 with the
+    lowest recall. Counts are exact on any number of devices. Each data loader has its own report.
 
-    The module does not need to return or log anything. The outputs are those of `forward` of the module in the step, or of one of its
-    children: a tensor, or an object, mapping or tuple with a tensor. The outputs of the base come from the same call with the adapters
-    disabled and a copy of the arguments, and the step runs once. The targets are the second element of the batch, or its entry `labels`,
-    `label`, `targets`, `target`, `y` or `mask`.
+    The module does not need to return or log anything. The outputs are those of `forward` of the module in the step, or
+    of one of its children: a tensor, or an object, mapping or tuple with a tensor. The outputs of the base come from
+    the same call with the adapters disabled and a copy of the arguments, and the step runs once. The targets are the
+    second element of the batch, or its entry `labels`, `label`, `targets`, `target`, `y` or `mask`.
 
-    The task follows from the dtypes, shapes and values of all batches, never from a single one, and is named in one line. While
-    several readings are possible, all are counted. If it can not be known, a warning asks for `task`, and nothing is counted.
+    The task follows from the dtypes, shapes and values of all batches, never from a single one, and is named in one
+    line. While several readings are possible, all are counted. If it can not be known, a warning asks for `task`, and
+    nothing is counted.
 
     Args:
-        class_names: Names of the classes or labels. The default is `class_names` of the data module, `classes` of the data set, or numbers.
+        class_names: Names of the classes or labels. The default is `class_names` of the data module, `classes` of the
+            data set, or numbers.
         verbose: Whether to print the table.
         target_key: Key or position of the targets in a batch, if it differs from the above.
-        ignore_index: Target to ignore in addition to -100. The default is the hyper-parameter of this name of the module, if any.
-        task: `"classes"`, `"tokens"` (classes last), `"next_tokens"` (shifted by one), `"segmentation"` (classes second), `"multilabel"`
-            or `"regression"`, if it is not to be found out.
+        ignore_index: Target to ignore in addition to -100. The default is the hyper-parameter of this name of the
+            module, if any.
+        task: `"classes"`, `"tokens"` (classes last), `"next_tokens"` (shifted by one), `"segmentation"` (classes
+            second), `"multilabel"` or `"regression"`, if it is not to be found out.
         output_key: Key, attribute or position of the outputs in the output of the model, if it has several that fit.
-        metrics: Metrics of torchmetrics to compute for the adapted model and its base. They receive outputs of shape (N, C), (N, K) or
-            (N,), and targets of shape (N,) or (N, K), without those to ignore.
-        against: Which of the active adapters the base of the report has: `None` for none, `"frozen"` for those that are not trained, or
-            a list of their names.
+        metrics: Metrics of torchmetrics to compute for the adapted model and its base. They receive outputs of shape
+            (N, C), (N, K) or (N,), and targets of shape (N,) or (N, K), without those to ignore.
+        against: Which of the active adapters the base of the report has: `None` for none, `"frozen"` for those that are
+            not trained, or a list of their names.
 
     Attributes:
         reports: The latest `Report` of each data loader in `test` or `validate`, on every device.

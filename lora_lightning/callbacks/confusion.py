@@ -11,8 +11,8 @@ from lora_lightning.evaluation import CLASS_TASKS
 class ConfusionReport(ComparisonReport):
     """Reports the confusion matrix of a model. If the model has adapters, it also reports that of its base.
 
-    This is `ComparisonReport` for one class per sample, pixel or token, and has the same arguments and files. For another task, it
-    counts nothing and says so in a warning.
+    This is `ComparisonReport` for one class per sample, pixel or token, and has the same arguments and files. For
+    another task, it counts nothing and says so in a warning.
     """
 
     tasks: ClassVar[tuple[str, ...]] = CLASS_TASKS

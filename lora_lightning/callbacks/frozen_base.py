@@ -18,10 +18,11 @@ from lora_lightning.wording import some_of
 class FrozenBase:
     """Compares the base with its state at the start of training.
 
-    No tensor may change by a single bit, except those that the user's code may update itself: buffers other than the statistics of norm
-    layers (the centre of DINO's teacher, the counts of a metric), and parameters that were already frozen before `attach` while others
-    were not (a teacher that follows its student by a moving average). A warning names those that change, and checkpoints include them.
-    Active adapters that are frozen belong to the base in this sense.
+    No tensor may change by a single bit, except those that the user's code may update itself: buffers other than the
+    statistics of norm layers (the centre of DINO's teacher, the counts of a metric), and parameters that were already
+    frozen before `attach` while others were not (a teacher that follows its student by a moving average). A warning
+    names those that change, and checkpoints include them. Active adapters that are frozen belong to the base in this
+    sense.
 
     Args:
         adapted: The module that `attach` was called with.
@@ -41,7 +42,7 @@ class FrozenBase:
         self._writes: dict[str, int] | None = self._count_writes()
 
     def changed(self) -> tuple[list[str], list[str]]:
-        """Return the keys of the frozen tensors that changed, and of the tensors that changed and that the user's code may update."""
+        """Return the keys of the frozen tensors that changed, and of those that the user's code may update and has."""
         now = digests(self.adapted)
         changed = [key for key, digest in self.at_start.items() if now.get(key) != digest]
         adapters = _frozen_adapters(self.adapted)
@@ -56,8 +57,8 @@ class FrozenBase:
     def warn_of_changes(self) -> None:
         """Warn once about tensors that the user's code has updated, and once about frozen tensors that have changed.
 
-        Frozen tensors are only hashed if something has written to them since the last call. They are not refused yet, since the code may
-        restore them before the end of training.
+        Frozen tensors are only hashed if something has written to them since the last call. They are not refused yet,
+        since the code may restore them before the end of training.
         """
         self._warn_of_frozen()
         self._warn_of_updates()
@@ -71,8 +72,8 @@ class FrozenBase:
         if changed:
             self._writes = None
             rank_zero_warn(
-                f"The frozen base has changed: {some_of(map(repr, changed))}. Some code writes to them. `fit` will end with an error "
-                "unless they are restored, since the adapters only fit this base."
+                f"The frozen base has changed: {some_of(map(repr, changed))}. Some code writes to them. `fit` will end "
+                "with an error unless they are restored, since the adapters only fit this base."
             )
 
     def _warn_of_updates(self) -> None:
@@ -83,8 +84,8 @@ class FrozenBase:
         if changed:
             self._warned = True
             rank_zero_warn(
-                f"{self.kind_of(changed).capitalize()} of the base changed during training: {some_of(map(repr, changed))}. They are saved in "
-                "checkpoints, but not in adapter folders."
+                f"{self.kind_of(changed).capitalize()} of the base changed during training: "
+                f"{some_of(map(repr, changed))}. They are saved in checkpoints, but not in adapter folders."
             )
 
     def _count_writes(self) -> dict[str, int]:

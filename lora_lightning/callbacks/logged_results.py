@@ -31,7 +31,7 @@ _OUTCOME = "verdict"
 
 
 def log_scalar(trainer: Trainer, name: str, value: float) -> None:
-    """Log a number of ours at the current step. TensorBoard, which sorts by name, shows it after the metrics of the user."""
+    """Log a number of ours. TensorBoard, which sorts by name, shows it after the metrics of the user."""
     for logger in trainer.loggers:
         tag = f"{_OURS}/{name}" if is_a(logger, TensorBoardLogger) else name
         logger.log_metrics({tag: value}, trainer.global_step)
@@ -44,10 +44,11 @@ def log_report(
     figures: dict[str, Figure],
     further: Mapping[str, object],
 ) -> None:
-    """Log a report: figures for all loggers that support them, the settings with the errors for TensorBoard, and numbers per class for others.
+    """Log a report.
 
-    TensorBoard gets the numbers per class as a single figure, since each scalar would be a chart with one point. `figures` is the result
-    of `report_figures`, and `further` are further settings.
+    Loggers that support them get figures, TensorBoard the settings with the errors, and others the numbers per class.
+    TensorBoard gets the numbers per class as a single figure, since each scalar would be a chart with one point.
+    `figures` is the result of `report_figures`, and `further` are further settings.
     """
     for logger in trainer.loggers:
         names = _FIGURES
@@ -72,7 +73,7 @@ def log_outcome_of_fit(trainer: Trainer, pl_module: LightningModule, report: Rep
 
 
 def show_charts(trainer: Trainer) -> None:
-    """Let TensorBoard draw training and validation in one chart for each metric, and all recalls in another, under custom scalars."""
+    """Let TensorBoard draw training and validation of a metric in one chart, and all recalls in another."""
     charts = charts_of(map(str, trainer.callback_metrics))
     for logger in trainer.loggers:
         if charts and is_a(logger, TensorBoardLogger) and trainer.is_global_zero:

@@ -44,31 +44,35 @@ from lora_lightning.wording import some_of
 class LoRAFinetuning(Callback):
     """Freezes a trained model, attaches adapters before the optimizer is created, and trains only the adapters.
 
-    The callback works with any `LightningModule` whose layers exist after `__init__`, `setup` or `configure_model`, and whose
-    `configure_optimizers` uses all parameters or those that require gradients. Checkpoints contain the adapters without the base, and
-    can be passed as `ckpt_path`. At the end of `fit`, the adapters are written in PEFT's format to `<log folder>/adapter`, or without a
-    logger to `<checkpoints>/adapter`. They are those of the best checkpoint if `ModelCheckpoint` monitors a metric, else the last ones.
-    Checkpoints include random states, as with `RandomState`.
+    The callback works with any `LightningModule` whose layers exist after `__init__`, `setup` or `configure_model`, and
+    whose `configure_optimizers` uses all parameters or those that require gradients. Checkpoints contain the adapters
+    without the base, and can be passed as `ckpt_path`. At the end of `fit`, the adapters are written in PEFT's format
+    to `<log folder>/adapter`, or without a logger to `<checkpoints>/adapter`. They are those of the best checkpoint if
+    `ModelCheckpoint` monitors a metric, else the last ones. Checkpoints include random states, as with `RandomState`.
 
     Args:
         config: A `LoRAConfig` or its arguments, instead of or in addition to `arguments`.
-        base_checkpoint: Checkpoint of the base, a file of Lightning or a bare state dict, or a log folder, whose newest checkpoint is used.
-            `None` adapts the model as it is.
-        weights_only: Whether to refuse `base_checkpoint` if it holds objects other than tensors and plain values, as in `torch.load`.
-            `False` makes them, which may run code. With `None`, they are neither refused nor made, as only tensors are needed.
-        adapter: Folder of adapters to start from, written by `fit` or PEFT, or a log folder, whose newest adapter is used. The folder
-            determines the adapted layers, and `config` is ignored. `None` creates new adapters. A list of folders adds up their
-            adapters under the names of the folders, or `adapter_1`, .... With arguments of `LoRAConfig` other than the defaults, these
-            adapters stay frozen, and new ones are trained beside them; without any, they are trained themselves.
-        checkpoints: What checkpoints hold. `"adapters"`: the adapters without the base. `"full"`: the merged weights under the keys of the
-            plain model, for libraries that read checkpoints themselves, and the adapters beside them for resuming.
+        base_checkpoint: Checkpoint of the base, a file of Lightning or a bare state dict, or a log folder, whose newest
+            checkpoint is used. `None` adapts the model as it is.
+        weights_only: Whether to refuse `base_checkpoint` if it holds objects other than tensors and plain values, as in
+            `torch.load`. `False` makes them, which may run code. With `None`, they are neither refused nor made, as
+            only tensors are needed.
+        adapter: Folder of adapters to start from, written by `fit` or PEFT, or a log folder, whose newest adapter is
+            used. The folder determines the adapted layers, and `config` is ignored. `None` creates new adapters. A list
+            of folders adds up their adapters under the names of the folders, or `adapter_1`, .... With arguments of
+            `LoRAConfig` other than the defaults, these adapters stay frozen, and new ones are trained beside them;
+            without any, they are trained themselves.
+        checkpoints: What checkpoints hold. `"adapters"`: the adapters without the base. `"full"`: the merged weights
+            under the keys of the plain model, for libraries that read checkpoints themselves, and the adapters beside
+            them for resuming.
         verify: Whether to warn after the first epoch about adapters that training has not changed.
-        arguments: The arguments of `LoRAConfig`. Names can be relative to the adapted child or to the whole module. New last layers of
-            `image_backbone` and `text_backbone` are added to `modules_to_save` if this is a list.
+        arguments: The arguments of `LoRAConfig`. Names can be relative to the adapted child or to the whole module. New
+            last layers of `image_backbone` and `text_backbone` are added to `modules_to_save` if this is a list.
 
     Raises:
-        ValueError: If a value is out of range. In `setup`, for the reasons of `attach`, if a checkpoint or folder does not fit, or if the
-            model already has other adapters. In `fit`, if the optimizer lacks the adapters or has other parameters.
+        ValueError: If a value is out of range. In `setup`, for the reasons of `attach`, if a checkpoint or folder does
+            not fit, or if the model already has other adapters. In `fit`, if the optimizer lacks the adapters or has
+            other parameters.
         FileNotFoundError: In `setup`, if a checkpoint or folder does not exist.
         NotFiniteError: In `fit`, if the adapters contain NaN or infinity.
         RuntimeError: At the end of `fit`, if the frozen base has changed.
@@ -193,6 +197,7 @@ class LoRAFinetuning(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._random_state.on_train_batch_end(trainer)
         assert self._finite is not None
         self._finite.look(trainer, outputs)
 
@@ -252,8 +257,8 @@ class LoRAFinetuning(Callback):
         frozen, updated = self._frozen.changed()
         if frozen:
             raise RuntimeError(
-                f"The frozen base changed during training: {some_of(map(repr, frozen))}. Some code writes to them, for example an optimizer "
-                f"that has these parameters. Adapter: {self.adapter_folder}."
+                f"The frozen base changed during training: {some_of(map(repr, frozen))}. Some code writes to them, for "
+                f"example an optimizer that has these parameters. Adapter: {self.adapter_folder}."
             )
         kind, names = self._frozen.kind_of(updated), some_of(map(repr, updated))
         but = f", but for {kind} that the model's own code changes: {names}" if updated else ""

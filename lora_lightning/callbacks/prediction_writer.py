@@ -32,10 +32,10 @@ class _Prediction:
 class PredictionWriter(BasePredictionWriter):
     """Prints the most likely classes of each sample and writes `predictions.csv` to the log folder of the run.
 
-    The output contains each sample of all devices once, in the order of the data set. `predict_step` of the module must return logits or
-    probabilities of shape (B, C): a tensor, or an object, mapping or tuple with a tensor. The names of files and classes come from
-    `predict_files` and `class_names` of the data module. Without these, they are numbers. With several data loaders, a sample is called
-    `<loader>/<sample>`.
+    The output contains each sample of all devices once, in the order of the data set. `predict_step` of the module must
+    return logits or probabilities of shape (B, C): a tensor, or an object, mapping or tuple with a tensor. The names of
+    files and classes come from `predict_files` and `class_names` of the data module. Without these, they are numbers.
+    With several data loaders, a sample is called `<loader>/<sample>`.
 
     Args:
         top_k: Number of classes per sample, in order of decreasing probability.
@@ -70,8 +70,8 @@ class PredictionWriter(BasePredictionWriter):
         logits = next((each for each in tensors_of(prediction) if each.is_floating_point() and each.dim() == 2), None)
         if logits is None:
             rank_zero_warn(
-                f"The predictions are not saved: predict_step of {type(pl_module).__name__} returns {described(prediction)}; expected "
-                "logits of shape (batch, classes)."
+                f"The predictions are not saved: predict_step of {type(pl_module).__name__} returns "
+                f"{described(prediction)}; expected logits of shape (batch, classes)."
             )
             return
         samples = list(batch_indices or _sampled(trainer, batch_idx, dataloader_idx))
@@ -134,7 +134,7 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def _sampled(trainer: Trainer, batch_idx: int, loader: int) -> Sequence[int]:
-    """Return the numbers of the samples in a batch, which the trainer of `pytorch_lightning` only passes to its own writers."""
+    """Return the numbers of the samples in a batch, which `pytorch_lightning` only passes to its own writers."""
     loaders = trainer.predict_dataloaders
     batch_sampler = getattr(loaders[loader] if isinstance(loaders, list | tuple) else loaders, "batch_sampler", None)
     batches: list[list[int]] = getattr(batch_sampler, "seen_batch_indices", [])

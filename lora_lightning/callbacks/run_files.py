@@ -39,8 +39,8 @@ from lora_lightning.report.page import page_of
 class RecordedMetrics:
     """Records the logged metrics of a run as often as the loggers receive them, and the learning rate.
 
-    The trainer keeps a metric until it is measured again, for example that of a validation during the next training steps. Such a
-    value is recorded once.
+    The trainer keeps a metric until it is measured again, for example that of a validation during the next training
+    steps. Such a value is recorded once.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class RecordedMetrics:
             self.history.record(trainer.global_step, metrics)
 
     def write(self, trainer: Trainer, pl_module: LightningModule, validations: Mapping[str, Any]) -> None:
-        """Write `metrics.csv`, `curves.png` and the report of the run, with the result of its validations, to the log folder."""
+        """Write `metrics.csv`, `curves.png` and the report with the result of the validations to the log folder."""
         folder = log_folder(trainer)
         if folder is None or not trainer.is_global_zero or not self.history.rows:
             return
@@ -113,7 +113,7 @@ def log_folder(trainer: Trainer) -> str | None:
 def write_facts(
     trainer: Trainer, pl_module: LightningModule, folder: str, further: Mapping[str, Any] | None = None
 ) -> None:
-    """Write `run.json` with what is known of the run and `further` facts if it does not exist, and the report of the run."""
+    """Write `run.json` with what is known and `further` facts if it does not exist, and the report of the run."""
     packages: tuple[Any, ...] = (lora_lightning, torch, lightning)
     trained, total = trained_and_total(pl_module)
     checkpoint = trainer.ckpt_path if trainer.state.fn != "fit" else None

@@ -55,7 +55,10 @@ def trained_and_total(module: nn.Module) -> tuple[int, int]:
 
 
 def stage_metrics(trainer: Trainer, stage: str) -> dict[str, float]:
-    """Return the metrics of the last `"val"` or `"test"` by their names without `val/` or `val_`, except those of single classes."""
+    """Return the metrics of the last `"val"` or `"test"`, except those of single classes.
+
+    Their names are without `val/` or `val_`.
+    """
     found = {
         name[len(stage) + 1 :]: float(value) for name, value in trainer.callback_metrics.items() if _is_of(stage, name)
     }

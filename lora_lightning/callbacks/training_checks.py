@@ -26,7 +26,8 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.M
     """Compare the parameters of the optimizers with those that should be trained.
 
     Raises:
-        ValueError: If adapters are in no optimizer, or if an optimizer has other trained parameters. The message names them.
+        ValueError: If adapters are in no optimizer, or if an optimizer has other trained parameters. The message names
+            them.
     """
     if not any(optimizer.param_groups for optimizer in trainer.optimizers):
         return  # the module uses its own optimizers, or does not train, and Lightning warns
@@ -38,15 +39,16 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.M
     module = type(pl_module).__name__
     if missing := [name for name, key in trainable.items() if key in ours and key not in held]:
         raise ValueError(
-            f"The optimizer of this {module} does not have {some_of(map(repr, missing))}: these adapters would never be trained. Create it in "
-            "configure_optimizers, when the adapters exist, from the parameters that require gradients; or leave the layers out with "
-            "exclude_modules."
+            f"The optimizer of this {module} does not have {some_of(map(repr, missing))}: these adapters would never "
+            "be trained. Create it in configure_optimizers, when the adapters exist, from the parameters that require "
+            "gradients; or leave the layers out with exclude_modules."
         )
     if in_full := [name for name, key in trainable.items() if key in held and key not in ours]:
         raise ValueError(
-            f"The optimizer of this {module} has {some_of(map(repr, in_full))}, which are not adapters: they would be trained in full, and be "
-            "missing from the adapter folder. Create these layers before the optimizer, in __init__, setup or configure_model, and "
-            "name them in modules_to_save; or freeze them, and remove callbacks like BackboneFinetuning that unfreeze them."
+            f"The optimizer of this {module} has {some_of(map(repr, in_full))}, which are not adapters: they would be "
+            "trained in full, and be missing from the adapter folder. Create these layers before the optimizer, in "
+            "__init__, setup or configure_model, and name them in modules_to_save; or freeze them, and remove "
+            "callbacks like BackboneFinetuning that unfreeze them."
         )
 
 
@@ -66,8 +68,8 @@ def refuse_pruning(trainer: Trainer) -> None:
             ]
             if frozen:
                 raise ValueError(
-                    f"ModelPruning is configured to prune frozen parameters: {some_of(frozen)}. Prune the base before adapters are attached, or "
-                    "pass the layers in modules_to_save as parameters_to_prune."
+                    f"ModelPruning is configured to prune frozen parameters: {some_of(frozen)}. Prune the base before "
+                    "adapters are attached, or pass the layers in modules_to_save as parameters_to_prune."
                 )
 
 
@@ -81,8 +83,8 @@ def refuse_strategy(strategy: Strategy) -> None:
     if is_a(strategy, FSDPStrategy) or stage_3:
         name = f"{type(strategy).__name__}{' with stage 3' if stage_3 else ''}"
         raise ValueError(
-            f"{name} replaces the parameters that adapters belong to. Use ModelParallelStrategy, which is FSDP2, with fully_shard in "
-            "configure_model; or ddp."
+            f"{name} replaces the parameters that adapters belong to. Use ModelParallelStrategy, which is FSDP2, with "
+            "fully_shard in configure_model; or ddp."
         )
 
 
@@ -104,18 +106,18 @@ class UntrainedAdapters:
         if names:
             shown = [name or type(self.adapted).__name__ for name in names]
             rank_zero_warn(
-                f"Training has not changed the adapters of {some_of(map(repr, shown))}: no gradient has reached them in the first epoch, or "
-                "the learning rate was zero. If nothing calls these layers, leave them out with exclude_modules; verify=False turns "
-                "this warning off."
+                f"Training has not changed the adapters of {some_of(map(repr, shown))}: no gradient has reached them "
+                "in the first epoch, or the learning rate was zero. If nothing calls these layers, leave them out with "
+                "exclude_modules; verify=False turns this warning off."
             )
 
 
 class FiniteAdapters:
     """Stops training if what is trained is no longer finite.
 
-    Checkpoints refuse such values as well, so the last finite checkpoint is kept. On one device, the values are checked after a loss that
-    is not finite; mixed precision may skip such a step without any harm. On several, they are checked at each logged step, since all
-    devices then find the same.
+    Checkpoints refuse such values as well, so the last finite checkpoint is kept. On one device, the values are checked
+    after a loss that is not finite; mixed precision may skip such a step without any harm. On several, they are checked
+    at each logged step, since all devices then find the same.
 
     Args:
         adapted: The model with the adapters.
@@ -150,7 +152,8 @@ class FiniteAdapters:
         """Check the adapters.
 
         Raises:
-            NotFiniteError: If adapters are not finite. The message names them, the batch, and the last finite checkpoint.
+            NotFiniteError: If adapters are not finite. The message names them, the batch, and the last finite
+                checkpoint.
         """
         names = [
             key for key, value in adapter_state_dict(self.adapted).items() if not bool(local(value).isfinite().all())
@@ -166,8 +169,8 @@ class FiniteAdapters:
         last = getattr(files, "last_model_path", "") or getattr(files, "best_model_path", "")
         kept = f"The last checkpoint, {last}, is finite. " if last else ""
         raise NotFiniteError(
-            f"Training has diverged: {some_of(map(repr, names))} contain NaN or infinity{since}. {kept}Lower the learning rate, or clip "
-            "gradients with gradient_clip_val."
+            f"Training has diverged: {some_of(map(repr, names))} contain NaN or infinity{since}. {kept}Lower the "
+            "learning rate, or clip gradients with gradient_clip_val."
         )
 
     def _check_losses(self, trainer: Trainer) -> None:

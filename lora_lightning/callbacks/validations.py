@@ -8,7 +8,7 @@ from lora_lightning.evaluation import Confusion, Labels, Report, Values, or_none
 
 
 class Validations:
-    """Keeps the number of errors, or the mean absolute error, of each validation of a `fit`, and of the base in the first one.
+    """Keeps the errors, or the mean absolute error, of each validation of a `fit`, and those of the base in the first.
 
     Attributes:
         last: The report of the last validation, or `None` before.
@@ -33,7 +33,7 @@ class Validations:
         self._each.append(_main_number(report.adapted))
 
     def facts(self) -> dict[str, Any]:
-        """Return plain numbers for `run.json`. `guess` are the errors of a model that always predicts the most frequent class."""
+        """Return plain numbers for `run.json`. `guess` are the errors of always predicting the most frequent class."""
         return {"validations": self._facts | {"each": self._each}} if self._each else {}
 
 

@@ -31,8 +31,8 @@ _WITHOUT_FILE = "the model as it was created"
 _STATES = ("state_dict", "current_model_state", "average_model_state")
 """Entries that hold the model's state.
 
-`WeightAveraging` saves the averaged state under the first key and the current one under the second. `StochasticWeightAveraging` saves the
-averaged state under the third key, among the states of callbacks.
+`WeightAveraging` saves the averaged state under the first key and the current one under the second.
+`StochasticWeightAveraging` saves the averaged state under the third key, among the states of callbacks.
 """
 
 
@@ -53,8 +53,8 @@ class CheckpointListener(Protocol):
 class AdapterContent:
     """Determines the content of a checkpoint of adapters: the part of the model's state, and a description.
 
-    The entry `lora_lightning` contains the configuration and the scales of the adapters, the SHA-256 fingerprint of the base, and the
-    path of the base as a hint.
+    The entry `lora_lightning` contains the configuration and the scales of the adapters, the SHA-256 fingerprint of the
+    base, and the path of the base as a hint.
 
     Args:
         pl_module: The adapted model.
@@ -62,8 +62,9 @@ class AdapterContent:
         base_fingerprint: The `base_fingerprint` of this part.
         base_path: The file of the base, if any.
         updated: Names of the tensors of the base that the user's code has updated. Later ones are added.
-        is_full: Whether the state of the model in a checkpoint is that of the plain, merged model, for libraries that read checkpoints
-            themselves. The adapters, and the adapted weights of the base unless it has a file, are then in the description.
+        is_full: Whether the state of the model in a checkpoint is that of the plain, merged model, for libraries that
+            read checkpoints themselves. The adapters, and the adapted weights of the base unless it has a file, are
+            then in the description.
 
     Attributes:
         at_start: Digests of the tensors of the base that the user's code may update, at the start of training.
@@ -112,26 +113,28 @@ class AdapterContent:
         """
         if description is None:
             raise ValueError(
-                f"{path} is a full checkpoint, but with LoRAFinetuning, ckpt_path is a checkpoint of adapters. Pass this "
-                "one as base_checkpoint of LoRAFinetuning."
+                f"{path} is a full checkpoint, but with LoRAFinetuning, ckpt_path is a checkpoint of adapters. Pass "
+                "this one as base_checkpoint of LoRAFinetuning."
             )
         saved, attached = description["adapters"], self._adapters()
         if saved != attached:
             raise ValueError(
-                f"{path} contains adapters that differ from those of the model. In the checkpoint: {_summary(saved)}; attached: "
-                f"{_summary(attached)}. Configure LoRAFinetuning with the rank, alpha, targets and variant of the checkpoint."
+                f"{path} contains adapters that differ from those of the model. In the checkpoint: {_summary(saved)}; "
+                f"attached: {_summary(attached)}. Configure LoRAFinetuning with the rank, alpha, targets and variant "
+                "of the checkpoint."
             )
         if description["base_fingerprint"] != self.base_fingerprint and _BASE not in description:
             trained_on = description["base_path"]
             advice = (
                 "Set base_checkpoint of LoRAFinetuning to the first one."
                 if trained_on
-                else "Create the model with the same weights as in the training, for example with the same seed, without base_checkpoint."
+                else "Create the model with the same weights as in the training, for example with the same seed, "
+                "without base_checkpoint."
             )
             raise ValueError(
-                f"{path} contains adapters of another base: they were trained on {trained_on or _WITHOUT_FILE} (fingerprint "
-                f"{description['base_fingerprint'][:12]}), but the base of the model is {self.base_path or _WITHOUT_FILE} "
-                f"({self.base_fingerprint[:12]}). {advice}"
+                f"{path} contains adapters of another base: they were trained on {trained_on or _WITHOUT_FILE} "
+                f"(fingerprint {description['base_fingerprint'][:12]}), but the base of the model is "
+                f"{self.base_path or _WITHOUT_FILE} ({self.base_fingerprint[:12]}). {advice}"
             )
 
     def part(self) -> str:
@@ -169,7 +172,8 @@ class AdapterContent:
     def base_keys(self) -> set[str]:
         """Return the names of the parameters and buffers of the frozen base, which checkpoints omit.
 
-        Checkpoints include trained parameters, buffers outside the adapted part, and tensors inside it that the user's code has updated.
+        Checkpoints include trained parameters, buffers outside the adapted part, and tensors inside it that the user's
+        code has updated.
         """
         prefix = self.part()
         frozen = {
@@ -215,9 +219,9 @@ class AdapterContent:
 class AdapterCheckpointIO(CheckpointIO):
     """Omits the frozen base when saving a checkpoint, and takes it from the model when loading one.
 
-    This applies everywhere in Lightning: `ModelCheckpoint` in all modes, `save_weights_only`, `Trainer.save_checkpoint`, and
-    `ckpt_path` in `fit`, `validate`, `test` and `predict`, including strict loading. After the adapters are merged or detached, or if
-    the trainer has another model, checkpoints are passed on unchanged.
+    This applies everywhere in Lightning: `ModelCheckpoint` in all modes, `save_weights_only`,
+    `Trainer.save_checkpoint`, and `ckpt_path` in `fit`, `validate`, `test` and `predict`, including strict loading.
+    After the adapters are merged or detached, or if the trainer has another model, checkpoints are passed on unchanged.
 
     A checkpoint with another base or other adapters is refused.
 
@@ -311,8 +315,8 @@ def not_finite(state: Mapping[str, Tensor], trained: Container[str]) -> list[str
 def not_written(path: object, names: list[str]) -> str:
     """Return the error message for a checkpoint whose adapters of these names are not finite."""
     return (
-        f"{path} is not written: {some_of(map(repr, names))} contain NaN or infinity. Checkpoints that were written before are kept. "
-        "Lower the learning rate, or clip gradients with gradient_clip_val."
+        f"{path} is not written: {some_of(map(repr, names))} contain NaN or infinity. Checkpoints that were written "
+        "before are kept. Lower the learning rate, or clip gradients with gradient_clip_val."
     )
 
 

@@ -33,8 +33,8 @@ def write_atomically(files: CheckpointIO) -> CheckpointIO:
 class AtomicCheckpointIO(CheckpointIO):
     """Writes a checkpoint to a temporary file in the same folder and renames it. Refuses to read damaged checkpoints.
 
-    If a run is killed while it saves, the previous checkpoint, or none, remains under the final name. Lightning itself writes to the
-    temporary folder of the system and copies the file if that is on another disk.
+    If a run is killed while it saves, the previous checkpoint, or none, remains under the final name. Lightning itself
+    writes to the temporary folder of the system and copies the file if that is on another disk.
 
     Args:
         checkpoint_io: The CheckpointIO that reads and writes the files.
@@ -69,8 +69,8 @@ class AtomicCheckpointIO(CheckpointIO):
             with contextlib.suppress(OSError):
                 _remove(unfinished)
             raise OSError(
-                f"The checkpoint {path} could not be written ({error.strerror or error}). Earlier checkpoints are intact. Free "
-                "some space or choose another folder, then resume with --ckpt_path last."
+                f"The checkpoint {path} could not be written ({error.strerror or error}). Earlier checkpoints are "
+                "intact. Free some space or choose another folder, then resume with --ckpt_path last."
             ) from error
 
     @override

@@ -29,9 +29,9 @@ ADAPTER_KEY = "lora_lightning"
 def newest_checkpoint(path: str | os.PathLike[str]) -> Path:
     """Return `path` if it is a file, else the checkpoint of the newest run in or below this folder.
 
-    A run of the command line that finished comes before one that was interrupted or still runs. Its checkpoint is the best one,
-    whose adapters are in its adapter folder, or the last one if no metric is monitored. Other runs are not recorded, and the
-    newest `*.ckpt` is theirs.
+    A run of the command line that finished comes before one that was interrupted or still runs. Its checkpoint is the
+    best one, whose adapters are in its adapter folder, or the last one if no metric is monitored. Other runs are not
+    recorded, and the newest `*.ckpt` is theirs.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -50,17 +50,18 @@ def newest_checkpoint(path: str | os.PathLike[str]) -> Path:
 
 
 def _by_age(folder: Path, pattern: str) -> list[Path]:
-    """Return the files with names of this pattern in a folder: those of runs that did not finish, then others, the newest last."""
+    """Return the files of this pattern in a folder: those of runs that did not finish, then others, the newest last."""
 
     def key(file: Path) -> tuple[bool, int, Path]:
         record = RunRecord.of(file)
         return record is None or record.steps is not None, file.stat().st_mtime_ns, file
 
-    return sorted(folder.rglob(pattern), key=key)
+    # A run that was killed may have left a link to a checkpoint that it had replaced.
+    return sorted((file for file in folder.rglob(pattern) if file.exists()), key=key)
 
 
 def choice_in_words(chosen: Path) -> str:
-    """Return the file or folder of a run with its steps, if they are known, and its date: `last.ckpt (600 steps, 2026-11-30 12:01)`."""
+    """Return a file or folder of a run with its steps, if known, and date: `a.ckpt (600 steps, 2026-11-30 12:01)`."""
     record = RunRecord.of(chosen)
     time = datetime.fromtimestamp(chosen.stat().st_mtime).astimezone().isoformat(" ", "minutes")[:16]
     if record is None:
@@ -101,8 +102,8 @@ def newest_adapter(path: str | os.PathLike[str]) -> Path:
     found = _by_age(path, ADAPTER_CONFIG)
     if not found:
         raise FileNotFoundError(
-            f"{path} is not an adapter folder and contains none ({ADAPTER_CONFIG}); expected the folder that fit wrote, a log folder, "
-            "or 'none' for the base."
+            f"{path} is not an adapter folder and contains none ({ADAPTER_CONFIG}); expected the folder that fit "
+            "wrote, a log folder, or 'none' for the base."
         )
     return found[-1].parent
 
@@ -110,15 +111,15 @@ def newest_adapter(path: str | os.PathLike[str]) -> Path:
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint to resume the last run in `folder`: the newest one of the newest `version_N`.
 
-    If that run was itself resumed and stopped before it saved a checkpoint, this is the checkpoint that it started from. Returns `None`
-    if there is no checkpoint.
+    If that run was itself resumed and stopped before it saved a checkpoint, this is the checkpoint that it started
+    from. Returns `None` if there is no checkpoint.
     """
     versions = sorted(
         (path for path in folder.glob("version_*") if path.name.removeprefix("version_").isdecimal()),
         key=lambda path: int(path.name.removeprefix("version_")),
     )
     for version in reversed(versions):
-        found = [path for path in version.rglob("*.ckpt") if not path.name.startswith(".")]
+        found = [path for path in version.rglob("*.ckpt") if path.exists() and not path.name.startswith(".")]
         if found:
             return max(found, key=lambda file: (file.stat().st_mtime_ns, file))
         if (record := RunRecord.read(version)) is not None:
@@ -131,8 +132,9 @@ def read_checkpoint(path: Path, weights_only: bool | None = True) -> dict[str, A
 
     Args:
         path: The file.
-        weights_only: Whether to refuse objects other than tensors and plain values, since reading others may run code. `None` leaves this
-            to PyTorch, which refuses them unless the environment variable `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD` is set.
+        weights_only: Whether to refuse objects other than tensors and plain values, since reading others may run code.
+            `None` leaves this to PyTorch, which refuses them unless the environment variable
+            `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD` is set.
 
     Raises:
         ValueError: If the file is damaged, or not a Lightning checkpoint.
@@ -171,7 +173,10 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def paths_are_safe() -> Iterator[None]:
-    """Allow `torch.load` to read paths of `pathlib` with `weights_only` in this context, since hyper-parameters often are paths."""
+    """Allow `torch.load` to read paths of `pathlib` with `weights_only` in this context.
+
+    Hyper-parameters often are paths.
+    """
     with torch.serialization.safe_globals([PosixPath, PurePosixPath, PureWindowsPath, WindowsPath]):
         yield
 
@@ -200,9 +205,10 @@ def explain_damage(path: str | os.PathLike[str]) -> Iterator[None]:
     ) as error:
         if kind := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
             raise ValueError(
-                f"{path} refers to {kind[1]}, which is not read with weights_only=True, as reading it may run code. If you "
-                "trust the file, pass weights_only=False to fit, test or LoRAFinetuning, or set the environment variable "
-                "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1; or save plain numbers, strings and paths as hyper-parameters."
+                f"{path} refers to {kind[1]}, which is not read with weights_only=True, as reading it may run code. If "
+                "you trust the file, pass weights_only=False to fit, test or LoRAFinetuning, or set the environment "
+                "variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1; or save plain numbers, strings and paths as "
+                "hyper-parameters."
             ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason}). Choose another one.") from None
@@ -223,14 +229,14 @@ def load_base(pl_module: LightningModule, path: Path, weights_only: bool | None 
     if ADAPTER_KEY in checkpoint:
         base = checkpoint[ADAPTER_KEY].get("base_path")
         raise ValueError(
-            f"{path} contains adapters instead of a base model. Set base_checkpoint to the checkpoint that they were trained on"
-            f"{f' ({base})' if base else ''}, and pass these adapters as ckpt_path."
+            f"{path} contains adapters instead of a base model. Set base_checkpoint to the checkpoint that they were "
+            f"trained on{f' ({base})' if base else ''}, and pass these adapters as ckpt_path."
         )
     saved: dict[str, Any] = checkpoint["state_dict"]
     if wrong := misfits(saved, pl_module.state_dict()):
         raise ValueError(
-            f"{path} does not fit this {type(pl_module).__name__}: {wrong}. Configure the model as in its training, or choose "
-            "another base_checkpoint."
+            f"{path} does not fit this {type(pl_module).__name__}: {wrong}. Configure the model as in its training, or "
+            "choose another base_checkpoint."
         )
     pl_module.load_state_dict(saved)
 
@@ -251,8 +257,8 @@ class _Unread:
 def _read_base(path: Path, weights_only: bool | None) -> dict[str, Any]:
     """Read a checkpoint, or a file that holds a state dict alone.
 
-    Unless `weights_only` says otherwise, objects of unknown classes are not made: an empty one stands for each, so no code
-    of the file runs. Only tensors are needed.
+    Unless `weights_only` says otherwise, objects of unknown classes are not made: an empty one stands for each, so no
+    code of the file runs. Only tensors are needed.
     """
     check_file(path)
     with explain_damage(path), paths_are_safe():
@@ -267,8 +273,8 @@ def _read_base(path: Path, weights_only: bool | None) -> dict[str, Any]:
     if isinstance(found, dict) and found and all(isinstance(value, torch.Tensor) for value in found.values()):
         return {"state_dict": found}
     raise ValueError(
-        f"{path} holds neither a Lightning checkpoint nor a state dict: it has no 'state_dict', and is not a mapping of names to tensors. "
-        "Choose another one."
+        f"{path} holds neither a Lightning checkpoint nor a state dict: it has no 'state_dict', and is not a mapping "
+        "of names to tensors. Choose another one."
     )
 
 
@@ -289,7 +295,8 @@ def holds_adapters_alone(description: Mapping[str, Any]) -> str:
     """
     base = description.get("base_path") or "the base"
     return (
-        f"This checkpoint contains the adapters of {some_of(description['adapters'])}, but not the network. Create the model, load {base} "
-        "into it, and pass the checkpoint as ckpt_path to a trainer with the LoRAFinetuning of the training; or call "
-        "lora_lightning.load_adapter(model.backbone, '<log folder>/adapter'); or create a plain checkpoint with `lora-lightning merge`."
+        f"This checkpoint contains the adapters of {some_of(description['adapters'])}, but not the network. Create the "
+        f"model, load {base} into it, and pass the checkpoint as ckpt_path to a trainer with the LoRAFinetuning of the "
+        "training; or call lora_lightning.load_adapter(model.backbone, '<log folder>/adapter'); or create a plain "
+        "checkpoint with `lora-lightning merge`."
     )

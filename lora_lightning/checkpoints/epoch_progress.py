@@ -19,8 +19,8 @@ def begin_the_next_epoch(trainer: Trainer) -> None:
     """Continue after an epoch that was complete when the checkpoint was written. Call this in `on_train_start`.
 
     With `max_steps`, Lightning treats every checkpoint as one of an incomplete epoch
-    (https://github.com/Lightning-AI/pytorch-lightning/pull/12821). It repeats the complete epoch without a batch and counts it twice. The
-    data of the next epoch are then skipped, and `max_epochs` is reached too early.
+    (https://github.com/Lightning-AI/pytorch-lightning/pull/12821). It repeats the complete epoch without a batch and
+    counts it twice. The data of the next epoch are then skipped, and `max_epochs` is reached too early.
     """
     loop = trainer.fit_loop
     current, total = loop.epoch_progress.current, loop.epoch_progress.total
@@ -35,10 +35,10 @@ def begin_the_next_epoch(trainer: Trainer) -> None:
 
 
 def count_the_epoch(trainer: Trainer) -> None:
-    """Count the epoch that starts after a checkpoint at the last batch of an epoch. Call this when its first batch starts.
+    """Count the epoch that starts after a checkpoint at the last batch of an epoch. Call this at its first batch.
 
-    Lightning omits this, so a checkpoint of that epoch would resume with a wrong number of batches. During a batch, the number of
-    started epochs exceeds the number of completed ones by one.
+    Lightning omits this, so a checkpoint of that epoch would resume with a wrong number of batches. During a batch, the
+    number of started epochs exceeds the number of completed ones by one.
     """
     progress = trainer.fit_loop.epoch_progress
     if _NEEDED and progress.current.ready == progress.current.processed:  # type: ignore[attr-defined]

@@ -13,15 +13,17 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 class ResumableLoader(DataLoader[Any]):
     """A `DataLoader` that saves its position in the epoch in checkpoints, through Lightning's interface.
 
-    The order of the samples must be a function of the epoch of the sampler. A resumed epoch continues with the batch after the last one
-    that was returned, and does not load the earlier ones. The loader has its own random number generator, so validation and resuming do
-    not affect the random numbers in training.
+    The order of the samples must be a function of the epoch of the sampler. A resumed epoch continues with the batch
+    after the last one that was returned, and does not load the earlier ones. The loader has its own random number
+    generator, so validation and resuming do not affect the random numbers in training.
 
     Args:
         dataset: The data set.
-        sampler: A sampler whose order is a function of its epoch and a seed. By default, samples are in the order of the data set.
+        sampler: A sampler whose order is a function of its epoch and a seed. By default, samples are in the order of
+            the data set.
         batch_size: Number of samples in a batch.
-        batch_sampler: The batch sampler of another `ResumableLoader`. Lightning makes such a copy for `overfit_batches`.
+        batch_sampler: The batch sampler of another `ResumableLoader`. Lightning makes such a copy for
+            `overfit_batches`.
         arguments: Further arguments of `DataLoader`.
 
     Attributes:
@@ -72,15 +74,19 @@ class ResumableLoader(DataLoader[Any]):
         return {"epoch": epoch, "handed_out": self.handed_out, "batches": self._description()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the position in `state` in the next iteration. If the batches differ, continue after the same number of samples and warn."""
+        """Continue at the position in `state` in the next iteration.
+
+        If the batches differ, continue after the same number of samples, and warn.
+        """
         skip, before, now = state["handed_out"], state["batches"], self._description()
         if skip and before != now:
             samples = skip * before["batch_size"] * before["devices"]
             skip = min(samples // (now["batch_size"] * now["devices"]), len(self) - 1)
             rank_zero_warn(
-                f"The checkpoint was written after {state['handed_out']} batches of an epoch with {before}; this run has {now}. It "
-                f"continues after {skip} of its batches, so some samples may be used twice in this epoch, or not at all. For bitwise equal "
-                "results, resume with the same data, batch size and number of devices, or from the end of an epoch."
+                f"The checkpoint was written after {state['handed_out']} batches of an epoch with {before}; this run "
+                f"has {now}. It continues after {skip} of its batches, so some samples may be used twice in this "
+                "epoch, or not at all. For bitwise equal results, resume with the same data, batch size and number of "
+                "devices, or from the end of an epoch."
             )
         sampler = self.batches.sampler
         if isinstance(sampler, DistributedSampler):

@@ -1,7 +1,7 @@
 """Continues with the batches of a data loader that keeps no state itself, such as `DataLoader(shuffle=True)`.
 
-Lightning creates the iterator of a loader before it restores a checkpoint. The order of the samples is then that of the first
-epoch. Here the iterator is created again, after the random states were restored.
+Lightning creates the iterator of a loader before it restores a checkpoint. The order of the samples is then that of the
+first epoch. Here the iterator is created again, after the random states were restored.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from torch.utils.data import DataLoader
 
 from lora_lightning.checkpoints.loader import ResumableLoader
 
@@ -24,8 +25,8 @@ def generators_of(trainer: Trainer) -> list[torch.Tensor]:
 def load_pending_states(trainer: Trainer) -> bool:
     """Load the states of loaders that were created before Lightning knew the states.
 
-    `trainer.estimated_stepping_batches` in `configure_optimizers` creates the loaders early, and Lightning then never loads
-    their states.
+    `trainer.estimated_stepping_batches` in `configure_optimizers` creates the loaders early, and Lightning then never
+    loads their states.
 
     Returns:
         Whether there were any.
@@ -54,8 +55,8 @@ def skip_batches(trainer: Trainer, count: int, generators: list[torch.Tensor]) -
     Args:
         trainer: The trainer.
         count: Number of batches that were trained on.
-        generators: States of the loaders' own generators at the start of the epoch. It is empty for the first epoch, where
-            the iterator that Lightning has created is the right one if a loader has a generator.
+        generators: States of the loaders' own generators at the start of the epoch. It is empty for the first epoch,
+            where the iterator that Lightning has created is the right one if a loader has a generator.
     """
     if _all_keep_their_state(trainer):
         return
@@ -73,6 +74,28 @@ def skip_batches(trainer: Trainer, count: int, generators: list[torch.Tensor]) -
     assert fetcher.iterator is not None
     for _ in range(count):
         next(fetcher.iterator)
+
+
+class ValidationLoaders:
+    """Keeps the loaders of the validation from drawing random numbers before the first batch of a resumed run.
+
+    Lightning creates their iterators there to count the batches of a validation that it does not repeat, and each
+    iterator draws a seed. The loaders get a generator of their own until the first batch.
+
+    Args:
+        trainer: The trainer.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        loaders = CombinedLoader(trainer.val_dataloaders or []).flattened
+        self._loaders = [each for each in loaders if isinstance(each, DataLoader) and each.generator is None]
+        for loader in self._loaders:
+            loader.generator = torch.Generator()
+
+    def restore(self) -> None:
+        """Give the loaders the generator of PyTorch again."""
+        for loader in self._loaders:
+            loader.generator = None
 
 
 def _all_keep_their_state(trainer: Trainer) -> bool:

@@ -1,6 +1,7 @@
 """Omits layers of bitsandbytes when saving and loading checkpoints of adapters.
 
-Such a layer can load its weight only in its current form, packed or not, and its state dict has more entries than parameters.
+Such a layer can load its weight only in its current form, packed or not, and its state dict has more entries than
+parameters.
 """
 
 from __future__ import annotations

@@ -17,11 +17,13 @@ from typing_extensions import override
 from lora_lightning.checkpoints.epoch_progress import begin_the_next_epoch, count_the_epoch
 from lora_lightning.checkpoints.loader import ResumableLoader
 from lora_lightning.checkpoints.loader_state import (
+    ValidationLoaders,
     begin_epoch_again,
     generators_of,
     load_pending_states,
     skip_batches,
 )
+from lora_lightning.checkpoints.resumed_callbacks import keep_best_so_far, warn_of_stochastic_averaging
 
 KEY = "lora_lightning_random_state"
 _SEED_OFFSET = 1_000_003
@@ -30,12 +32,13 @@ _SEED_OFFSET = 1_000_003
 class RandomState(Callback):
     """Saves the state of all random number generators with a checkpoint, and restores it when training resumes.
 
-    This covers PyTorch on the CPU and on the GPU of this process, NumPy and Python, and generators of the training loaders,
-    separately for each process of a run. The states are restored before the first batch is loaded, so the order of a
-    `DataLoader(shuffle=True)` continues, and so do augmentations. In the middle of an epoch, a loader without state of its own
-    loads and skips the batches that were trained on. Validation does not affect random numbers in training, so these depend
-    neither on the number of validations nor on the moment when a run stopped. A run continues with the correct epoch, also
-    with `max_steps`.
+    This covers PyTorch on the CPU and on the GPU of this process, NumPy and Python, and generators of the training
+    loaders, separately for each process of a run. The states are restored before the first batch is loaded, so the
+    order of a `DataLoader(shuffle=True)` continues, and so do augmentations. In the middle of an epoch, a loader
+    without state of its own loads and skips the batches that were trained on. Validation does not affect random numbers
+    in training, so these depend neither on the number of validations nor on the moment when a run stopped. A run
+    continues with the correct epoch, also with `max_steps`, and `ModelCheckpoint` continues with its best score, also
+    in another folder.
 
     `LoRAFinetuning` includes this callback. Add it to runs without LoRA.
     """
@@ -43,6 +46,9 @@ class RandomState(Callback):
     def __init__(self) -> None:
         self._to_restore: dict[str, Any] | None = None
         self._must_count = False
+        self._is_begun = False
+        self._validation_loaders: ValidationLoaders | None = None
+        self._after_batch: torch.Tensor | None = None
         self._before_validation: dict[str, Any] | None = None
         self._at_epoch_start: dict[str, Any] = {}
 
@@ -60,6 +66,7 @@ class RandomState(Callback):
         states = checkpoint.get(KEY)
         if isinstance(states, list) and len(states) == trainer.world_size:
             self._to_restore = states[trainer.global_rank]
+        keep_best_so_far(trainer, checkpoint)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,6 +86,8 @@ class RandomState(Callback):
         self._must_count = state is not None
         if state is None:
             return
+        warn_of_stochastic_averaging(trainer)
+        self._validation_loaders = ValidationLoaders(trainer)
         if load_pending_states(trainer):
             restore_random_state(state)
             return
@@ -90,11 +99,14 @@ class RandomState(Callback):
             restore_random_state(state)
             return
         restore_random_state(state)
-        begin_epoch_again(trainer, state.get("generators", []))
+        self._at_epoch_start = {key: value for key, value in state.items() if key != "epoch_start"}
+        self._is_begun = True
+        begin_epoch_again(trainer, state["generators"])
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fit_loop.epoch_loop.batch_progress.total.ready:  # the loader of the first epoch was begun before
+        # The iterator of the first epoch, and of one that was resumed, exists already.
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready and not self._is_begun:
             self._at_epoch_start = random_state() | {"generators": generators_of(trainer)}
 
     @override
@@ -102,11 +114,21 @@ class RandomState(Callback):
         if self._must_count:
             self._must_count = False
             count_the_epoch(trainer)
+        self._is_begun = False
+        if self._validation_loaders is not None:
+            self._validation_loaders.restore()
+            self._validation_loaders = None
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._after_batch = torch.get_rng_state()
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
             self._before_validation = random_state()
+            if self._after_batch is not None:  # the loader of the validation has drawn a seed since then
+                self._before_validation["torch"], self._after_batch = self._after_batch, None
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -143,8 +165,8 @@ def restore_random_state(state: dict[str, Any]) -> None:
 def own_random_numbers() -> Iterator[None]:
     """Make the random numbers in this context a function of the seed of the run.
 
-    The number of earlier draws depends on the strategy (`ddp` seeds again), but adapters must be the same on one device and on several.
-    The offset prevents reusing the numbers that initialized the base.
+    The number of earlier draws depends on the strategy (`ddp` seeds again), but adapters must be the same on one device
+    and on several. The offset prevents reusing the numbers that initialized the base.
     """
     seed = os.environ.get("PL_GLOBAL_SEED")
     if seed is None:

@@ -23,7 +23,8 @@ class RunRecord:
         folder: The log folder.
         started_from: The checkpoint that the run started from, or an empty string.
         steps: Number of steps after which it finished, or `None` if it did not, or still runs.
-        best: The best checkpoint, or the last one if no metric is monitored. `None` if it did not finish, or saved none.
+        best: The best checkpoint, or the last one if no metric is monitored. `None` if it did not finish, or saved
+            none.
     """
 
     folder: Path

@@ -24,9 +24,10 @@ from lora_lightning.checkpoints.checkpoints import ADAPTER_KEY
 class ShardedCheckpoints:
     """Omits the frozen base from the checkpoints that `ModelParallelStrategy` saves and loads.
 
-    This strategy gathers or shards the state of the model itself, so four of its methods are replaced on the object. The base is not in
-    the state dict of the model while they run: it is neither gathered on one process nor expected when loading. After the adapters are
-    merged or detached, or if the trainer has another model, checkpoints are passed on unchanged.
+    This strategy gathers or shards the state of the model itself, so four of its methods are replaced on the object.
+    The base is not in the state dict of the model while they run: it is neither gathered on one process nor expected
+    when loading. After the adapters are merged or detached, or if the trainer has another model, checkpoints are passed
+    on unchanged.
 
     Args:
         strategy: The strategy.
@@ -119,7 +120,7 @@ class ShardedCheckpoints:
 
 
 def _keys_in(path: Path, weights_only: bool | None = None) -> set[str]:
-    """Return the keys of the model's state in a checkpoint: a folder of shards, or a file, which is not read into memory."""
+    """Return the keys of the model's state in a folder of shards, or in a file, which is not read into memory."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     if (path / ".metadata").is_file():

@@ -13,8 +13,8 @@ from lora_lightning.checkpoints.run_record import STARTED_FROM, RunRecord
 class StartedFrom(Callback):
     """Write the record of a run to its log folder.
 
-    `--ckpt_path last` needs the checkpoint that a run started from, and a log folder in place of a checkpoint stands for the
-    newest run that finished.
+    `--ckpt_path last` needs the checkpoint that a run started from, and a log folder in place of a checkpoint stands
+    for the newest run that finished.
     """
 
     @override

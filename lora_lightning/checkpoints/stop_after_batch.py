@@ -15,8 +15,8 @@ from typing_extensions import override
 class StopAfterBatch(Callback):
     """Stops training after the current batch at the first Ctrl-C, and immediately at the second one.
 
-    An interrupt in the middle of an optimizer step would leave a state that an uninterrupted run never has. The command line adds this
-    callback to `fit` on a single device. Lightning itself handles SIGTERM in the same way.
+    An interrupt in the middle of an optimizer step would leave a state that an uninterrupted run never has. The command
+    line adds this callback to `fit` on a single device. Lightning itself handles SIGTERM in the same way.
     """
 
     def __init__(self) -> None:

@@ -151,14 +151,33 @@ def test_a_best_checkpoint_that_is_gone_is_not_needed(tmp_path: Path) -> None:
     assert equal(in_folder(ours.adapter_folder), of_epoch(module, 1))
 
 
-def test_a_resumed_run_knows_the_best_epoch_of_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("resumed_scores", "best"), [((9.0, 1.0, 2.0), 0), ((9.0, 1.0, 0.25), 2)])
+def test_a_resumed_run_knows_the_best_epoch_of_before(
+    resumed_scores: tuple[float, ...], best: int, tmp_path: Path
+) -> None:
+    first, second = Module((0.5, 1.0, 2.0)), Module(resumed_scores)
+    before = ModelCheckpoint(tmp_path / "a", monitor="score", save_last=True)
+    fit(first, tmp_path / "a", before, epochs=2)
+    path, last = before.best_model_path, str(tmp_path / "a" / "last.ckpt")
+    # Lightning forgets the score of a run that saves its checkpoints elsewhere.
+    files = ModelCheckpoint(tmp_path / "b", monitor="score")
+    _, ours = fit(second, tmp_path / "b", files, ckpt_path=last)
+    assert files.best_model_score == min(0.5, *resumed_scores[2:])
+    assert (files.best_model_path == path) == (best == 0)
+    assert Path(path).is_file()  # it is in the folder of another run
+    assert equal(in_folder(ours.adapter_folder), of_epoch(first, 0) if best == 0 else of_epoch(second, -1))
+
+
+def test_a_best_checkpoint_that_is_gone_is_forgotten_by_a_run_in_a_new_folder(tmp_path: Path) -> None:
     first, second = Module((0.5, 1.0, 2.0)), Module((9.0, 1.0, 2.0))
-    fit(first, tmp_path / "a", ModelCheckpoint(tmp_path / "a", monitor="score", save_last=True), epochs=2)
-    last = str(tmp_path / "a" / "last.ckpt")
-    # Lightning forgets the best of a run that saves its checkpoints elsewhere, with a warning.
+    before = ModelCheckpoint(tmp_path / "a", monitor="score", save_last=True)
+    fit(first, tmp_path / "a", before, epochs=2)
+    Path(before.best_model_path).unlink()
+    files = ModelCheckpoint(tmp_path / "b", monitor="score")
     with pytest.warns(UserWarning, match="dirpath has changed"):
-        _, ours = fit(second, tmp_path / "b", ModelCheckpoint(tmp_path / "b", monitor="score"), ckpt_path=last)
-    assert equal(in_folder(ours.adapter_folder), of_epoch(first, 0))
+        _, ours = fit(second, tmp_path / "b", files, ckpt_path=str(tmp_path / "a" / "last.ckpt"))
+    assert files.best_model_score > 0.5
+    assert equal(in_folder(ours.adapter_folder), of_epoch(first, 0))  # which lay beside it
 
 
 @pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])

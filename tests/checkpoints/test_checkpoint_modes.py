@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning import Classifier, LoRAFinetuning, RichBoyNet
-from lora_lightning.checkpoints import AtomicCheckpointIO
+from lora_lightning.checkpoints import AtomicCheckpointIO, last_checkpoint, newest_checkpoint
+from lora_lightning.checkpoints.started_from import StartedFrom
 from lora_lightning.lora import adapter_state_dict, base_fingerprint
 
 MakeTrainer = Callable[..., Trainer]
@@ -179,6 +180,35 @@ def test_a_folder_that_is_a_file_ends_the_save_with_its_name(tmp_path: Path) -> 
         OSError, match=r"The checkpoint .*last\.ckpt could not be written \((File exists|Not a directory)"
     ):
         AtomicCheckpointIO(TorchCheckpointIO()).save_checkpoint({}, tmp_path / "c" / "last.ckpt")
+
+
+def test_a_full_disk_leaves_no_part_of_the_note_where_a_run_started_so_the_next_one_finds_the_last_checkpoint(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs, write = tmp_path / "logs" / "test", Path.write_text
+    make_trainer(StartedFrom(), max_epochs=1).fit(Own(), data())
+    (checkpoint,) = logs.rglob("*.ckpt")
+    assert (logs / "version_0" / "started_from.txt").read_text() == "\n"
+
+    def fill(path: Path, text: str, *arguments: Any) -> int:
+        write(path, text[:0], *arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fill)
+        trainer = make_trainer(StartedFrom(), max_epochs=1, enable_checkpointing=False)
+        with pytest.warns(UserWarning, match=r"started_from.txt could not be written \(No space left on device\)"):
+            trainer.fit(Own(), data(), ckpt_path=checkpoint)
+    assert not list((logs / "version_1").glob("*started_from*"))
+    assert last_checkpoint(logs) == checkpoint
+
+
+def test_a_link_to_a_checkpoint_that_a_killed_run_has_replaced_is_no_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "version_0"
+    folder.mkdir()
+    (folder / "last.ckpt").symlink_to(folder / "step=1.ckpt")
+    (folder / "step=2.ckpt").touch()
+    assert newest_checkpoint(tmp_path) == last_checkpoint(tmp_path) == folder / "step=2.ckpt"
 
 
 class FolderIO(TorchCheckpointIO):

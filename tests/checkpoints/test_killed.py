@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.benchmarks.kills import killed_training, places
 from tests.conftest import ROOT
 from tests.helpers import same
 
@@ -267,3 +268,13 @@ def test_last_without_a_checkpoint_begins_anew_and_says_so(run: Run, workplace: 
     code, output = run("fit", *words)
     assert code == 0, output
     assert "Checkpoint: logs/adapt/version_0/checkpoints" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["all at once", "accumulated, clipped", "plain shuffled loader", "monitor, new folder", "two gloo processes"],
+)
+def test_a_module_of_ones_own_that_is_killed_goes_on_as_if_it_was_not(name: str, tmp_path: Path) -> None:
+    choose = random.Random(name)
+    assert killed_training(name, places(1, choose), choose, tmp_path) == []

@@ -52,12 +52,13 @@ class Stateful:
         return 6
 
     def __iter__(self) -> Iterator[list[Any]]:
+        if self.at == 6:  # nobody asked for more than the last batch
+            self.epoch, self.at = self.epoch + 1, 0
         order = torch.randperm(48, generator=torch.Generator().manual_seed(self.epoch)).tolist()
         while self.at < 6:
             rows = [self.samples[index] for index in order[8 * self.at : 8 * self.at + 8]]
             self.at += 1
             yield torch.utils.data.default_collate(rows)
-        self.epoch, self.at = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "at": self.at}
@@ -90,6 +91,20 @@ class Module(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+class Constant(Module):
+    """Has no scheduler."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+class Validated(Module):
+    """Validates."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+
 def loader(kind: str) -> Any:
     if kind == "with state":
         return Stateful()
@@ -108,20 +123,31 @@ class Stop(pl.Callback):
             raise KeyboardInterrupt
 
 
-def run(kind: str, folder: Path, *, stop: int = 0, ckpt_path: str | None = None, every: int | None = 1) -> Module:
+def run(
+    kind: str,
+    folder: Path,
+    *callbacks: pl.Callback,
+    stop: int = 0,
+    ckpt_path: str | None = None,
+    every: int | None = 1,
+    of_class: type[Module] = Module,
+    **options: Any,
+) -> Module:
     pl.seed_everything(0, verbose=False)
-    module = Module(estimated="state" in kind)
+    module = of_class(estimated="state" in kind)
     files = ModelCheckpoint(folder, every_n_train_steps=every, save_top_k=-1, filename="{step}")
     trainer = pl.Trainer(
         max_epochs=3,
         accelerator="cpu",
         logger=False,
-        callbacks=[LoRAFinetuning(rank=2), files, Stop(stop)],
+        callbacks=[LoRAFinetuning(rank=2), files, Stop(stop), *callbacks],
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
+    of_validation = DataLoader(Samples(), batch_size=24) if of_class is Validated else None
     try:
-        trainer.fit(module, loader(kind), ckpt_path=ckpt_path)
+        trainer.fit(module, loader(kind), of_validation, ckpt_path=ckpt_path)
     except SystemExit:
         assert stop
     return module
@@ -156,3 +182,100 @@ def test_a_checkpoint_at_the_end_of_an_epoch_too(tmp_path: Path, monkeypatch: py
     rest = run("shuffled", tmp_path / "rest", ckpt_path=str(tmp_path / "whole" / "step=6.ckpt"), every=None)
     assert rest.seen == whole.seen[6:]
     assert same(adapter_state_dict(rest.net), adapter_state_dict(whole.net))
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "shuffled with a generator", "with state"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param("step=6", id="last batch"),
+        pytest.param("ends/step=6", id="epoch end"),
+        pytest.param("step=8", id="mid-epoch", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_was_resumed_is_stopped_and_resumed_again(
+    kind: str, first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+
+    def resumed(name: str, ckpt_path: str | None) -> Module:
+        ends = ModelCheckpoint(tmp_path / name / "ends", filename="{step}", save_top_k=-1)
+        return run(kind, tmp_path / name, ends, ckpt_path=ckpt_path)
+
+    whole = resumed("whole", None)
+    resumed("once", str(tmp_path / "whole" / f"{first}.ckpt"))
+    for after in (9, 12, 14):
+        again = resumed(f"again_{after}", str(tmp_path / "once" / f"step={after}.ckpt"))
+        assert again.seen == whole.seen[after:]
+        assert same(adapter_state_dict(again.net), adapter_state_dict(whole.net))
+
+
+def equal_after(kind: str, folder: Path, afters: list[int], **options: Any) -> dict[int, bool]:
+    """Return whether runs from the checkpoints after these steps have the batches and adapters of the whole run."""
+    whole = run(kind, folder / "whole", **options)
+    rests = {
+        after: run(kind, folder / f"rest_{after}", ckpt_path=str(folder / "whole" / f"step={after}.ckpt"), **options)
+        for after in afters
+    }
+    state = adapter_state_dict(whole.net)
+    return {
+        after: rest.seen == whole.seen[after:] and same(adapter_state_dict(rest.net), state)
+        for after, rest in rests.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"val_check_interval": 2}, {"val_check_interval": 4}], ids=["each epoch", "and within", "within"]
+)
+def test_a_run_that_was_stopped_between_a_batch_and_its_validation_goes_on_with_the_same_numbers(
+    options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    found = equal_after("shuffled", tmp_path, [4, 6, 7], of_class=Validated, **options)
+    assert found == {4: True, 6: True, 7: True}
+
+
+def test_validation_with_a_plain_loader_draws_no_random_number_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    once, often = (
+        run(
+            "shuffled",
+            tmp_path / str(interval),
+            of_class=Validated,
+            num_sanity_val_steps=0,
+            val_check_interval=interval,
+        )
+        for interval in (1.0, 2)
+    )
+    assert often.seen == once.seen
+    assert same(adapter_state_dict(often.net), adapter_state_dict(once.net))
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "with state"])
+def test_half_of_the_batches_of_each_epoch_too(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    assert equal_after(kind, tmp_path, [2, 3, 4, 6], limit_train_batches=0.5) == dict.fromkeys((2, 3, 4, 6), True)
+
+
+@pytest.mark.filterwarnings("ignore:SWA is initializing after swa_start")
+@pytest.mark.parametrize(("every", "exact"), [(None, True), (1, False)], ids=["at its end", "in its middle"])
+def test_stochastic_weight_averaging_goes_on_exactly_or_a_warning_says_that_lightning_does_not(
+    every: int | None, exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+
+    def averaged(name: str, **options: Any) -> Module:
+        averaging = pl.callbacks.StochasticWeightAveraging(0.02, swa_epoch_start=2, annealing_epochs=2)
+        return run("shuffled", tmp_path / name, averaging, every=every, of_class=Constant, **options)
+
+    whole = averaged("whole")
+    path = str(tmp_path / "whole" / f"step={12 if exact else 6}.ckpt")
+    if exact:
+        rest = averaged("rest", ckpt_path=path)
+    else:
+        with pytest.warns(UserWarning, match="StochasticWeightAveraging does not continue exactly") as said:
+            rest = averaged("rest", ckpt_path=path)
+        assert sum("StochasticWeightAveraging" in str(each.message) for each in said) == 1
+    assert same(adapter_state_dict(rest.net), adapter_state_dict(whole.net)) == exact
