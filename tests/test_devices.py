@@ -136,6 +136,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, short_runs: Path) -> dict[str,
     commands = {
         "overfit": OVERFIT,
         "adapt": [*ADAPT, "--data.batch_size", "40"],
+        "eva": [*ADAPT, "--data.batch_size", "40", "--lora.init", "eva", "--lora.rank", "4"],
         "predict": PREDICT,
         "predict one": [*PREDICT, *ONE_IMAGE],
     }
@@ -170,6 +171,15 @@ def test_two_devices_train_the_adapters_that_one_trains_with_batches_twice_as_la
     assert any(value.abs().max() > 0.01 for value in one.values())
     for key, value in one.items():
         torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_two_devices_get_the_ranks_that_the_first_one_finds_in_its_batches(two: dict[str, Path]) -> None:
+    (path,) = two["eva"].glob("checkpoints/*.ckpt")
+    found = torch.load(path, weights_only=True)
+    ranks = [len(value) for key, value in found["state_dict"].items() if key.endswith("lora_A")]
+    assert sum(ranks) == 12
+    assert len(set(ranks)) > 1
+    assert found["lora_lightning"]["configs"]["default"]["rank_pattern"]
 
 
 def test_two_devices_predict_every_image_once(run: Run, two: dict[str, Path]) -> None:

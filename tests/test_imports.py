@@ -84,9 +84,8 @@ SHARED = {
     },
     "names in folders and in the callback are matched as in LoRAConfig": {
         "lora.matching.Names",
-        "lora.matching.endings",
         "lora.matching.exactly",
-        "lora.matching.literally",
+        "lora.matching.pattern_of",
     },
     "shapes in PEFT's folders depend on the kind of layer": {
         "lora.layers.Adapted",
@@ -100,6 +99,7 @@ SHARED = {
     },
     "a folder is attached whole or not at all, to exactly the weights that it names": {
         "lora.adaptation.alone",
+        "lora.adaptation.attach_as_configured",
         "lora.adaptation.attach_to",
         "lora.adaptation.the_active_name",
         "lora.bypass.bypass_target",
@@ -120,6 +120,7 @@ SHARED = {
         "checkpoints.adapter_checkpoint.AdapterContent",
         "checkpoints.atomic_checkpoint.write_atomically",
         "checkpoints.checkpoints.ADAPTER_KEY",
+        "checkpoints.checkpoints.adapters_in",
         "checkpoints.checkpoints.check_file",
         "checkpoints.checkpoints.explain_damage",
         "checkpoints.checkpoints.holds_adapters_alone",

@@ -6,15 +6,16 @@ import os
 from dataclasses import fields, replace
 from typing import TypeAlias
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lora_lightning.backbone_facts import backbone_facts
 from lora_lightning.callbacks.relative_names import relative_names
+from lora_lightning.callbacks.start_from_data import attach_by_data
 from lora_lightning.checkpoints import choice_in_words, newest_adapter
 from lora_lightning.checkpoints.random_state import own_random_numbers
-from lora_lightning.lora import LoRAConfig, attach, backbone_of, set_adapter
+from lora_lightning.lora import LoRAConfig, adapted_weights, attach, backbone_of, set_adapter
 from lora_lightning.lora.adaptation import config_of, unwrapped
 from lora_lightning.lora.matching import Names
 from lora_lightning.lora.selection import can_be_name
@@ -27,24 +28,31 @@ _NEW = "default"
 
 
 def attach_adapters(
-    pl_module: LightningModule, config: LoRAConfig, folders: list[Folder] | Folder | None, with_new: bool
+    trainer: Trainer,
+    pl_module: LightningModule,
+    config: LoRAConfig,
+    folders: list[Folder] | Folder | None,
+    with_new: bool,
+    trained: LoRAConfig | None,
 ) -> None:
     """Attach the adapters of folders, or new ones, or both, to a model without adapters.
 
     Args:
+        trainer: The trainer, whose batches new adapters with `init="eva"` start from.
         pl_module: The model. Its child with all parameters is adapted.
         config: The configuration of new adapters. Names can be relative to the child or to the whole module.
         folders: One adapter folder, or several, whose updates add up; or log folders, whose newest adapter is used.
             `None` creates new adapters.
         with_new: Whether to train new adapters beside those of a list of folders, which are then frozen.
+        trained: The configuration of adapters that were trained in separate processes, if any.
     """
     adapted = backbone_of(pl_module)
     if folders is None:
-        _attach_new(pl_module, adapted, config)
+        _attach_new(trainer, pl_module, adapted, config, trained)
     elif isinstance(folders, list):
         names = _load_all(adapted, folders)
         if with_new:
-            _attach_new(pl_module, adapted, config)
+            _attach_new(trainer, pl_module, adapted, config, trained)
         set_adapter(adapted, [*names, _NEW] if with_new else names, trained=_NEW if with_new else names)
     else:
         folder = newest_adapter(folders)
@@ -66,12 +74,27 @@ def _load_all(adapted: nn.Module, folders: list[Folder]) -> list[str]:
     return names
 
 
-def _attach_new(pl_module: LightningModule, adapted: nn.Module, config: LoRAConfig) -> None:
+def _attach_new(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    adapted: nn.Module,
+    config: LoRAConfig,
+    trained: LoRAConfig | None,
+) -> None:
     complete, new = _complete(config, pl_module, adapted)
     if new:
         rank_zero_info(f"New layers are trained in full: {', '.join(new)}.")
+    if complete.init == "eva":
+        attach_by_data(trainer, pl_module, adapted, complete, _NEW, trained)
+        return
     with own_random_numbers():
         attach(adapted, complete, _NEW)
+
+
+def has_no_start_yet(adapted: nn.Module, config: LoRAConfig) -> bool:
+    """Return whether the new adapters of a run had neither batches nor a checkpoint that `init="eva"` starts from."""
+    found = adapted_weights(adapted, _NEW) if config.init == "eva" else []
+    return any(weight.adapter.config.init != "eva" and weight.adapter.is_zero() for weight in found)
 
 
 def check_present_adapters(pl_module: LightningModule, config: LoRAConfig, source: str | None) -> None:
@@ -101,7 +124,7 @@ def check_present_adapters(pl_module: LightningModule, config: LoRAConfig, sourc
         reason = f"adapters of {path} instead of {expected_path}"
     elif source is not None:
         reason = f"adapters, but {source} is for a model without adapters"
-    elif (found := config_of(owner)) != expected:
+    elif (found := config_of(owner)) != (expected := _with_ranks_of(found, expected)):
         pairs = {each.name: (getattr(found, each.name), getattr(expected, each.name)) for each in fields(expected)}
         differences = [
             f"{name} {has!r} instead of {wanted!r}" for name, (has, wanted) in pairs.items() if has != wanted
@@ -114,6 +137,14 @@ def check_present_adapters(pl_module: LightningModule, config: LoRAConfig, sourc
         f"This {type(pl_module).__name__} already has {reason}. Create the model again, remove its adapters with "
         f"lora.detach({path}), or remove LoRAFinetuning."
     )
+
+
+def _with_ranks_of(found: LoRAConfig, expected: LoRAConfig) -> LoRAConfig:
+    """Return the expected configuration with the ranks that were found from data, if any."""
+    if not found.init == expected.init == "eva":
+        return expected
+    names = ("rank_pattern", "alpha_pattern", "target_modules")
+    return replace(expected, **{name: getattr(found, name) for name in names})
 
 
 def _complete(config: LoRAConfig, pl_module: LightningModule, adapted: nn.Module) -> tuple[LoRAConfig, list[str]]:

@@ -15,7 +15,12 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lora_lightning.callbacks.adapter_folder import BEST_ADAPTER, RunAdapters
-from lora_lightning.callbacks.adapters_of_run import Folder, attach_adapters, check_present_adapters
+from lora_lightning.callbacks.adapters_of_run import (
+    Folder,
+    attach_adapters,
+    check_present_adapters,
+    has_no_start_yet,
+)
 from lora_lightning.callbacks.averaged_base import average_with_adapters, restore_averaged_base, restore_statistics
 from lora_lightning.callbacks.frozen_base import FrozenBase
 from lora_lightning.callbacks.late_layers import AfterLayers, convert_layers
@@ -35,7 +40,7 @@ from lora_lightning.checkpoints.atomic_checkpoint import write_atomically
 from lora_lightning.checkpoints.packed_layers import let_packed_keys_be_missing
 from lora_lightning.checkpoints.sharded_checkpoints import ShardedCheckpoints
 from lora_lightning.lightning_packages import is_a
-from lora_lightning.lora import LoRAConfig, backbone_of, base_fingerprint, is_adapted, is_untrained
+from lora_lightning.lora import LoRAConfig, backbone_of, base_fingerprint, detach, is_adapted, is_untrained
 from lora_lightning.lora.packed import keep_packing
 from lora_lightning.lora.sharding import distribute_adapters
 from lora_lightning.wording import some_of
@@ -132,7 +137,9 @@ class LoRAFinetuning(Callback):
 
         def adapt() -> None:
             if self.adapted is not None and is_adapted(pl_module):
-                return
+                if not has_no_start_yet(self.adapted, self.config):
+                    return
+                detach(self.adapted)
             if stage != "fit" and self.adapted is not None and self.adapted is backbone_of(pl_module):
                 rank_zero_info("The adapters of this model were merged or detached. It is used as it is.")
                 return
@@ -297,7 +304,8 @@ class LoRAFinetuning(Callback):
         if not is_adapted(pl_module):
             self._load_base(pl_module)
             convert_layers(trainer, pl_module)
-            attach_adapters(pl_module, self.config, self.adapter, self._trains_new)
+            trained = self._spawned.config()
+            attach_adapters(trainer, pl_module, self.config, self.adapter, self._trains_new, trained)
         self.adapted = backbone_of(pl_module)
         self._updated = set()
         self._spawned.load(self.adapted)

@@ -34,6 +34,7 @@ def load_merged(trainer: Trainer, model: LightningModule, ckpt_path: str | Path 
         missing = "--ckpt_path, a checkpoint with adapters" if callback else "a LoRAFinetuning among trainer.callbacks"
         raise ValueError(f"merge needs {missing}. Pass the configuration of the training.")
     trainer.strategy.connect(model)
+    trainer.ckpt_path = ckpt_path
     callback.setup(trainer, model, "test")
     if callback.adapted is None:  # the layers are created in a hook that a trainer would call
         model.setup("test")

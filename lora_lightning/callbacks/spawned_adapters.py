@@ -7,6 +7,7 @@ import tempfile
 import uuid
 import weakref
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lora_lightning.lightning_packages import is_a
-from lora_lightning.lora import adapter_state_dict
+from lora_lightning.lora import LoRAConfig, adapter_state_dict
+from lora_lightning.lora.adaptation import config_of
 
 
 class SpawnedAdapters:
@@ -35,7 +37,8 @@ class SpawnedAdapters:
         """Write the adapters to the temporary file, at the end of `fit` in separate processes."""
         if not is_a(trainer.strategy.launcher, _MultiProcessingLauncher) or not trainer.is_global_zero:
             return
-        torch.save({key: value.detach().cpu() for key, value in adapter_state_dict(adapted).items()}, self.path)
+        state = {key: value.detach().cpu() for key, value in adapter_state_dict(adapted).items()}
+        torch.save({"config": asdict(config_of(adapted)), "state": state}, self.path)
         rank_zero_info(
             "The adapters were trained in separate processes. The model in the main process has none, but test, "
             "predict and validate of this trainer use them. "
@@ -47,8 +50,12 @@ class SpawnedAdapters:
         if self.path.exists():
             state = adapted.state_dict(keep_vars=True)
             with torch.no_grad():
-                for key, value in torch.load(self.path, weights_only=True).items():
+                for key, value in torch.load(self.path, weights_only=True)["state"].items():
                     state[key].copy_(value)
+
+    def config(self) -> LoRAConfig | None:
+        """Return the configuration of the trained adapters, if there are any."""
+        return LoRAConfig(**torch.load(self.path, weights_only=True)["config"]) if self.path.exists() else None
 
     def __getstate__(self) -> dict[str, Path]:
         return {"path": self.path}

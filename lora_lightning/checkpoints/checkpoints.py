@@ -241,6 +241,15 @@ def load_base(pl_module: LightningModule, path: Path, weights_only: bool | None 
     pl_module.load_state_dict(saved)
 
 
+def adapters_in(path: Path) -> dict[str, Any] | None:
+    """Return the entry `ADAPTER_KEY` of a checkpoint, or `None` if it is not one of adapters.
+
+    Objects of unknown classes are neither refused nor made, as in `load_base`.
+    """
+    found: dict[str, Any] | None = _read_base(path, None).get(ADAPTER_KEY)
+    return found
+
+
 class _Unread:
     """Stands for an object of a class that is not read from a checkpoint."""
 

@@ -21,6 +21,7 @@ from lora_lightning.lora.adapter import Adapter
 from lora_lightning.lora.backbone import backbone_of
 from lora_lightning.lora.combine import add_weighted_adapter
 from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.eva import EVAStart, eva
 from lora_lightning.lora.extract import extract_adapter
 from lora_lightning.lora.fingerprint import base_fingerprint
 from lora_lightning.lora.layers import bare
@@ -34,6 +35,7 @@ from lora_lightning.lora.verify import InertAdapterError, verify_adapters
 __all__ = [
     "AdaptedWeight",
     "Adapter",
+    "EVAStart",
     "InertAdapterError",
     "LoRAConfig",
     "adapted_weights",
@@ -48,6 +50,7 @@ __all__ = [
     "delete_adapter",
     "detach",
     "disabled",
+    "eva",
     "extract_adapter",
     "is_adapted",
     "is_untrained",

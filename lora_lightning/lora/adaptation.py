@@ -76,10 +76,20 @@ def attach(module: nn.Module, config: LoRAConfig, name: str = "default") -> list
         name: Name of these adapters. Adapters with other names become inactive until `set_adapter`.
 
     Raises:
-        ValueError: If the name exists or cannot be that of a module, a pattern matches nothing, or a layer cannot be
-            adapted. `module` is then unchanged.
+        ValueError: If the name exists or cannot be that of a module, a pattern matches nothing, a layer cannot be
+            adapted, or `init="eva"` needs batches. `module` is then unchanged.
         RuntimeError: Within `bare`, `disabled` or `merged`.
     """
+    if config.init == "eva":
+        raise ValueError(
+            "init='eva' starts from the inputs of the layers: use lora.eva(module, config, batches).attach(module), or "
+            "LoRAFinetuning(init='eva') in a training."
+        )
+    return attach_as_configured(module, config, name)
+
+
+def attach_as_configured(module: nn.Module, config: LoRAConfig, name: str) -> list[str]:
+    """Attach adapters as `attach` does, with a random A for `init="eva"`, whose values are known elsewhere."""
     module = unwrapped(module)
     if name in _names(module):
         raise ValueError(

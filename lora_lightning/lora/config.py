@@ -9,7 +9,7 @@ from functools import cached_property
 
 from lora_lightning.lora.matching import Names
 
-INITS = ("kaiming", "gaussian", "pissa", "mica")
+INITS = ("kaiming", "gaussian", "pissa", "mica", "eva")
 QKV = ("q", "k", "v", "qk", "qv", "kv")
 BIASES = ("none", "all", "lora_only")
 _PATTERNS = (
@@ -50,7 +50,9 @@ class LoRAConfig:
         init: `"kaiming"`: A uniform, B zero. `"gaussian"`: A normal with standard deviation 1 / r, B zero. `"pissa"`:
             from the largest singular values of W (https://arxiv.org/abs/2404.02948), where the layer adds the
             difference to the initial values. `"mica"`: B from the left singular vectors of W with the smallest singular
-            values, A zero, and only A is trained (https://arxiv.org/abs/2604.01694).
+            values, A zero, and only A is trained (https://arxiv.org/abs/2604.01694). `"eva"`: A from the principal
+            components of the inputs of the layer, B zero, where `rank` is the mean of ranks that are redistributed by
+            explained variance (https://arxiv.org/abs/2410.07170). This needs batches: see `eva`.
         use_rslora: Scale by alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732, equation 5).
         use_dora: Train the norm of each row of W + s B A as a vector m (DoRA, https://arxiv.org/abs/2402.09353,
             equation 5).

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from time import perf_counter
+from typing import TypeVar
 
 import regex
+
+V = TypeVar("V")
 
 _SECONDS = 1.0
 """Time after which matching is given up. Patterns may come from an adapter folder of a stranger."""
@@ -101,6 +104,17 @@ def exactly(names: Iterable[str], among: Iterable[str]) -> str | list[str]:
 def literally(name: str) -> str:
     """Return an expression for this name alone, which is empty for a module that is itself adapted."""
     return re.escape(name) or "(?:)"
+
+
+def pattern_of(values: Mapping[str, V], default: V | None) -> dict[str, V]:
+    """Return the values that differ from `default`, by regular expressions for the names.
+
+    An expression also matches longer names with this suffix. Such a layer gets its own expression, and the longest ones
+    come first.
+    """
+    names = {name for name, value in values.items() if value != default}
+    names |= {name for name in values if any(ending in names for ending in endings(name))}
+    return {literally(name): values[name] for name in sorted(names, key=lambda name: (-len(name), name))}
 
 
 def _compiled(pattern: str) -> regex.Pattern[str]:

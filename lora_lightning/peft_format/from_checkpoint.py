@@ -14,12 +14,11 @@ from lora_lightning.lora import (
     LoRAConfig,
     adapted_weights,
     adapter_state_dict,
-    attach,
     backbone_of,
     base_fingerprint,
     delete_adapter,
 )
-from lora_lightning.lora.adaptation import unwrapped
+from lora_lightning.lora.adaptation import attach_as_configured, unwrapped
 
 
 def load_from_checkpoint(module: nn.Module, path: Path, name: str, strict: bool) -> list[str]:
@@ -50,7 +49,7 @@ def load_from_checkpoint(module: nn.Module, path: Path, name: str, strict: bool)
     adapted = unwrapped(module if not part or not hasattr(module, part.partition(".")[0]) else backbone_of(module))
     settings = description["configs"][saved_name]
     bypass = settings["bypass"]
-    attach(adapted, LoRAConfig(**settings | {"bypass": tuple(bypass) if bypass else None}), name)
+    attach_as_configured(adapted, LoRAConfig(**settings | {"bypass": tuple(bypass) if bypass else None}), name)
     # Modules that are trained in full are no part of the base, so it is compared when they are known.
     other_base = _difference(adapted, path, description["base_fingerprint"])
     if other_base and strict:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_lightning.lora import AdaptedWeight, LoRAConfig, adapted_weights
 from lora_lightning.lora.adaptation import attachment_of, config_of
 from lora_lightning.lora.layers import ConvKind, EmbeddingKind
-from lora_lightning.lora.matching import endings, exactly, literally
+from lora_lightning.lora.matching import exactly, pattern_of
 from lora_lightning.lora.other_layers import TransposedLinearKind
 from lora_lightning.lora.registry import kind_of
 from lora_lightning.lora.selection import layers_of
@@ -85,8 +85,8 @@ def describe(module: nn.Module, name: str) -> dict[str, Any]:
         "fan_in_fan_out": any(isinstance(adapted.kind, TransposedLinearKind) for adapted in found),
         "init_lora_weights": "mica" if config.init == "mica" and not of_convolutions else True,
         "modules_to_save": (saved.names if saved else None) or None,
-        "rank_pattern": _pattern(ranks, rank),
-        "alpha_pattern": _pattern(alphas, alpha),
+        "rank_pattern": pattern_of(ranks, rank),
+        "alpha_pattern": pattern_of(alphas, alpha),
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
     }
@@ -106,17 +106,6 @@ def _alpha(adapted: AdaptedWeight, config: LoRAConfig) -> float:
     if adapted.rank == config.rank_of(*adapted.names):
         return config.alpha_of(*adapted.names)
     return adapted.adapter.scaling * (adapted.rank**0.5 if config.use_rslora else adapted.rank)
-
-
-def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
-    """Return the values that differ from `default`, by regular expressions for the names.
-
-    An expression also matches longer names with this suffix. Such a layer gets its own expression, and the longest ones
-    come first.
-    """
-    names = {name for name, value in values.items() if value != default}
-    names |= {name for name in values if any(ending in names for ending in endings(name))}
-    return {literally(name): values[name] for name in sorted(names, key=len, reverse=True)}
 
 
 def exported(module: nn.Module, name: str, to_peft: bool) -> dict[str, Tensor]:

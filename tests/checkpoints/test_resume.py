@@ -69,6 +69,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a scheduler that counts the steps of the run": {"scheduler": OneCycle, "scheduler_args": ()},
     "dora, dropout on the adapter": {"lora": {"use_dora": True, "dropout": 0.2}},
     "pissa, a head trained in full": {"lora": {"init": "pissa", "modules_to_save": ["head"]}},
+    "ranks from data": {"lora": {"init": "eva"}},
     "averaged weights": {"averaged": True},
 }
 
