@@ -56,7 +56,7 @@ def main(args: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", message=message)
     # Both packages log with the logger of the one that was imported last.
     for package in ("lightning.pytorch", "pytorch_lightning"):
-        logging.getLogger(f"{package}.utilities.rank_zero").addFilter(_is_wanted)
+        logging.getLogger(f"{package}.utilities.rank_zero").addFilter(is_wanted)
     try:
         return _run(words, args)
     except (ArgumentError, ValueError, OSError, RuntimeError, MisconfigurationException) as error:
@@ -92,7 +92,7 @@ def _run(words: list[str], args: list[str] | None) -> int:
     return 0
 
 
-def _is_wanted(record: logging.LogRecord) -> bool:
+def is_wanted(record: logging.LogRecord) -> bool:
     """Return whether to print a message: no advertisement, and none that would end up in a bar and is not needed."""
     is_in_bar = sys.stdout.isatty() and str(record.msg).startswith(_AT_THE_END)
     return _ADVERTISEMENT not in str(record.msg) and not is_in_bar

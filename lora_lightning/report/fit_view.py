@@ -79,6 +79,16 @@ class FitView:
         best = min if self._lower_is_better(self._monitor) else max
         return saved[0] if saved else values.index(best(values))
 
+    @property
+    def _keeps_last(self) -> bool:
+        """Return whether the saved checkpoint is the last one, since no metric was monitored."""
+        return bool(self._best.get("path")) and not self._best.get("monitor")
+
+    def _kept_place(self) -> int:
+        """Return the number of the validation to report: that of the saved checkpoint, or else the best one."""
+        assert self._monitor is not None
+        return len(self._values[self._monitor]) - 1 if self._keeps_last else self._best_place()
+
     def _when(self, place: int) -> str:
         assert self._monitor is not None
         count = len(self._values[self._monitor])
@@ -96,7 +106,9 @@ class FitView:
         if self._monitor is None:
             sentence = f"{what}, without validation."
             return Verdict("plain", "training, not a test", sentence, "Only a test says how good it is on other data.")
-        name, place = self._monitor, self._best_place()
+        name, place = self._monitor, self._kept_place()
+        if self._keeps_last:
+            after = "The saved checkpoint is the last one. Only a test says how good it is on other data."
         values = [value for _, value in self._values[name]]
         first, best = values[0], values[place]
         kind: VerdictKind = "plain"
@@ -105,7 +117,7 @@ class FitView:
             what_changed = f"{self._counted['name']} on {self._counted['samples']:,} validation samples"
             sentence = f"{what}: {errors.before} → {errors.after} {what_changed}."
             kind = "better" if errors.kind == "better" else "unsure"
-            after = f"From the base to the saved checkpoint, {self._when(place)}. {after}"
+            after = f"From the base to {self._when(place)}. {after}"
             if self._base_guesses:
                 after = f"The head is new: the base's number is that of guessing. {after}"
         elif len(values) == 1:
@@ -117,8 +129,12 @@ class FitView:
             sentence = f"{what}, and {name} {words}: {significant(first)} → {significant(best)}."
             if change == "same" and place == 0:
                 sentence = f"{what}, but {name} was never better than at the first validation: {significant(first)}."
-            after = f"From the first validation to the best one, {self._when(place)}. {after}"
+            after = f"From the first validation to the {self._kept} one, {self._when(place)}. {after}"
         return Verdict(kind, "validation, not a test", sentence, after)
+
+    @property
+    def _kept(self) -> str:
+        return "last" if self._keeps_last else "best"
 
     @property
     def _base_guesses(self) -> bool:
@@ -133,7 +149,7 @@ class FitView:
         base, each = self._counted.get("base"), self._counted.get("each") or []
         if base is None or self._monitor is None or len(each) != len(self._values[self._monitor]):
             return None
-        found = each[self._best_place()]
+        found = each[self._kept_place()]
         return None if found is None else self._change_of_errors(found)
 
     def _change_of_errors(self, after: float) -> Change:
@@ -145,17 +161,19 @@ class FitView:
         cards = [card] if (card := trained_card(self._facts)) else []
         if (change := self._change_from_base()) is not None:
             title = f"Validation {self._counted['name']}"
-            cards.append(Card(title, change, "guessing → best" if self._base_guesses else "base → best"))
+            cards.append(Card(title, change, f"{'guessing' if self._base_guesses else 'base'} → {self._kept}"))
         if self._monitor is not None:
-            place, values = self._best_place(), [value for _, value in self._values[self._monitor]]
+            place, values = self._kept_place(), [value for _, value in self._values[self._monitor]]
             several = len(values) > 1
             kind = kind_of(values[0], values[place], self._lower_is_better(self._monitor))
             change = Change(significant(values[place]), significant(values[0]) if several else "", kind)
-            cards.append(Card(self._monitor, change, "first validation → best" if several else "the only validation"))
-            word, _, rest = self._when(place).partition(" ")
-            note = f"{self._values[self._monitor][place][0]:,} steps; the saved checkpoint"
-            if not self._best.get("path"):
-                note = note.replace("; the saved checkpoint", "")
+            cards.append(
+                Card(self._monitor, change, f"first validation → {self._kept}" if several else "the only validation")
+            )
+            word, _, rest = self._when(self._best_place()).partition(" ")
+            note = f"{self._values[self._monitor][self._best_place()][0]:,} steps"
+            if self._best.get("path"):
+                note += "; the last one is saved" if self._keeps_last else "; the saved checkpoint"
             cards.append(Card(f"Best {word}", Change(rest), note))
         loss = next((self._values[name] for name in ("train/loss", "train_loss") if name in self._values), None)
         if loss is not None and len(loss) > 1:

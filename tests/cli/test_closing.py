@@ -12,9 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning_utilities.core import rank_zero
 
+from lora_lightning import Classifier, MNISTDataModule, RichBoyNet
+from lora_lightning.callbacks.loss_bar import LossBar
 from lora_lightning.cli import progress_lines
+from lora_lightning.cli.main import is_wanted
 from tests.conftest import ROOT
 
 Run = Callable[..., tuple[int, str]]
@@ -82,7 +87,7 @@ def test_a_pipe_gets_lines_in_place_of_a_bar(run: Run, monkeypatch: pytest.Monke
     monkeypatch.setattr(progress_lines, "_SECONDS", 0)
     status, text = run(*FIT)
     assert status == 0, text
-    assert "train: epoch 0, batch 1 of 29" in text
+    assert "train: epoch 0, batch 1 of 22" in text
     assert "train/loss" in text
     status, text = run(*FIT, "--trainer.enable_progress_bar", "false")
     assert status == 0, text
@@ -132,7 +137,9 @@ def test_ctrl_c_while_it_imports_is_one_line() -> None:
     time.sleep(0.3)  # importing PyTorch takes longer than that
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=300)
-    assert (process.returncode, errors) == (1, "lora-lightning: interrupted before it started.\n")
+    first, *others = errors.splitlines()  # the first line is printed before the imports
+    assert first.endswith(": fit")
+    assert (process.returncode, others) == (1, ["lora-lightning: interrupted before it started."])
 
 
 def test_on_a_terminal_of_80_columns_no_bar_writes_over_the_end(workspace: Path) -> None:
@@ -163,3 +170,20 @@ def test_on_a_terminal_of_80_columns_no_bar_writes_over_the_end(workspace: Path)
     end = text[text.rindex("folder     ") :]
     assert "\x1b[1A" not in end, "nothing goes up again"
     assert "next       lora-lightning test" in end
+
+
+def test_a_bar_in_a_narrow_terminal_shows_the_training_loss_alone(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer(max_epochs=1, limit_train_batches=2)
+    model = Classifier(RichBoyNet(16, 8))
+    trainer.fit(model, datamodule=MNISTDataModule(source="sample"))
+    assert {"train/accuracy", "val/loss"} <= RichProgressBar().get_metrics(trainer, model).keys()
+    assert LossBar().get_metrics(trainer, model) == {"loss": trainer.callback_metrics["train/loss"].item()}
+
+
+@pytest.mark.parametrize(("is_terminal", "expected"), [(True, False), (False, True)])
+def test_a_remark_at_the_end_of_fit_is_not_printed_into_a_bar(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, expected: bool
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal, raising=False)
+    record = logging.LogRecord("any", logging.INFO, "", 0, "`Trainer.fit` stopped: `max_epochs=1` reached.", None, None)
+    assert is_wanted(record) is expected

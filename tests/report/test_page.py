@@ -440,10 +440,14 @@ def test_a_training_is_compared_with_its_base(tmp_path: Path) -> None:
     counted = {"name": "errors", "samples": 300, "base": 90, "each": [70, 30, 40], "guess": 200}
     page = page_of(tmp_path, facts={"best": best, "epochs": 3, "validations": counted})
     assert "Adapters with 10 parameters were trained: 90 → 30 errors on 300 validation samples." in page.text
-    assert "From the base to the saved checkpoint, epoch 2 of 3." in page.text
+    assert "From the base to epoch 2 of 3. This is the validation that chose the checkpoint." in page.text
     assert "Validation errors 90 → 30 base → best" in page.text
     assert "90 → 40" in page.text  # in the table
     assert "guess" not in page.text
+
+    page = page_of(tmp_path, facts={"best": {"path": "epoch=2.ckpt"}, "epochs": 3, "validations": counted})
+    assert "90 → 40 errors on 300 validation samples. From the base to epoch 3 of 3." in page.text
+    assert "Best epoch 2 of 3 20 steps; the last one is saved" in page.text
 
     new_head = {"validations": counted | {"base": 195}, "trained_in_full": ["head"]}
     page = page_of(tmp_path, facts={"best": best, "epochs": 3} | new_head)
