@@ -126,6 +126,7 @@ SHARED = {
         "checkpoints.checkpoints.holds_adapters_alone",
         "checkpoints.checkpoints.misfits",
         "checkpoints.checkpoints.paths_are_safe",
+        "checkpoints.own_states.OwnStates",
         "checkpoints.packed_layers.let_packed_keys_be_missing",
         "checkpoints.random_state.own_random_numbers",
         "checkpoints.sharded_checkpoints.ShardedCheckpoints",

@@ -219,8 +219,11 @@ def _remove(folder: str) -> None:
 
 
 def _run_folder(trainer: Trainer) -> str | None:
-    """Return the log folder, or else the folder of the checkpoints. All processes have to call this."""
-    if trainer.loggers:
-        return trainer.log_dir
-    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+    """Return the log folder, or else the folder of the checkpoints. All processes have to call this.
+
+    A logger that keeps metrics in memory or on a server has no log folder.
+    """
+    folder = trainer.log_dir if trainer.loggers else None
+    if folder is None:
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
     return None if folder is None else str(folder)

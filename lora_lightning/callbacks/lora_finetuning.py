@@ -37,6 +37,7 @@ from lora_lightning.callbacks.training_checks import (
 from lora_lightning.checkpoints import NotFiniteError, RandomState, choice_in_words, load_base, newest_checkpoint
 from lora_lightning.checkpoints.adapter_checkpoint import AdapterCheckpointIO, AdapterContent
 from lora_lightning.checkpoints.atomic_checkpoint import write_atomically
+from lora_lightning.checkpoints.own_states import OwnStates
 from lora_lightning.checkpoints.packed_layers import let_packed_keys_be_missing
 from lora_lightning.checkpoints.sharded_checkpoints import ShardedCheckpoints
 from lora_lightning.lightning_packages import is_a
@@ -52,8 +53,9 @@ class LoRAFinetuning(Callback):
     The callback works with any `LightningModule` whose layers exist after `__init__`, `setup` or `configure_model`, and
     whose `configure_optimizers` uses all parameters or those that require gradients. Checkpoints contain the adapters
     without the base, and can be passed as `ckpt_path`. At the end of `fit`, the adapters are written in PEFT's format
-    to `<log folder>/adapter`, or without a logger to `<checkpoints>/adapter`. They are those of the best checkpoint if
-    `ModelCheckpoint` monitors a metric, else the last ones. Checkpoints include random states, as with `RandomState`.
+    to `<log folder>/adapter`, or without a log folder to `<checkpoints>/adapter`. They are those of the best checkpoint
+    if `ModelCheckpoint` monitors a metric, else the last ones. Checkpoints include random states, as with
+    `RandomState`.
 
     Args:
         config: A `LoRAConfig` or its arguments, instead of or in addition to `arguments`.
@@ -142,6 +144,12 @@ class LoRAFinetuning(Callback):
                 detach(self.adapted)
             if stage != "fit" and self.adapted is not None and self.adapted is backbone_of(pl_module):
                 rank_zero_info("The adapters of this model were merged or detached. It is used as it is.")
+                return
+            if stage != "fit" and self.adapted is not None and self.checkpoints == "full":
+                rank_zero_info(
+                    "This model has no adapters. It is used as it is, since it may be that of a full checkpoint."
+                )
+                self.adapted = backbone_of(pl_module)
                 return
             self._adapt(trainer, pl_module)
 
@@ -310,6 +318,8 @@ class LoRAFinetuning(Callback):
         self._updated = set()
         self._spawned.load(self.adapted)
         keep_packing(self.adapted)
+        if not is_a(trainer.strategy, ModelParallelStrategy):
+            OwnStates(pl_module, self.checkpoints == "full")
         # Without a seed, each process has a different base until `ddp` broadcasts that of the first one.
         digest = base_fingerprint(self.adapted)
         self.base_fingerprint = trainer.strategy.broadcast(digest) if trainer.world_size > 1 else digest

@@ -129,6 +129,19 @@ def test_averaged_weights_keep_the_base(averaging: Any, tmp_path: Path) -> None:
     assert base_fingerprint(module.net) == before
 
 
+def test_a_full_checkpoint_is_read_back_into_the_trained_model_which_is_plain_then(tmp_path: Path) -> None:
+    best, module = ModelCheckpoint(monitor="val_loss"), Module()
+    trainer = trainer_in(tmp_path, LoRAFinetuning(rank=2, checkpoints="full"), best)
+    trainer.fit(module, data(), data())
+    assert is_adapted(module.net)
+    saved = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    module.load_state_dict(saved)
+    assert not is_adapted(module.net)
+    assert same(dict(module.state_dict()), saved)
+    trainer.test(module, data(), verbose=False)
+    assert not is_adapted(module.net)
+
+
 def test_checkpoints_in_the_background_hold_adapters(tmp_path: Path) -> None:
     files = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
     trainer_in(tmp_path, LoRAFinetuning(rank=2), files, plugins=[AsyncCheckpointIO()]).fit(Module(), data(), data())
