@@ -694,7 +694,10 @@ def _refuse_bias(layer: Adapted, value: object) -> None:
 
 
 def _can_be_added(weight: Tensor, adapters: Adapters) -> bool:
-    """Return whether ΔW can be added to W, or s c to b. `fully_shard` reads the shard that it owns, and must get that."""
+    """Return whether ΔW can be added to W, or s c to b.
+
+    `fully_shard` reads the shard that it owns, and must get that.
+    """
     mesh = getattr(weight, "device_mesh", None)
     if mesh is None:
         return True
