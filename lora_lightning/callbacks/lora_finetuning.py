@@ -71,7 +71,7 @@ class LoRAFinetuning(Callback):
             without any, they are trained themselves.
         checkpoints: What checkpoints hold. `"adapters"`: the adapters without the base. `"full"`: the merged weights
             under the keys of the plain model, for libraries that read checkpoints themselves, and the adapters beside
-            them for resuming.
+            them for resuming. After `fit`, a model without adapters is then used as it is.
         verify: Whether to warn after the first epoch about adapters that training has not changed.
         arguments: The arguments of `LoRAConfig`. Names can be relative to the adapted child or to the whole module. New
             last layers of `image_backbone` and `text_backbone` are added to `modules_to_save` if this is a list.

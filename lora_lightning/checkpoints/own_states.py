@@ -1,4 +1,4 @@
-"""Lets an adapted model load the states of its own checkpoints, as many libraries do with the best one after training."""
+"""Lets an adapted model load the states of its own checkpoints, as many libraries do with the best one after `fit`."""
 
 from __future__ import annotations
 
