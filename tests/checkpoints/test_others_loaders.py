@@ -279,3 +279,13 @@ def test_stochastic_weight_averaging_goes_on_exactly_or_a_warning_says_that_ligh
             rest = averaged("rest", ckpt_path=path)
         assert sum("StochasticWeightAveraging" in str(each.message) for each in said) == 1
     assert same(adapter_state_dict(rest.net), adapter_state_dict(whole.net)) == exact
+
+
+def test_a_resumed_run_saves_no_checkpoint_in_the_middle_of_an_accumulated_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    options: dict[str, Any] = {"stop": -1, "every": 2, "accumulate_grad_batches": 2}
+    run("shuffled", tmp_path / "whole", **options)
+    run("shuffled", tmp_path / "rest", ckpt_path=str(tmp_path / "whole" / "step=2.ckpt"), **options)
+    assert {file.name for file in (tmp_path / "rest").glob("*.ckpt")} == {f"step={step}.ckpt" for step in (4, 6, 8)}
