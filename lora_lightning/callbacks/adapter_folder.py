@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from lora_lightning.callbacks.summary import stage_metrics
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora.adaptation import active_names, trained_names
+from lora_lightning.peft_format.differences import unknown_to_peft
 from lora_lightning.peft_format.folder import AdapterFolder
 from lora_lightning.report.files import free_name, write_to
+from lora_lightning.wording import some_of
 
 BEST_ADAPTER = "lora_lightning_best_adapter"
 """Entry of a checkpoint that describes the best checkpoint so far."""
@@ -156,6 +158,17 @@ class RunAdapters:
     def _data(self) -> str | None:
         data = self._trainer.datamodule  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         return type(data).__name__ if data else None
+
+
+def what_peft_refuses(adapted: nn.Module) -> str:
+    """Return a sentence about the adapters for which PEFT refuses a folder, which is empty if there are none."""
+    names = unknown_to_peft(adapted)
+    if not names:
+        return ""
+    return (
+        f". PEFT refuses this folder, since it would compute the adapters of {some_of(map(repr, names))} differently "
+        "or ignore them; load_adapter and LoRAFinetuning read it"
+    )
 
 
 class _Folders:

@@ -33,8 +33,10 @@ def plain_arguments(config: LoRAConfig | Mapping[str, Any] | None, arguments: Ma
         arguments: Further arguments, which go first.
 
     Raises:
-        ValueError: If an argument is unknown.
+        ValueError: If an argument is unknown, or `config` is something else.
     """
+    if config is not None and not isinstance(config, LoRAConfig | Mapping):
+        raise ValueError(f"LoRAFinetuning({config!r}): expected a LoRAConfig or its arguments by name, as rank=8.")
     given = asdict(config) if isinstance(config, LoRAConfig) else dict(config or {})
     given = {key: plain(value) for key, value in {**given, **arguments}.items()}
     if "lr_ratio" in given:

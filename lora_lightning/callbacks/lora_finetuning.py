@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lora_lightning.callbacks.adapter_folder import BEST_ADAPTER, RunAdapters
+from lora_lightning.callbacks.adapter_folder import BEST_ADAPTER, RunAdapters, what_peft_refuses
 from lora_lightning.callbacks.adapters_of_run import (
     Folder,
     attach_adapters,
@@ -22,6 +22,7 @@ from lora_lightning.callbacks.adapters_of_run import (
     has_no_start_yet,
 )
 from lora_lightning.callbacks.averaged_base import average_with_adapters, restore_averaged_base, restore_statistics
+from lora_lightning.callbacks.base_of_run import load_base_of_run, say_that_the_model_is_the_base
 from lora_lightning.callbacks.frozen_base import FrozenBase
 from lora_lightning.callbacks.late_layers import AfterLayers, convert_layers
 from lora_lightning.callbacks.lora_arguments import describes_new_adapters, plain, plain_arguments
@@ -33,8 +34,9 @@ from lora_lightning.callbacks.training_checks import (
     check_optimizers,
     refuse_pruning,
     refuse_strategy,
+    warn_of_idle_dropout,
 )
-from lora_lightning.checkpoints import NotFiniteError, RandomState, choice_in_words, load_base, newest_checkpoint
+from lora_lightning.checkpoints import NotFiniteError, RandomState
 from lora_lightning.checkpoints.adapter_checkpoint import AdapterCheckpointIO, AdapterContent
 from lora_lightning.checkpoints.atomic_checkpoint import write_atomically
 from lora_lightning.checkpoints.own_states import OwnStates
@@ -128,6 +130,7 @@ class LoRAFinetuning(Callback):
         self._result: RunAdapters | None = None
         self._updated: set[str] = set()
         self._is_written = False
+        self._is_first_batch = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -180,7 +183,7 @@ class LoRAFinetuning(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_written = False
+        self._is_written, self._is_first_batch = False, True
         self._random_state.on_fit_start(trainer, pl_module)
         if self._after_layers is not None:
             self._after_layers.remove()
@@ -207,6 +210,9 @@ class LoRAFinetuning(Callback):
         if batch_idx == 0:  # after the other callbacks have started the epoch
             check_optimizers(trainer, pl_module, self._network)
             restore_statistics(trainer, pl_module)
+        if self._is_first_batch:
+            self._is_first_batch = False
+            warn_of_idle_dropout(self._network)
 
     @override
     def on_train_batch_end(
@@ -277,7 +283,9 @@ class LoRAFinetuning(Callback):
             )
         kind, names = self._frozen.kind_of(updated), some_of(map(repr, updated))
         but = f", but for {kind} that the model's own code changes: {names}" if updated else ""
-        where = f"Adapter: {self.adapter_folder}{of_best}" if self.adapter_folder else "This run writes no adapter."
+        where = "This run writes no adapter."
+        if self.adapter_folder:
+            where = f"Adapter: {self.adapter_folder}{of_best}{what_peft_refuses(self._network)}"
         self.base_in_words = f"bitwise unchanged{but} (SHA-256 {self.base_fingerprint[:12]})"
         rank_zero_info(f"The base is {self.base_in_words}. {where}")
 
@@ -299,18 +307,12 @@ class LoRAFinetuning(Callback):
         if trainer.state.fn != "fit" and is_untrained(self._network):
             rank_zero_info("The adapters are untrained and have no effect. Pass trained ones as ckpt_path.")
 
-    def _load_base(self, pl_module: LightningModule) -> None:
-        """Load `base_checkpoint`, if any, into a model without adapters."""
-        if self.base_checkpoint is not None:
-            self.base_path = newest_checkpoint(self.base_checkpoint)
-            rank_zero_info(f"Base: {choice_in_words(self.base_path)}")
-            load_base(pl_module, self.base_path, self.weights_only)
-        elif self.adapter is None:
-            rank_zero_info("Base: the weights that the model has now, since no base_checkpoint is given.")
-
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not is_adapted(pl_module):
-            self._load_base(pl_module)
+            if self.base_checkpoint is not None:
+                self.base_path = load_base_of_run(pl_module, self.base_checkpoint, self.weights_only)
+            elif self.adapter is None:
+                say_that_the_model_is_the_base(trainer, pl_module)
             convert_layers(trainer, pl_module)
             trained = self._spawned.config()
             attach_adapters(trainer, pl_module, self.config, self.adapter, self._trains_new, trained)

@@ -41,7 +41,9 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.M
         raise ValueError(
             f"The optimizer of this {module} does not have {some_of(map(repr, missing))}: these adapters would never "
             "be trained. Create it in configure_optimizers, when the adapters exist, from the parameters that require "
-            "gradients; or leave the layers out with exclude_modules."
+            "gradients; or leave the layers out with exclude_modules. If a library creates it earlier, call "
+            "lora.attach(lora.backbone_of(module), lora.LoRAConfig(...)) before that, with the configuration of "
+            "LoRAFinetuning, which then trains these adapters."
         )
     if in_full := [name for name, key in trainable.items() if key in held and key not in ours]:
         raise ValueError(
@@ -49,6 +51,22 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.M
             "trained in full, and be missing from the adapter folder. Create these layers before the optimizer, in "
             "__init__, setup or configure_model, and name them in modules_to_save; or freeze them, and remove "
             "callbacks like BackboneFinetuning that unfreeze them."
+        )
+
+
+def warn_of_idle_dropout(adapted: nn.Module) -> None:
+    """Warn about trained adapters whose dropout never acts, since their layers are in evaluation mode."""
+    idle = [
+        each.title
+        for each in adapted_weights(adapted)
+        if each.is_trained and each.adapter.config.dropout and not each.adapter.training
+    ]
+    if idle:
+        shown = [name or type(adapted).__name__ for name in idle]
+        rank_zero_warn(
+            f"The dropout of LoRAConfig never acts in {some_of(map(repr, shown))}: these layers are in evaluation "
+            "mode, as from_pretrained leaves them, and Lightning keeps this mode in training. Call train() on the "
+            "network before fit, or set dropout=0."
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch.utils.data import DataLoader
@@ -126,6 +127,10 @@ def _restore_generators(trainer: Trainer, states: list[torch.Tensor]) -> None:
 
 
 def _begin_again(trainer: Trainer) -> None:
+    progress = trainer.fit_loop.epoch_progress.current
+    epoch: int = progress.processed  # type: ignore[attr-defined] # it is a subclass that has it
+    for loader in _loaders(trainer):
+        _set_sampler_epoch(loader, epoch)  # Lightning does so later, but a loader may draw the order of samples now
     fetcher = trainer.fit_loop._data_fetcher
     assert fetcher is not None
     iter(fetcher)

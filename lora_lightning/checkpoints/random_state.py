@@ -23,7 +23,11 @@ from lora_lightning.checkpoints.loader_state import (
     load_pending_states,
     skip_batches,
 )
-from lora_lightning.checkpoints.resumed_callbacks import keep_best_so_far, warn_of_stochastic_averaging
+from lora_lightning.checkpoints.resumed_callbacks import (
+    keep_best_so_far,
+    save_no_step_again,
+    warn_of_stochastic_averaging,
+)
 
 KEY = "lora_lightning_random_state"
 _SEED_OFFSET = 1_000_003
@@ -86,6 +90,7 @@ class RandomState(Callback):
         self._must_count = state is not None
         if state is None:
             return
+        save_no_step_again(trainer)
         warn_of_stochastic_averaging(trainer)
         self._validation_loaders = ValidationLoaders(trainer)
         if load_pending_states(trainer):

@@ -28,6 +28,18 @@ def keep_best_so_far(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             state["dirpath"] = files.dirpath
 
 
+def save_no_step_again(trainer: Trainer) -> None:
+    """Keep `ModelCheckpoint(every_n_train_steps=...)` from saving the step that a run resumes from once more.
+
+    It forgets which step it has saved last. With accumulated gradients, it would save this step after the next batch,
+    in the middle of an accumulation, from which no run continues exactly. Call this in `on_train_start` of a run that
+    resumes.
+    """
+    for files in trainer.checkpoint_callbacks:
+        if is_a(files, ModelCheckpoint) and files._every_n_train_steps:
+            files._last_global_step_saved = trainer.global_step
+
+
 def warn_of_stochastic_averaging(trainer: Trainer) -> None:
     """Warn if `StochasticWeightAveraging` cannot continue exactly. Call this in `on_train_start` of a run that resumes.
 

@@ -22,8 +22,18 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lora_lightning import LoRAConfig, LoRAFinetuning, load_adapter
+from lora_lightning.callbacks.base_of_run import is_as_created
 from lora_lightning.checkpoints import NotFiniteError
-from lora_lightning.lora import adapter_names, adapter_state_dict, base_fingerprint, detach, is_adapted, merge
+from lora_lightning.lora import (
+    adapter_names,
+    adapter_state_dict,
+    attach,
+    backbone_of,
+    base_fingerprint,
+    detach,
+    is_adapted,
+    merge,
+)
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.filterwarnings(
@@ -376,6 +386,91 @@ def test_containers_of_omegaconf_none_and_a_whole_configuration_are_arguments() 
 def test_an_argument_of_another_library_or_a_misspelt_one_is_answered_with_the_right_one(name: str, meant: str) -> None:
     with pytest.raises(ValueError, match=f"has no argument '{name}'. Is '{meant}' meant"):
         LoRAFinetuning(**{name: 4})
+
+
+def test_something_else_as_the_configuration_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"LoRAFinetuning\(4\): expected a LoRAConfig or its arguments by name"):
+        LoRAFinetuning(4)
+
+
+QUESTION = "is an untrained base meant?"
+
+
+def test_a_base_with_weights_as_created_is_asked_about_before_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        trainer, _ = fit(Module(), tmp_path / "a", epochs=1)
+        assert caplog.text.count(QUESTION) == 1
+        trainer.predict(Module(), [torch.randn(2, 8)])
+        trained = Module()
+        with torch.no_grad():
+            trained.decoder.weight += 0.5
+        fit(trained, tmp_path / "b", epochs=1)
+    assert caplog.text.count(QUESTION) == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([nn.Conv2d(3, 8, 3), nn.Linear(8, 2)], True),
+        ([nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)], True),
+        ([nn.Embedding(4, 8)], False),
+    ],
+)
+def test_only_what_pytorch_initializes_is_taken_for_untrained(layers: list[nn.Module], expected: bool) -> None:
+    network = nn.Sequential(*layers)
+    assert is_as_created(network) == expected
+    if len(layers) == 2:
+        for value in (layers[1].running_mean if len(layers[1]._buffers) else layers[1].weight.detach(),):
+            value += 1.0
+        assert not is_as_created(network)
+    assert is_as_created(network.half()) == is_as_created(network.float())
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+def test_dropout_in_a_network_in_evaluation_mode_is_said_once(tmp_path: Path) -> None:
+    module = Module()
+    module.encoder.eval()
+    trainer = Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, callbacks=[LoRAFinetuning(rank=2, dropout=0.1)],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="The dropout of LoRAConfig never acts in 'encoder': .* evaluation") as said:
+        trainer.fit(module, loader(), loader())
+    assert sum("dropout" in str(each.message) for each in said) == 1
+
+
+def test_a_folder_that_peft_refuses_is_said_at_the_end_of_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Dilated(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 2, 3, dilation=2), nn.Flatten())
+
+    with caplog.at_level("INFO"):
+        fit(Module(), tmp_path / "a", epochs=1)
+        assert "PEFT refuses" not in caplog.text
+        _, ours = fit(Dilated(), tmp_path / "b", epochs=1)
+    assert f"Adapter: {ours.adapter_folder}. PEFT refuses this folder, since" in caplog.text
+    assert "'encoder.1'" in caplog.text.rpartition("PEFT refuses")[2]
+
+
+def test_a_library_that_makes_its_optimizer_early_trains_adapters_that_were_attached_before(tmp_path: Path) -> None:
+    class Early(Module):
+        def __init__(self, attached: bool) -> None:
+            super().__init__()
+            if attached:
+                attach(backbone_of(self), LoRAConfig(rank=2))
+            self.optimizer = torch.optim.Adam([p for p in self.parameters() if p.requires_grad])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return self.optimizer
+
+    with pytest.raises(ValueError, match=r"If a library creates it earlier, call lora.attach\(lora.backbone_of"):
+        fit(Early(attached=False), tmp_path / "a", epochs=1)
+    module = Early(attached=True)
+    fit(module, tmp_path / "b", epochs=1)
+    assert all(bool(value.any()) for value in adapter_state_dict(module).values())
 
 
 def test_the_example_for_hydra_trains_tests_and_resumes(tmp_path: Path) -> None:

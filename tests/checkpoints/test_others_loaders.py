@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lora_lightning import LoRAFinetuning
 from lora_lightning.lora import adapter_state_dict
@@ -105,7 +105,25 @@ class Validated(Module):
         self.log("loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
 
 
+class ByEpoch(Sampler[int]):
+    """A sampler whose order is a function of the epoch, as that of `DistributedSampler`."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return 48
+
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(48, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
 def loader(kind: str) -> Any:
+    if kind == "ordered by epoch":
+        return DataLoader(Samples(), batch_size=8, sampler=ByEpoch())
     if kind == "with state":
         return Stateful()
     options: dict[str, Any] = {"generator": torch.Generator().manual_seed(5)} if "generator" in kind else {}
@@ -153,8 +171,14 @@ def run(
     return module
 
 
-KINDS = ("shuffled", "shuffled with a generator", "with state", "two workers")
-BY_DEFAULT = {("shuffled", 3), ("shuffled", 6), ("shuffled with a generator", 8), ("with state", 8)}
+KINDS = ("shuffled", "shuffled with a generator", "ordered by epoch", "with state", "two workers")
+BY_DEFAULT = {
+    ("shuffled", 3),
+    ("shuffled", 6),
+    ("shuffled with a generator", 8),
+    ("ordered by epoch", 8),
+    ("with state", 8),
+}
 
 
 @pytest.mark.parametrize(
@@ -279,3 +303,13 @@ def test_stochastic_weight_averaging_goes_on_exactly_or_a_warning_says_that_ligh
             rest = averaged("rest", ckpt_path=path)
         assert sum("StochasticWeightAveraging" in str(each.message) for each in said) == 1
     assert same(adapter_state_dict(rest.net), adapter_state_dict(whole.net)) == exact
+
+
+def test_a_resumed_run_saves_no_checkpoint_in_the_middle_of_an_accumulated_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    options: dict[str, Any] = {"stop": -1, "every": 2, "accumulate_grad_batches": 2}
+    run("shuffled", tmp_path / "whole", **options)
+    run("shuffled", tmp_path / "rest", ckpt_path=str(tmp_path / "whole" / "step=2.ckpt"), **options)
+    assert {file.name for file in (tmp_path / "rest").glob("*.ckpt")} == {f"step={step}.ckpt" for step in (4, 6, 8)}
