@@ -83,7 +83,7 @@ def fit(model: LightningModule, folder: Path, **options: Any) -> tuple[Trainer, 
 
 
 class InMemory(Logger):
-    """Keeps metrics in memory, as the logger of scvi-tools does, and has no folder."""
+    """Keeps metrics in memory, and has no folder."""
 
     name, version = "memory", 0
 
