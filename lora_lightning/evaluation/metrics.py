@@ -36,11 +36,13 @@ class UserMetrics:
         """Add a batch. An error is kept, and ends these metrics, not the run."""
         if self.error is not None:
             return
-        outputs, targets, of_base = aligned.outputs, aligned.targets, base
+        targets = aligned.targets
+        outputs = _by_row(aligned.outputs, targets)
+        of_base = None if base is None else _by_row(base, targets)
         if targets.dim() == 1 or not bool(aligned.counted.all()):
             rows = aligned.counted if targets.dim() == 1 else aligned.counted.all(1)
             outputs, targets = outputs[rows], targets[rows]
-            of_base = None if base is None else base[rows]
+            of_base = None if of_base is None else of_base[rows]
         if targets.dim() == 2 and targets.shape[1] == 1:
             outputs, targets = outputs[:, 0], targets[:, 0]
             of_base = None if of_base is None else of_base[:, 0]
@@ -76,6 +78,10 @@ class UserMetrics:
 def collection_of(metrics: MetricCollection | Metric | None) -> MetricCollection | None:
     """Return metrics as a collection."""
     return MetricCollection([metrics]) if isinstance(metrics, Metric) else metrics
+
+
+def _by_row(outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs.flatten(0, -2) if outputs.dim() > targets.dim() else outputs
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

@@ -134,12 +134,12 @@ def test_values_are_measured_as_by_hand(make_trainer: MakeTrainer, inputs: Tenso
     assert report.task == "regression"
     for predicted, result in zip(both(task, inputs), (report.adapted, report.base), strict=True):
         errors = predicted.double() - targets.double()
-        spread = (targets.double() - targets.double().mean()).square().sum()
+        spread = (targets.double() - targets.double().mean(0)).square().sum(0)
         assert isinstance(result, Values)
         assert result.mae == pytest.approx(float(errors.abs().mean()), rel=1e-6)
-        assert result.rmse == pytest.approx(float(errors.square().mean().sqrt()), rel=1e-6)
+        assert result.rmse == pytest.approx(float(errors.square().mean(0).sqrt().mean()), rel=1e-6)
         assert result.bias == pytest.approx(float(errors.mean()), rel=1e-5)
-        assert result.r2 == pytest.approx(1 - float(errors.square().sum() / spread), rel=1e-6)
+        assert result.r2 == pytest.approx(1 - float((errors.square().sum(0) / spread).mean()), rel=1e-6)
         assert sum(result.table()["samples"]) == N
     after, before = ((each - targets).abs().mean(1) for each in both(task, inputs))
     assert report.improved[0] == int((after - before).argmin())
