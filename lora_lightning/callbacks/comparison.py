@@ -10,8 +10,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
+from lora_lightning.callbacks.log_folder import log_folder
 from lora_lightning.callbacks.logged_results import log_report, log_settings, show_classes_as_one_chart
-from lora_lightning.callbacks.run_files import RecordedMetrics, log_folder, write_facts
+from lora_lightning.callbacks.merging import finetuning_of
+from lora_lightning.callbacks.run_files import RecordedMetrics, write_facts
 from lora_lightning.callbacks.trained import TrainedModel
 from lora_lightning.evaluation import TASKS, Confusion, Evaluation, EvaluationSettings, Report
 from lora_lightning.report import report_table
@@ -157,7 +159,7 @@ class ComparisonReport(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.trained = TrainedModel.of(trainer, pl_module, log_folder(trainer))
+        self.trained = TrainedModel.of(trainer, pl_module, finetuning_of(trainer))
         self._metrics.write(trainer, pl_module)
 
     @override

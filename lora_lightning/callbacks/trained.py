@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
+from typing import Protocol
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lora_lightning.callbacks.lora_finetuning import LoRAFinetuning
-from lora_lightning.callbacks.merging import finetuning_of
+from lora_lightning.callbacks.log_folder import log_folder
 from lora_lightning.callbacks.summary import stage_metrics, trained_and_total
 from lora_lightning.lora import adapted_weights, is_adapted
+
+
+class Finetuning(Protocol):
+    """Knows what the end of `fit` wrote and checked."""
+
+    adapter_folder: Path | str | None
+    base_in_words: str
 
 
 @dataclass(frozen=True)
@@ -35,11 +43,12 @@ class TrainedModel:
     epochs: int
     metrics: dict[str, float]
     folder: str
-    finetuning: LoRAFinetuning | None
+    finetuning: Finetuning | None
 
     @classmethod
-    def of(cls, trainer: Trainer, pl_module: LightningModule, folder: str | None) -> TrainedModel:
-        """Describe the module of a trainer at the end of `fit`."""
+    def of(cls, trainer: Trainer, pl_module: LightningModule, finetuning: Finetuning | None) -> TrainedModel:
+        """Describe the module of a trainer at the end of `fit`. Every device has to call this."""
+        folder = log_folder(trainer)
         layers = tuple(weight.name for weight in adapted_weights(pl_module)) if is_adapted(pl_module) else ()
         return cls(
             type(pl_module).__name__,
@@ -48,7 +57,7 @@ class TrainedModel:
             trainer.current_epoch,
             stage_metrics(trainer, "val"),
             folder or "",
-            finetuning_of(trainer),
+            finetuning,
         )
 
     def facts(self) -> dict[str, str]:

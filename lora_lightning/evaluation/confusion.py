@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.evaluation.pair_counts import MOST_DENSE
-from lora_lightning.evaluation.results import loggable, mean_of_known, or_none, ratio
+from lora_lightning.evaluation.results import all_loggable, mean_of_known, or_none, ratio
 
 SHOWN_CLASSES = 20
 """Maximum number of classes in tables, figures and scalars: those with the lowest recall. Files contain all."""
@@ -145,8 +145,8 @@ class Confusion:
 
     def recall_to_log(self) -> dict[str, float]:
         """Return the recall of each class with samples as `recall/<class>`, or of more than 20 their mean."""
-        recalls = zip(self.class_names, self.recall, strict=True)
-        known = {f"recall/{loggable(name)}": recall for name, recall in recalls if not isnan(recall)}
+        recalls = zip(all_loggable(self.class_names), self.recall, strict=True)
+        known = {f"recall/{name}": recall for name, recall in recalls if not isnan(recall)}
         return {"mean_recall": self.mean_recall} if len(known) > SHOWN_CLASSES else known
 
     def weakest(self) -> int:

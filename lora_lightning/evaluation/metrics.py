@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lora_lightning.evaluation.reading import Aligned
+from lora_lightning.evaluation.results import Compared
 
 
 class UserMetrics:
@@ -56,7 +57,7 @@ class UserMetrics:
         except Exception as error:  # noqa: BLE001 - a metric that does not fit must not cost the run
             self.error = f"{type(error).__name__}: {error}"
 
-    def compute(self, group: Any = None) -> dict[str, tuple[float, float | None]]:
+    def compute(self, group: Any = None) -> dict[str, Compared]:
         """Return the values by name, of the adapted model and of the base. Every device has to call this."""
         states = [(self.error, self._has_base)]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -72,7 +73,7 @@ class UserMetrics:
         except Exception as error:  # noqa: BLE001 - the same
             rank_zero_warn(f"The metrics are not computed: {type(error).__name__}: {error}")
             return {}
-        return {name: (value, base.get(name)) for name, value in adapted.items()}
+        return {name: Compared(value, base.get(name)) for name, value in adapted.items()}
 
 
 def collection_of(metrics: MetricCollection | Metric | None) -> MetricCollection | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_lightning.evaluation.changes import Inputs
 from lora_lightning.evaluation.report import Report
+from lora_lightning.evaluation.results import Compared
 
 NO_TARGET = -100
 """Target of a sample that does not count: the default `ignore_index` of PyTorch's losses."""
@@ -145,7 +146,7 @@ class Context:
     names: tuple[str, ...]
     loader: int | None = None
     read_as: str = ""
-    metrics: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    metrics: dict[str, Compared] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

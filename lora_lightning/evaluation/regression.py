@@ -132,7 +132,10 @@ class Values:
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers for JSON. An undefined number is `None`."""
         columns = self.table()
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        rows = [
+            {name: or_none(each) if isinstance(each, float) else each for name, each in zip(columns, row, strict=True)}
+            for row in zip(*columns.values(), strict=True)
+        ]
         numbers: dict[str, Any] = {name: or_none(value) for name, value in self.summary().items()}
         return numbers | {"samples": self.total, "values": self.values, "quantiles": rows}
 

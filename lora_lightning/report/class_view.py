@@ -35,6 +35,7 @@ from lora_lightning.report.view import (
     p_in_words,
     percent,
     share,
+    signed,
 )
 from lora_lightning.wording import one_line
 
@@ -355,11 +356,17 @@ _FIXED = "Fixed: wrong before, right now"
 
 def own_metrics(content: dict[str, Any]) -> list[Table]:
     """Return a table of the metrics that the user handed in, if there are any."""
+    found = content.get("metrics") or {}
     rows: list[list[str | Change]] = [
-        [name, number(before, float("nan") if after is None else after)]
-        for name, (after, before) in (content.get("metrics") or {}).items()
+        [
+            one_line(name, _LONGEST_NAME),
+            number(each["base"], float("nan") if each["adapted"] is None else each["adapted"]),
+            "–" if each["difference"] is None else signed(each["difference"], is_count=False),
+        ]
+        for name, each in found.items()
     ]
-    return [Table("Your metrics", "Your metrics, before and after", ["metric", "value"], rows)] if rows else []
+    columns = ["metric", "value", "difference"]
+    return [Table("Your metrics", "Your metrics, before and after", columns, rows)] if rows else []
 
 
 def trained_card(facts: dict[str, Any]) -> Card | None:

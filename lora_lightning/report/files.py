@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
-from lora_lightning.evaluation import Confusion, Pairs, Report, ValueChanges, Values, or_none
+from lora_lightning.evaluation import Compared, Confusion, Pairs, Report, ValueChanges, Values, or_none
 from lora_lightning.report.counts import write_counts
 from lora_lightning.report.figure import report_figures, write_png
 from lora_lightning.report.samples import write_samples
@@ -81,13 +81,18 @@ def _write_json(report: Report, path: Path) -> None:
         "broken": report.broken,
         "improved": report.improved,
         "worsened": report.worsened,
-        "metrics": {name: [None if v is None else or_none(v) for v in both] for name, both in report.metrics.items()},
+        "metrics": {name: _metric(both) for name, both in report.metrics.items()},
     }
     if isinstance(adapted, Values) and isinstance(report.base, Values):
         content["errors"] = asdict(ValueChanges.of(report.base, adapted))
     if isinstance(adapted, Confusion):
         content |= {"class_names": adapted.class_names, "matrix_rows": "target", "matrix_columns": "predicted"}
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _metric(both: Compared) -> dict[str, float | None]:
+    numbers = {"base": both.base, "adapted": both.adapted, "difference": both.difference}
+    return {name: None if value is None else or_none(value) for name, value in numbers.items()}
 
 
 def _pairs(pairs: Pairs) -> dict[str, float | None]:
