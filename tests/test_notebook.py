@@ -37,7 +37,7 @@ def test_every_cell_runs_and_shows_what_was_trained_and_what_changed(
     assert "Classifier: what was trained" in shown
     assert "of the base" in shown
     assert "on 3 weights: backbone.linear1" in shown
-    assert "trained" in str(trained)
+    assert "trained" in str(trained.trained)
     assert "accuracy" in report._repr_html_()
     base, adapted, p, broken = numbers
     assert 0.5 < base < 1

@@ -10,8 +10,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
+from lora_lightning.callbacks.log_folder import log_folder
 from lora_lightning.callbacks.logged_results import log_outcome_of_fit, log_report, log_settings, show_charts
-from lora_lightning.callbacks.run_files import RecordedMetrics, log_folder, write_facts
+from lora_lightning.callbacks.merging import finetuning_of
+from lora_lightning.callbacks.run_files import RecordedMetrics, write_facts
 from lora_lightning.callbacks.trained import TrainedModel
 from lora_lightning.callbacks.validations import Validations
 from lora_lightning.evaluation import TASKS, Confusion, Evaluation, EvaluationSettings, Report
@@ -179,7 +181,7 @@ class ComparisonReport(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.trained = TrainedModel.of(trainer, pl_module, log_folder(trainer))
+        self.trained = TrainedModel.of(trainer, pl_module, finetuning_of(trainer))
         self._show_charts(trainer)
         log_outcome_of_fit(trainer, pl_module, self._validations.last)
         self._metrics.write(trainer, pl_module, self._validations.facts())

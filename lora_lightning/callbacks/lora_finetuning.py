@@ -28,6 +28,7 @@ from lora_lightning.callbacks.late_layers import AfterLayers, convert_layers
 from lora_lightning.callbacks.lora_arguments import describes_new_adapters, plain, plain_arguments
 from lora_lightning.callbacks.spawned_adapters import SpawnedAdapters
 from lora_lightning.callbacks.summary import trained_parameters, what_trains
+from lora_lightning.callbacks.trained import TrainedModel
 from lora_lightning.callbacks.training_checks import (
     FiniteAdapters,
     UntrainedAdapters,
@@ -78,6 +79,11 @@ class LoRAFinetuning(Callback):
         arguments: The arguments of `LoRAConfig`. Names can be relative to the adapted child or to the whole module. New
             last layers of `image_backbone` and `text_backbone` are added to `modules_to_save` if this is a list.
 
+    Attributes:
+        adapter_folder: The folder of the adapters that the last `fit` wrote, or `None` before.
+        trained: A description of what the last `fit` trained, or `None` before. In a notebook, the callback shows it
+            as a table.
+
     Raises:
         ValueError: If a value is out of range. In `setup`, for the reasons of `attach`, if a checkpoint or folder does
             not fit, or if the model already has other adapters. In `fit`, if the optimizer lacks the adapters or has
@@ -119,6 +125,7 @@ class LoRAFinetuning(Callback):
         self.verify = verify
         self.adapter_folder: Path | str | None = None
         self.adapted: nn.Module | None = None
+        self.trained: TrainedModel | None = None
         self._random_state = RandomState()
         self._spawned = SpawnedAdapters()
         self._after_layers: AfterLayers | None = None
@@ -274,6 +281,7 @@ class LoRAFinetuning(Callback):
         """Write the adapter folder, and then check that the base has not changed."""
         of_best = self._write_result(trainer)
         trainer.strategy.barrier("adapter folder")  # so that it exists on every device when fit returns
+        self.trained = TrainedModel.of(trainer, pl_module, self)
         assert self._frozen is not None
         frozen, updated = self._frozen.changed()
         if frozen:
@@ -288,6 +296,12 @@ class LoRAFinetuning(Callback):
             where = f"Adapter: {self.adapter_folder}{of_best}{what_peft_refuses(self._network)}"
         self.base_in_words = f"bitwise unchanged{but} (SHA-256 {self.base_fingerprint[:12]})"
         rank_zero_info(f"The base is {self.base_in_words}. {where}")
+
+    def _repr_html_(self) -> str:
+        """Return what the last `fit` trained as a table for a notebook."""
+        if self.trained is None:
+            return "<p>LoRAFinetuning: nothing trained yet. Call <code>trainer.fit</code>.</p>"
+        return self.trained._repr_html_()
 
     def _write_result(self, trainer: Trainer) -> str:
         """Write the adapter folder, and return a description of the checkpoint that it holds."""

@@ -19,6 +19,9 @@ from typing_extensions import override
 from lora_lightning.evaluation import described, names_of_classes, tensors_of
 from lora_lightning.report.files import free_name, write_to
 from lora_lightning.report.terminal import show
+from lora_lightning.wording import one_line
+
+_LONGEST_LABEL, _LONGEST_NAME = 200, 60
 
 
 @dataclass(frozen=True)
@@ -118,14 +121,17 @@ class PredictionWriter(BasePredictionWriter):
         ]
         folder = os.path.commonpath([str(Path(label).parent) for label in labels]) if files and not several else "."
         rows = [[names[i] for i in each.classes] for each in self._predictions]
-        shown = [os.path.relpath(label, folder) for label in labels]
+        shown = [one_line(os.path.relpath(label, folder), _LONGEST_LABEL) for label in labels]
         width = max(map(len, shown))
         path = None
         if log_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined] # Trainer sets it from elsewhere
             path = free_name(log_dir, "predictions.csv")
             write_to(path, lambda local: _write(local, labels, self._predictions, rows))
         for label, each, classes in zip(shown, self._predictions, rows, strict=True):
-            ranked = [f"{name} {100 * p:.1f} %" for name, p in zip(classes, each.probabilities, strict=True)]
+            ranked = [
+                f"{one_line(name, _LONGEST_NAME)} {100 * p:.1f} %"
+                for name, p in zip(classes, each.probabilities, strict=True)
+            ]
             more = f"  ({', '.join(ranked[1:])})" if len(ranked) > 1 else ""
             line = f"{label:<{width}}  {ranked[0]}{more}"
             show(line, markup=False, highlight=False, soft_wrap=True)
@@ -159,7 +165,7 @@ def _write(path: Path, labels: list[str], predictions: list[_Prediction], rows: 
         "probability",
         *(f"{q}_{k}" for k in ranks for q in ("category", "probability")),
     ]
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for label, each, names in zip(labels, predictions, rows, strict=True):

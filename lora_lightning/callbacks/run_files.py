@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 import lora_lightning
+from lora_lightning.callbacks.log_folder import log_folder
 from lora_lightning.callbacks.logged_results import log_scalar
 from lora_lightning.callbacks.merging import finetuning_of
 from lora_lightning.callbacks.summary import trained_and_total
@@ -102,12 +103,6 @@ class RecordedMetrics:
             figure.set_facecolor("white")
             write_to(free_name(folder, "curves.png"), partial(write_png, figure))
         write_facts(trainer, pl_module, folder, validations)
-
-
-def log_folder(trainer: Trainer) -> str | None:
-    """Return the folder for the files of the run, if any. Every device has to call this."""
-    folder = trainer.log_dir if trainer.loggers else None
-    return None if trainer.fast_dev_run else folder  # type: ignore[attr-defined] # Trainer sets it from elsewhere
 
 
 def write_facts(

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
+from typing import Protocol
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lora_lightning.callbacks.lora_finetuning import LoRAFinetuning
-from lora_lightning.callbacks.merging import finetuning_of
+from lora_lightning.callbacks.log_folder import log_folder
 from lora_lightning.callbacks.summary import stage_metrics, trained_and_total
 from lora_lightning.lora import adapted_weights
+
+
+class Finetuning(Protocol):
+    """Knows what the end of `fit` wrote and checked."""
+
+    adapter_folder: Path | str | None
+    base_in_words: str
 
 
 @dataclass(frozen=True)
@@ -37,22 +45,22 @@ class TrainedModel:
     epochs: int
     metrics: dict[str, float]
     folder: str
-    finetuning: LoRAFinetuning | None
+    finetuning: Finetuning | None
 
     @classmethod
-    def of(cls, trainer: Trainer, pl_module: LightningModule, folder: str | None) -> TrainedModel:
-        """Describe the module of a trainer at the end of `fit`."""
+    def of(cls, trainer: Trainer, pl_module: LightningModule, finetuning: Finetuning | None) -> TrainedModel:
+        """Describe the module of a trainer at the end of `fit`. Every device has to call this."""
         found = adapted_weights(pl_module)
-        adapters = {each.adapter_name: "" if each.is_trained else " (frozen)" for each in found}
+        adapters = {weight.adapter_name: "" if weight.is_trained else " (frozen)" for weight in found}
         return cls(
             type(pl_module).__name__,
             *trained_and_total(pl_module),
-            tuple(dict.fromkeys(each.name for each in found)),
+            tuple(dict.fromkeys(weight.name for weight in found)),
             tuple(name + state for name, state in adapters.items()) if len(adapters) > 1 else (),
             trainer.current_epoch,
             stage_metrics(trainer, "val"),
-            folder or "",
-            finetuning_of(trainer),
+            log_folder(trainer) or "",
+            finetuning,
         )
 
     def facts(self) -> dict[str, str]:

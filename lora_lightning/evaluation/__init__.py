@@ -9,7 +9,7 @@ from lora_lightning.evaluation.multilabel import Labels
 from lora_lightning.evaluation.paired import PairedBootstrap, mcnemar_p, paired_bootstrap
 from lora_lightning.evaluation.regression import ValueChanges, Values
 from lora_lightning.evaluation.report import Report
-from lora_lightning.evaluation.results import or_none
+from lora_lightning.evaluation.results import Compared, or_none
 from lora_lightning.evaluation.tasks import CLASS_TASKS, TASKS
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "SHOWN_CLASSES",
     "TASKS",
     "ChangedSample",
+    "Compared",
     "Confusion",
     "Evaluation",
     "EvaluationSettings",

@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 
 import torch
 from torch import Tensor
@@ -115,6 +115,57 @@ class Pairs:
         self.add(Pairs(int(fixed.sum()), int(broke.sum()), [], inputs is not None, of_fixed, of_broken))
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """Holds the outputs of a model, and the classes that they predict.
+
+    Args:
+        outputs: Scores of shape (..., C), or (N,) for two classes.
+        classes: Predicted classes of shape (1, N). For two classes with one output, they have the shape (2, N): those
+            if the outputs are logits, and those if they are probabilities.
+        rows: Number of the row of the outputs of each prediction, or `None` if all rows have one.
+        can_be_probabilities: Whether single outputs are all between 0 and 1.
+    """
+
+    outputs: Tensor
+    classes: Tensor
+    rows: Tensor | None
+    can_be_probabilities: bool
+
+    @classmethod
+    def of(cls, outputs: Tensor, counted: Tensor | None = None) -> Self:
+        """Return the predictions for rows of outputs.
+
+        Args:
+            outputs: Scores of shape (..., C), or (N,) for two classes.
+            counted: Which rows count, of shape (N,), or `None` for all.
+        """
+        if outputs.dim() > 1:
+            classes = outputs.max(-1).indices.flatten()  # several times as fast as argmax
+            if counted is None:
+                return cls(outputs, classes[None], None, False)
+            return cls(outputs, classes[None, counted], counted.nonzero()[:, 0], False)
+        outputs = outputs if counted is None else outputs[counted]
+        can_be_probabilities = bool(((outputs >= 0) & (outputs <= 1)).all())
+        return cls(outputs, torch.stack((outputs > 0, outputs > 0.5)).long(), None, can_be_probabilities)
+
+    def confidences(self, numbers: Sequence[int], is_probability: bool) -> list[float]:
+        """Return the probabilities of the predicted classes of a few rows.
+
+        Args:
+            numbers: Numbers of the predictions.
+            is_probability: Whether single outputs are probabilities, not logits.
+        """
+        chosen = torch.tensor(numbers, device=self.outputs.device)
+        if self.outputs.dim() == 1:
+            found = self.outputs[chosen].float()
+            found = found if is_probability else found.sigmoid()
+            return torch.where(found > 0.5, found, 1 - found).tolist()
+        rows = chosen if self.rows is None else self.rows[chosen]
+        scores = self.outputs.flatten(0, -2)[rows].float()
+        return scores.softmax(1).gather(1, self.classes[0, chosen][:, None])[:, 0].tolist()
+
+
 class Changes:
     """Compares the predictions of a model with those of its base on one device.
 
@@ -126,23 +177,15 @@ class Changes:
         self.are_probabilities = True
         self._at_zero, self._at_half = Pairs(), Pairs()
 
-    def update(self, logits: Tensor, base: Tensor, targets: Tensor, inputs: Inputs | None = None) -> None:
-        """Compare a batch: logits of shape (N, C), or (N,) for two classes, and targets of shape (N,).
+    def compare(self, model: Predictions, base: Predictions, targets: Tensor, inputs: Inputs | None = None) -> None:
+        """Compare the predictions for a batch with targets of shape (N,).
 
         `inputs` is `None` for parts of samples, such as pixels.
         """
-        if logits.dim() > 1:
-            self.are_probabilities = False
-            _compare(self._at_zero, _of_classes(logits), _of_classes(base), targets, inputs)
-            return
-        self.are_probabilities &= bool(((logits >= 0) & (logits <= 1) & (base >= 0) & (base <= 1)).all())
-        logit, probability = (
-            (_of_logit(logits.sigmoid()), _of_logit(base.sigmoid())),
-            (_of_logit(logits), _of_logit(base)),
-        )
-        _compare(self._at_zero, *logit, targets, inputs)
+        _compare(self._at_zero, model, base, targets, inputs, is_probability=False)
+        self.are_probabilities &= model.can_be_probabilities and base.can_be_probabilities
         if self.are_probabilities:
-            _compare(self._at_half, *probability, targets, inputs)
+            _compare(self._at_half, model, base, targets, inputs, is_probability=True)
 
     def merge(self, other: Changes) -> None:
         """Add the samples of another device."""
@@ -236,39 +279,39 @@ def small_image(pixels: Tensor) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _of_classes(logits: Tensor) -> tuple[Tensor, Tensor]:
-    predicted = logits.argmax(1)
-    return predicted, logits.float().softmax(1).gather(1, predicted[:, None])[:, 0]
-
-
-def _of_logit(probability: Tensor) -> tuple[Tensor, Tensor]:
-    predicted = probability > 0.5
-    return predicted.long(), torch.where(predicted, probability, 1 - probability)
-
-
 def _compare(
-    pairs: Pairs, model: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor], targets: Tensor, inputs: Inputs | None
+    pairs: Pairs,
+    model: Predictions,
+    base: Predictions,
+    targets: Tensor,
+    inputs: Inputs | None,
+    *,
+    is_probability: bool,
 ) -> None:
     """Add the samples of a batch. Only samples that are kept are converted to images or texts."""
-    (now, confidence), (was, base_confidence) = model, base
-    fixed, broke = (now == targets) & (was != targets), (now != targets) & (was == targets)
-    kept: list[int] = []
-    if inputs is not None:
-        for kind, rows in ((True, fixed), (False, broke)):
-            kept += rows.nonzero()[: pairs.room(kind), 0].tolist()
+    now, was = model.classes[int(is_probability)], base.classes[int(is_probability)]
+    is_right, was_right = now == targets, was == targets
+    fixed, broke = is_right & ~was_right, was_right & ~is_right
     pairs.add_unnamed(fixed, broke, inputs)
-    if inputs is not None and kept:
+    if inputs is None:
+        return
+    kept: list[int] = []
+    for kind, rows in ((True, fixed), (False, broke)):
+        if room := pairs.room(kind):
+            kept += rows.nonzero()[:room, 0].tolist()
+    if kept:
+        confidences = zip(base.confidences(kept, is_probability), model.confidences(kept, is_probability), strict=True)
         samples = [
             ChangedSample(
                 int(targets[each]),
                 int(was[each]),
                 int(now[each]),
-                float(base_confidence[each]),
-                float(confidence[each]),
+                before,
+                after,
                 **inputs.of(each),
                 index=inputs.index_of(each),
             )
-            for each in kept
+            for each, (before, after) in zip(kept, confidences, strict=True)
         ]
         pairs.add(Pairs(samples=samples))
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lora_lightning.evaluation.changes import Changes
+from lora_lightning.evaluation.changes import Changes, Predictions
 from lora_lightning.evaluation.confusion import Confusion
+from lora_lightning.evaluation.pair_counts import PairCounts
 from lora_lightning.evaluation.paired import paired_bootstrap
 from lora_lightning.evaluation.reading import Aligned, Context, Sources, Tally
 from lora_lightning.evaluation.report import Report
-
-_SMALL_MATRIX = 256
 
 
 class ClassTally(Tally):
@@ -38,29 +37,29 @@ class ClassTally(Tally):
         self.classes = max(width, 2)
         self.are_probabilities = width == 1
         self._interpretations = 2 if width == 1 else 1
-        self._adapted = self._zeros(device)
-        self._base: Tensor | None = None
+        self._adapted = self._no_counts(device)
+        self._base: list[PairCounts] | None = None
         self._changes: Changes | None = None
         self._by_sample: list[Tensor] = []
         """Difference of the accuracies of the two models on each sample with parts, by interpretation."""
 
     @override
     def update(self, aligned: Aligned, base: Tensor | None, sources: Sources) -> None:
-        counted = aligned.counted
-        outputs, targets, samples = aligned.outputs[counted], aligned.targets[counted], aligned.samples[counted]
-        predicted = self._predicted(outputs)
-        self._count(self._adapted, predicted, targets)
+        counted = None if bool(aligned.counted.all()) else aligned.counted
+        targets = aligned.targets if counted is None else aligned.targets[counted]
+        after = self._predictions(aligned.outputs, counted)
+        self._count(self._adapted, after, targets)
         if base is None:
             return
-        base = base[counted]
         if self._base is None:
-            self._base, self._changes = self._zeros(outputs.device), Changes()
+            self._base, self._changes = self._no_counts(targets.device), Changes()
         assert self._changes is not None
-        before = self._predicted(base)
+        before = self._predictions(base, counted)
         self._count(self._base, before, targets)
-        self._changes.update(outputs, base, targets, None if self.are_parts else sources.inputs(samples))
+        samples = aligned.samples if counted is None else aligned.samples[counted]
+        self._changes.compare(after, before, targets, None if self.are_parts else sources.inputs(samples))
         if self.are_parts and len(samples):
-            gained = (predicted == targets).int() - (before == targets).int()
+            gained = (after.classes == targets).int() - (before.classes == targets).int()
             size, rows = int(samples.max()) + 1, torch.bincount(samples)
             sums = torch.zeros(len(gained), size, dtype=torch.int64, device=samples.device)
             sums.index_add_(1, samples, gained.long())
@@ -70,9 +69,13 @@ class ClassTally(Tally):
     @override
     def merge(self, other: Self) -> None:
         self.are_probabilities &= other.are_probabilities
-        self._adapted += other._adapted
-        if other._base is not None:
-            self._base = other._base if self._base is None else self._base + other._base
+        for mine, theirs in zip(self._adapted, other._adapted, strict=True):
+            mine.merge(theirs)
+        if self._base is None:
+            self._base = other._base
+        else:
+            for mine, theirs in zip(self._base, other._base or (), strict=False):
+                mine.merge(theirs)
         if other._changes is not None:
             self._changes = self._changes or Changes()
             self._changes.merge(other._changes)
@@ -105,49 +108,31 @@ class ClassTally(Tally):
     @property
     @override
     def counted(self) -> int:
-        return int(self._adapted[0].sum())
+        return self._adapted[0].total
 
     @override
     def to_cpu(self) -> None:
-        self._adapted = self._adapted.cpu()
-        self._base = None if self._base is None else self._base.cpu()
+        for each in (*self._adapted, *(self._base or ())):
+            each.to_cpu()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state for another device, with the counts of many classes as those that are not zero."""
-        state = dict(vars(self))
-        for name in ("_adapted", "_base"):
-            if self.classes > _SMALL_MATRIX and state[name] is not None:
-                state[name] = state[name].to_sparse()
-        return state
+    def _no_counts(self, device: torch.device | str) -> list[PairCounts]:
+        return [PairCounts(self.classes, device) for _ in range(self._interpretations)]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the state."""
-        for name in ("_adapted", "_base"):
-            if state[name] is not None and state[name].is_sparse:
-                state[name] = state[name].to_dense()
-        vars(self).update(state)
+    def _predictions(self, outputs: Tensor, counted: Tensor | None) -> Predictions:
+        found = Predictions.of(outputs, counted)
+        if self.are_probabilities:
+            self.are_probabilities = found.can_be_probabilities
+        return found
 
-    def _zeros(self, device: torch.device | str) -> Tensor:
-        return torch.zeros(self._interpretations, self.classes**2, dtype=torch.int64, device=device)
-
-    def _predicted(self, outputs: Tensor) -> Tensor:
-        """Return the predicted classes of shape (interpretations, N)."""
-        if outputs.dim() > 1:
-            return outputs.argmax(1)[None]
-        self.are_probabilities &= bool(((outputs >= 0) & (outputs <= 1)).all())
-        return torch.stack((outputs > 0, outputs > 0.5)).long()
-
-    def _count(self, counts: Tensor, predicted: Tensor, targets: Tensor) -> None:
-        places = targets * self.classes + predicted
-        for row, of_interpretation in zip(counts, places, strict=True):
-            row.index_add_(0, of_interpretation, torch.ones_like(of_interpretation))
+    def _count(self, counts: list[PairCounts], predictions: Predictions, targets: Tensor) -> None:
+        for each, predicted in zip(counts, predictions.classes, strict=True):
+            each.add(targets, predicted)
 
     def _interpretation(self, available: int) -> int:
         return available - 1 if self.are_probabilities else 0
 
-    def _chosen(self, counts: Tensor) -> Tensor:
-        chosen = counts[self._interpretation(len(counts))]
-        return chosen.view(self.classes, self.classes).cpu()
+    def _chosen(self, counts: list[PairCounts]) -> Tensor:
+        return counts[self._interpretation(len(counts))].matrix()
 
 
 def named_classes(width: int, kind: str, shapes: str, of: Sequence[str] = ()) -> str:

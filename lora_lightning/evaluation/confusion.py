@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isnan
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lightning.evaluation.results import loggable, mean_of_known, or_none, ratio
+from lora_lightning.evaluation.pair_counts import MOST_DENSE
+from lora_lightning.evaluation.results import all_loggable, mean_of_known, or_none, ratio
 
 SHOWN_CLASSES = 20
 """Maximum number of classes in tables, figures and scalars: those with the lowest recall. Files contain all."""
@@ -25,6 +27,7 @@ class Confusion:
 
     Args:
         matrix: Counts of shape (C, C), int64, on the CPU. Rows are target classes, and columns are predicted classes.
+            For more than 2,048 classes, it is a sparse tensor.
         class_names: Names of the C classes.
     """
 
@@ -39,19 +42,50 @@ class Confusion:
             )
 
     @cached_property
+    def cells(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the targets, the predictions and the counts of the cells that are not zero, each of shape (N,)."""
+        if self.matrix.is_sparse:
+            matrix = self.matrix.coalesce()
+            targets, predicted = matrix.indices()
+            return targets, predicted, matrix.values()
+        targets, predicted = self.matrix.nonzero(as_tuple=True)
+        return targets, predicted, self.matrix[targets, predicted]
+
+    def of_classes(self, shown: Sequence[int]) -> Tensor:
+        """Return the counts of these classes as a dense matrix, with a last row and column for all others, if any."""
+        classes = len(self.class_names)
+        size = len(shown) + (len(shown) < classes)
+        place = torch.full((classes,), size - 1)
+        place[list(shown)] = torch.arange(len(shown))
+        targets, predicted, counts = self.cells
+        found = torch.zeros(size, size, dtype=torch.int64)
+        return found.index_put_((place[targets], place[predicted]), counts, accumulate=True)
+
+    @property
+    def has_many_classes(self) -> bool:
+        """Return whether there are more than 100 classes, whose counts have a file of their own."""
+        return len(self.class_names) > _DENSE_CLASSES
+
+    @cached_property
     def total(self) -> int:
         """Return the number of samples."""
-        return int(self.matrix.sum())
+        return int(self.cells[2].sum())
 
     @cached_property
     def correct(self) -> list[int]:
         """Return the number of correctly classified samples of each class."""
-        return [int(count) for count in self.matrix.diagonal()]
+        targets, predicted, counts = self.cells
+        return self._sums(targets, counts * (targets == predicted))
 
     @cached_property
     def support(self) -> list[int]:
         """Return samples of each class."""
-        return [int(count) for count in self.matrix.sum(1)]
+        return self._sums(self.cells[0], self.cells[2])
+
+    @cached_property
+    def predicted(self) -> list[int]:
+        """Return the number of predictions of each class."""
+        return self._sums(self.cells[1], self.cells[2])
 
     @cached_property
     def errors(self) -> list[int]:
@@ -66,8 +100,7 @@ class Confusion:
     @cached_property
     def precision(self) -> list[float]:
         """Return the precision of each class, which is NaN for a class that was never predicted."""
-        predicted = [int(count) for count in self.matrix.sum(0)]
-        return [ratio(correct, count) for correct, count in zip(self.correct, predicted, strict=True)]
+        return [ratio(correct, count) for correct, count in zip(self.correct, self.predicted, strict=True)]
 
     @cached_property
     def accuracy(self) -> float:
@@ -77,7 +110,7 @@ class Confusion:
     @cached_property
     def false_positives(self) -> list[int]:
         """Return the number of false positives of each class."""
-        return [int(count) - correct for count, correct in zip(self.matrix.sum(0), self.correct, strict=True)]
+        return [count - correct for count, correct in zip(self.predicted, self.correct, strict=True)]
 
     @cached_property
     def f1(self) -> list[float]:
@@ -112,8 +145,8 @@ class Confusion:
 
     def recall_to_log(self) -> dict[str, float]:
         """Return the recall of each class with samples as `recall/<class>`, or of more than 20 their mean."""
-        recalls = zip(self.class_names, self.recall, strict=True)
-        known = {f"recall/{loggable(name)}": recall for name, recall in recalls if not isnan(recall)}
+        recalls = zip(all_loggable(self.class_names), self.recall, strict=True)
+        known = {f"recall/{name}": recall for name, recall in recalls if not isnan(recall)}
         return {"mean_recall": self.mean_recall} if len(known) > SHOWN_CLASSES else known
 
     def weakest(self) -> int:
@@ -132,18 +165,18 @@ class Confusion:
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers for JSON. An undefined ratio is `None`.
 
-        For more than 100 classes, `matrix` is `None`, and `counts` lists `[target, predicted, count]` for non-zero
-        counts.
+        For more than 100 classes, `matrix` is `None`. For more than 2,048, `classes` lists only those with samples or
+        predictions.
         """
-        dense = len(self.class_names) <= _DENSE_CLASSES
-        places = self.matrix.nonzero()
-        counts = torch.cat([places, self.matrix[places[:, :1], places[:, 1:]]], dim=1)
+        classes = list(range(len(self.class_names)))
+        if len(classes) > MOST_DENSE:
+            classes = [index for index in classes if self.support[index] or self.predicted[index]]
         return {
             "accuracy": or_none(self.accuracy),
             "errors": sum(self.errors),
             "classes": [
                 {
-                    "name": name,
+                    "name": self.class_names[index],
                     "support": self.support[index],
                     "errors": self.errors[index],
                     "recall": or_none(self.recall[index]),
@@ -152,8 +185,11 @@ class Confusion:
                     "iou": or_none(self.iou[index]),
                     "false_positives": self.false_positives[index],
                 }
-                for index, name in enumerate(self.class_names)
+                for index in classes
             ],
-            "matrix": self.matrix.tolist() if dense else None,
-            **({} if dense else {"counts": counts.tolist()}),
+            "matrix": None if self.has_many_classes else self.matrix.tolist(),
         }
+
+    def _sums(self, places: Tensor, counts: Tensor) -> list[int]:
+        sums = torch.zeros(len(self.class_names), dtype=torch.int64).index_add_(0, places, counts)
+        return [int(each) for each in sums.tolist()]

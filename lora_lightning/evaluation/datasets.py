@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from lora_lightning.backbone_facts import backbone_facts
+from lora_lightning.wording import one_line
 
 _SAMPLERS_IN_ORDER = ("DistributedSampler", "UnrepeatedDistributedSampler", "UnrepeatedSampler")
 
@@ -40,7 +41,7 @@ def names_of_classes(given: Any, number: int) -> tuple[str, ...]:
     if len(names) == number:
         return names
     if names:
-        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        shown = ", ".join(one_line(name, 40) for name in names[:5]) + (", ..." if len(names) > 5 else "")
         rank_zero_warn(
             f"{len(names)} class names ({shown}) do not fit a model of {number} classes, which are numbered "
             "instead. Correct class_names of the data module or of ConfusionReport."

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_lightning.evaluation.found import Candidate
 from lora_lightning.evaluation.metrics import UserMetrics
-from lora_lightning.evaluation.reading import MOST_CLASSES, Batch, Evidence, Reading, Sources, Tally
+from lora_lightning.evaluation.reading import Batch, Evidence, Reading, Sources, Tally
 from lora_lightning.evaluation.tasks import READINGS
 
 
@@ -60,7 +60,6 @@ class LoaderCounts:
         """Number of samples of this device, repeated ones included."""
         self.samples = 0
         self.digest = 0.0
-        self.too_many_classes = 0
         self.failure: str | None = None
         """An error while counting, after which nothing more is counted."""
         self.streams: dict[tuple[str, int], Stream] = {}
@@ -109,7 +108,6 @@ class LoaderCounts:
 
     def merge(self, other: LoaderCounts) -> None:
         """Add the counts of another device. A reading remains if it fits the batches of all devices that have some."""
-        self.too_many_classes = max(self.too_many_classes, other.too_many_classes)
         self.failure = self.failure or other.failure
         if not other.samples:
             return
@@ -169,14 +167,11 @@ class LoaderCounts:
                 for number, reading in self._readings():
                     if (aligned := reading.align(whole)) is None:
                         continue
-                    if aligned.width > MOST_CLASSES and reading.task != "regression":
-                        self.too_many_classes = aligned.width
-                        continue
                     metrics = None if self._metrics is None else self._metrics.copy(each.tensor.device)
                     tally = reading.tally(aligned)
                     key = each.place, number
                     self.streams[key] = Stream(each.place, each.is_named, reading, aligned.width, tally, metrics)
-            if self.streams or self.too_many_classes:
+            if self.streams:
                 return
 
     def _add(self, stream: Stream, batch: Batch, base: Mapping[str, Tensor] | None, sources: Sources) -> bool:

@@ -22,7 +22,7 @@ from lora_lightning.evaluation.datasets import (
 from lora_lightning.evaluation.decision import LoaderCounts, Question, Stream, sum_over_devices
 from lora_lightning.evaluation.found import Candidate, candidates, described, find_targets
 from lora_lightning.evaluation.metrics import UserMetrics, collection_of
-from lora_lightning.evaluation.reading import MOST_CLASSES, Batch, Context, Sources
+from lora_lightning.evaluation.reading import Batch, Context, Sources
 from lora_lightning.evaluation.recorded_calls import Call, RecordedCalls
 from lora_lightning.evaluation.report import Report
 from lora_lightning.evaluation.text_inputs import TextInputs
@@ -258,10 +258,6 @@ class Evaluation:
             return
         if isinstance(chosen, Question):
             self._warn(f"{start}{chosen.text}. {self._unread}.")
-        elif counts.too_many_classes and not isinstance(chosen, Stream):
-            self._warn(
-                f"{start}there are {counts.too_many_classes:,} classes, and at most {MOST_CLASSES:,} are supported."
-            )
         elif isinstance(chosen, Stream):
             self._warn(
                 f"{start}no logits of classes were found. {self._unread}. These are "

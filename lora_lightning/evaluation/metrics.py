@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lora_lightning.evaluation.reading import Aligned
+from lora_lightning.evaluation.results import Compared
 
 
 class UserMetrics:
@@ -36,11 +37,13 @@ class UserMetrics:
         """Add a batch. An error is kept, and ends these metrics, not the run."""
         if self.error is not None:
             return
-        outputs, targets, of_base = aligned.outputs, aligned.targets, base
+        targets = aligned.targets
+        outputs = _by_row(aligned.outputs, targets)
+        of_base = None if base is None else _by_row(base, targets)
         if targets.dim() == 1 or not bool(aligned.counted.all()):
             rows = aligned.counted if targets.dim() == 1 else aligned.counted.all(1)
             outputs, targets = outputs[rows], targets[rows]
-            of_base = None if base is None else base[rows]
+            of_base = None if of_base is None else of_base[rows]
         if targets.dim() == 2 and targets.shape[1] == 1:
             outputs, targets = outputs[:, 0], targets[:, 0]
             of_base = None if of_base is None else of_base[:, 0]
@@ -54,7 +57,7 @@ class UserMetrics:
         except Exception as error:  # noqa: BLE001 - a metric that does not fit must not cost the run
             self.error = f"{type(error).__name__}: {error}"
 
-    def compute(self, group: Any = None) -> dict[str, tuple[float, float | None]]:
+    def compute(self, group: Any = None) -> dict[str, Compared]:
         """Return the values by name, of the adapted model and of the base. Every device has to call this."""
         states = [(self.error, self._has_base)]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -70,12 +73,16 @@ class UserMetrics:
         except Exception as error:  # noqa: BLE001 - the same
             rank_zero_warn(f"The metrics are not computed: {type(error).__name__}: {error}")
             return {}
-        return {name: (value, base.get(name)) for name, value in adapted.items()}
+        return {name: Compared(value, base.get(name)) for name, value in adapted.items()}
 
 
 def collection_of(metrics: MetricCollection | Metric | None) -> MetricCollection | None:
     """Return metrics as a collection."""
     return MetricCollection([metrics]) if isinstance(metrics, Metric) else metrics
+
+
+def _by_row(outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs.flatten(0, -2) if outputs.dim() > targets.dim() else outputs
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

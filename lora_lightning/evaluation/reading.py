@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lora_lightning.evaluation.changes import Inputs
 from lora_lightning.evaluation.report import Report
+from lora_lightning.evaluation.results import Compared
 
 NO_TARGET = -100
 """Target of a sample that does not count: the default `ignore_index` of PyTorch's losses."""
-MOST_CLASSES = 4096
 _MOST_VALUES = 2
 
 
@@ -49,8 +49,8 @@ class Aligned:
     """Holds outputs and targets in a common form.
 
     Args:
-        outputs: Scores of shape (N, C), or (N,) for a single one. For labels and values, their shape is that of the
-            targets.
+        outputs: Scores of shape (..., C), whose first dimensions are those of N rows, or (N,) for a single one. For
+            labels and values, their shape is that of the targets.
         targets: Classes of shape (N,), or labels or values of shape (N, K).
         samples: Number of the sample in its batch, of shape (N,).
         counted: Which of the targets count, of their shape.
@@ -75,7 +75,7 @@ class Aligned:
     @property
     def width(self) -> int:
         """Return the number of outputs of a row."""
-        return self.outputs.shape[1] if self.outputs.dim() > 1 else 1
+        return self.outputs.shape[-1] if self.outputs.dim() > 1 else 1
 
 
 @dataclass
@@ -146,7 +146,7 @@ class Context:
     names: tuple[str, ...]
     loader: int | None = None
     read_as: str = ""
-    metrics: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    metrics: dict[str, Compared] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def rows_of(outputs: Tensor, targets: Tensor, batch: Batch, num_classes: int) ->
     ignored = ignored_classes(flat, batch.ignore_index)
     valid = (flat >= 0) & (flat < num_classes)
     strange = torch.unique(flat[~valid & ~ignored])[:100].long().tolist() if not bool((valid | ignored).all()) else ()
-    scores = outputs.flatten(0, -2) if outputs.dim() > targets.dim() else outputs.flatten()
+    scores = outputs if outputs.dim() > targets.dim() else outputs.flatten()
     return Aligned(scores, flat.long(), samples, valid & ~ignored, targets.dim() > 1, tuple(strange))
 
 

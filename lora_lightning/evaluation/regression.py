@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import fsum, isnan, sqrt
+from math import fsum
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lora_lightning.evaluation.exact_sums import ExactSums, product, squared_deviations, without_rounding
 from lora_lightning.evaluation.paired import paired_bootstrap
 from lora_lightning.evaluation.reading import Aligned, Batch, Context, Evidence, Reading, Sources, Tally, both_squeezed
 from lora_lightning.evaluation.report import Report
@@ -25,24 +26,31 @@ _COUNT, _MEAN, _SPREAD = 0, 1, 2
 """Columns of the targets of a sample: their number, mean, and sum of squared deviations from it."""
 _ABSOLUTE, _SQUARED, _SIGNED = 0, 1, 2
 """Columns of the errors of a sample: sums of |e|, e² and e, with e = output - target."""
+_OF_COUNT, _OF_SPREAD = 3, 4
+"""Further columns of an output: the number of targets, and the sum of their squared deviations."""
 
 
 @dataclass(frozen=True)
 class Values:
     """Holds the errors of one model, by sample.
 
-    Sums over samples are rounded once, so that they do not depend on the order of the samples.
+    If each sample has a row of K targets, each number is the mean of those of the K outputs, as in scikit-learn with
+    `multioutput="uniform_average"`. Otherwise, all values count the same. Sums are rounded once, so that they do not
+    depend on the order of the samples.
 
     Args:
         targets: Number of values, mean and sum of squared deviations of the targets of each sample, of shape (N, 3),
             float64.
         errors: Sums of |e|, e² and e of each sample, of shape (N, 3), float64, with e = output - target.
         indices: Index of each sample in the data set, if they are known.
+        outputs: For several outputs, the sums of |e|, e² and e of each, the number of its targets, and the sum of
+            their squared deviations from the mean, of shape (5, K), float64. Otherwise `None`.
     """
 
     targets: Tensor
     errors: Tensor
     indices: tuple[int, ...] | None = None
+    outputs: Tensor | None = None
 
     @property
     def total(self) -> int:
@@ -57,25 +65,49 @@ class Values:
     @cached_property
     def mae(self) -> float:
         """Return the mean absolute error."""
-        return ratio(_sum(self.errors[:, _ABSOLUTE]), self.values)
+        return _average(self._means(_ABSOLUTE))
+
+    @cached_property
+    def mse(self) -> float:
+        """Return the mean squared error."""
+        return _average(self._means(_SQUARED))
 
     @cached_property
     def rmse(self) -> float:
-        """Return the root of the mean squared error."""
-        return sqrt(mean) if not isnan(mean := ratio(_sum(self.errors[:, _SQUARED]), self.values)) else mean
+        """Return the root of the mean squared error, which for several outputs is the mean of their roots."""
+        return _average([mean**0.5 for mean in self._means(_SQUARED)])
 
     @cached_property
     def bias(self) -> float:
         """Return the mean of output - target."""
-        return ratio(_sum(self.errors[:, _SIGNED]), self.values)
+        return _average(self._means(_SIGNED))
 
     @cached_property
     def r2(self) -> float:
-        """Return R², the share of the variance of all values that the outputs explain. It is NaN for equal targets."""
+        """Return R², the share of the variance of the targets that the outputs explain.
+
+        As in scikit-learn's `r2_score`, it is 1 for equal targets if the outputs are exact and 0 otherwise. It is
+        undefined (NaN) for less than two values.
+        """
+        columns = (self._by_output[each] for each in (_OF_COUNT, _OF_SPREAD, _SQUARED))
+        return _average([_r2(spread, squared) for count, spread, squared in zip(*columns, strict=True) if count > 1])
+
+    def _means(self, column: int) -> list[float]:
+        """Return the mean of a column of the errors for each output with targets."""
+        counts, sums = self._by_output[_OF_COUNT], self._by_output[column]
+        return [total / count for total, count in zip(sums, counts, strict=True) if count]
+
+    @cached_property
+    def _by_output(self) -> tuple[list[float], ...]:
+        """Return the sums of |e|, e² and e, the number and the squared deviations of the targets of each output."""
+        if self.outputs is not None:
+            return tuple(each.tolist() for each in self.outputs)
         counts, means = self.targets[:, _COUNT], self.targets[:, _MEAN]
         mean = ratio(_sum(counts * means), self.values)
-        spread = fsum((self.targets[:, _SPREAD] + counts * (means - mean) ** 2).tolist())
-        return 1 - ratio(_sum(self.errors[:, _SQUARED]), spread)
+        spread = _sum(self.targets[:, _SPREAD] + counts * (means - mean) ** 2)
+        known = without_rounding(*(torch.tensor(each, dtype=torch.float64) for each in (spread, mean, self.values)))
+        errors = (_sum(self.errors[:, column]) for column in (_ABSOLUTE, _SQUARED, _SIGNED))
+        return tuple([each] for each in (*errors, float(self.values), float(known)))
 
     def summary(self) -> dict[str, float]:
         """Return the numbers of all samples together, by name."""
@@ -100,7 +132,10 @@ class Values:
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers for JSON. An undefined number is `None`."""
         columns = self.table()
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        rows = [
+            {name: or_none(each) if isinstance(each, float) else each for name, each in zip(columns, row, strict=True)}
+            for row in zip(*columns.values(), strict=True)
+        ]
         numbers: dict[str, Any] = {name: or_none(value) for name, value in self.summary().items()}
         return numbers | {"samples": self.total, "values": self.values, "quantiles": rows}
 
@@ -172,9 +207,14 @@ class ValueChanges:
 
 
 class ValueTally(Tally):
-    """Keeps the errors of each sample: some 70 bytes, whatever its number of values."""
+    """Keeps the errors of each sample: some 70 bytes, whatever its number of values.
 
-    def __init__(self) -> None:
+    Args:
+        outputs: Number of outputs, if each sample has a row of them.
+    """
+
+    def __init__(self, outputs: int = 1) -> None:
+        self._by_output: _OutputSums | None = _OutputSums(outputs) if outputs > 1 else None
         self._targets: list[Tensor] = []
         self._adapted: list[Tensor] = []
         self._base: list[Tensor] = []
@@ -189,9 +229,14 @@ class ValueTally(Tally):
         means = targets.sum(1) / counts
         spread = torch.where(counted, targets - means[:, None], 0).square().sum(1)
         self._targets.append(torch.stack((counts, means, spread), 1)[known].cpu())
-        self._adapted.append(_errors(_precise(aligned.outputs), targets, counted)[known].cpu())
-        if base is not None:
-            self._base.append(_errors(_precise(base), targets, counted)[known].cpu())
+        errors = [_errors(_precise(each), targets, counted) for each in (aligned.outputs, base) if each is not None]
+        for own, each in zip((self._adapted, self._base), errors, strict=False):
+            own.append(_row_sums(each)[known].cpu())
+        if self._by_output is not None:
+            if targets.shape[1] == self._by_output.outputs and not aligned.are_parts:
+                self._by_output.add(targets, counted, errors)
+            else:
+                self._by_output = None
         if self._indices is not None:
             indices = sources.indices
             chosen = samples[known.to(samples.device)].tolist()
@@ -202,6 +247,10 @@ class ValueTally(Tally):
         self._targets += other._targets
         self._adapted += other._adapted
         self._base += other._base
+        if self._by_output is not None and other._by_output is not None:
+            self._by_output.merge(other._by_output)
+        else:
+            self._by_output = None
         known = self._indices is not None and other._indices is not None
         self._indices = [*(self._indices or ()), *(other._indices or ())] if known else None
 
@@ -209,6 +258,7 @@ class ValueTally(Tally):
     def report(self, context: Context) -> Report[Values]:
         targets, adapted = torch.cat(self._targets), torch.cat(self._adapted)
         base = torch.cat(self._base) if self._base else None
+        outputs: list[Tensor | None] = [None, None] if self._by_output is None else self._by_output.of_models()
         test = None
         improved: tuple[int, ...] = ()
         worsened: tuple[int, ...] = ()
@@ -218,8 +268,8 @@ class ValueTally(Tally):
             improved, worsened = self._most(changes), self._most(-changes)
         return Report(
             context.stage,
-            Values(targets, adapted, None if self._indices is None else tuple(self._indices)),
-            None if base is None else Values(targets, base),
+            Values(targets, adapted, None if self._indices is None else tuple(self._indices), outputs[0]),
+            None if base is None else Values(targets, base, outputs=outputs[1]),
             context.loader,
             None,
             "regression",
@@ -265,11 +315,11 @@ class Regression(Reading[ValueTally]):
         if batch.ignore_index is not None:
             counted &= rows != batch.ignore_index
         samples = torch.arange(len(targets), device=targets.device)
-        return Aligned(outputs.reshape(len(targets), -1), rows, samples, counted)
+        return Aligned(outputs.reshape(len(targets), -1), rows, samples, counted, targets.dim() > 2)
 
     @override
     def tally(self, aligned: Aligned) -> ValueTally:
-        return ValueTally()
+        return ValueTally(1 if aligned.are_parts else aligned.width)
 
     @override
     def words(self, width: int, evidence: Evidence) -> str:
@@ -289,18 +339,66 @@ class Regression(Reading[ValueTally]):
         return None
 
 
+class _OutputSums:
+    """Sums over all samples for each output: targets, and the errors of the models.
+
+    Args:
+        outputs: Number of outputs K.
+    """
+
+    def __init__(self, outputs: int) -> None:
+        self.outputs = outputs
+        self._sums: ExactSums | None = None
+        """Sums of 1, t and t² of the targets t, and of |e|, e² and e of each model, with K columns each."""
+
+    def add(self, targets: Tensor, counted: Tensor, errors: list[Tensor]) -> None:
+        """Add a batch of targets and errors of shape (N, K)."""
+        squares, rest = product(targets, targets)
+        columns = [counted.double(), targets, squares]
+        for each in errors:
+            columns += [each.abs(), each.square(), each]
+        none = torch.zeros_like(targets)
+        if self._sums is None:
+            self._sums = ExactSums(len(columns) * self.outputs)
+        self._sums.add(torch.cat(columns, 1), torch.cat([none, none, rest, *[none] * (len(columns) - 3)], 1))
+
+    def merge(self, other: Self) -> None:
+        """Add the sums of another device."""
+        if self._sums is not None and other._sums is not None:
+            self._sums.merge(other._sums)
+        self._sums = self._sums or other._sums
+
+    def of_models(self) -> list[Tensor | None]:
+        """Return the sums for `Values`, of the adapted model and of the base."""
+        assert self._sums is not None
+        counts, _, _, *errors = self._sums.sums().view(-1, self.outputs)
+        of_targets = slice(self.outputs, 2 * self.outputs), slice(2 * self.outputs, 3 * self.outputs)
+        spread = squared_deviations(self._sums, *of_targets, counts)
+        models = (errors[:3], errors[3:])
+        return [torch.stack([*each, counts, spread]) if each else None for each in models]
+
+
 def _errors(outputs: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-    errors = torch.where(counted, outputs.double() - targets, 0)
+    return torch.where(counted, outputs.double() - targets, 0)
+
+
+def _row_sums(errors: Tensor) -> Tensor:
     return torch.stack((errors.abs().sum(1), errors.square().sum(1), errors.sum(1)), 1)
+
+
+def _r2(spread: float, squared: float) -> float:
+    if not spread:
+        return 0.0 if squared else 1.0
+    return 1 - squared / spread
+
+
+def _average(values: list[float]) -> float:
+    return ratio(fsum(values), len(values))
 
 
 def _precise(tensor: Tensor) -> Tensor:
     """Return a tensor on a device that has float64."""
     return tensor.cpu() if tensor.device.type == "mps" else tensor
-
-
-def _range(values: Tensor) -> str:
-    return f"{float(values.min()):.4g} to {float(values.max()):.4g}"
 
 
 def _sum(values: Tensor) -> float:

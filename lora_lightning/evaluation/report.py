@@ -13,7 +13,7 @@ from typing_extensions import TypeVar
 from lora_lightning.evaluation.changes import Pairs
 from lora_lightning.evaluation.confusion import Confusion
 from lora_lightning.evaluation.paired import PairedBootstrap
-from lora_lightning.evaluation.results import Result, loggable
+from lora_lightning.evaluation.results import Compared, Result, all_loggable, loggable
 
 ResultT = TypeVar("ResultT", bound=Result, default=Any)
 _SHOWN_ROWS = 50
@@ -33,7 +33,7 @@ class Report(Generic[ResultT]):
         task: `"classes"`, `"next_tokens"`, `"tokens"`, `"segmentation"`, `"multilabel"` or `"regression"`.
         read_as: What is counted, in words.
         test: A paired bootstrap of the mean difference over samples, if there is one.
-        metrics: The user's metrics by name: the values of the adapted model and of the base.
+        metrics: The user's metrics by name, of the adapted model beside the base, with their difference.
         improved: Indices in the data set of the samples whose error decreased most, if their task has errors and the
             indices are known.
         worsened: Indices of the samples whose error increased most.
@@ -48,7 +48,7 @@ class Report(Generic[ResultT]):
     task: str = "classes"
     read_as: str = ""
     test: PairedBootstrap | None = None
-    metrics: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)
+    metrics: Mapping[str, Compared] = field(default_factory=dict)
     improved: tuple[int, ...] = ()
     worsened: tuple[int, ...] = ()
     against: tuple[str, ...] = ()
@@ -102,10 +102,10 @@ class Report(Generic[ResultT]):
             found |= {f"{name}_base": base[name], f"{name}_adapted": adapted[name]}
         return found
 
-    def summary(self) -> dict[str, tuple[float, float | None]]:
-        """Return the numbers of all samples by name, of the adapted model and of the base, with the user's metrics."""
+    def summary(self) -> dict[str, Compared]:
+        """Return the numbers of all samples by name, with the user's metrics."""
         base = {} if self.base is None else self.base.summary()
-        found = {name: (value, base.get(name)) for name, value in self.adapted.summary().items()}
+        found = {name: Compared(value, base.get(name)) for name, value in self.adapted.summary().items()}
         return found | dict(self.metrics)
 
     def metrics_to_log(self) -> dict[str, float]:
@@ -113,12 +113,12 @@ class Report(Generic[ResultT]):
         found: dict[str, float] = {}
         numbers = dict(self.metrics)
         if isinstance(self.adapted, Confusion):
-            shown, names = self.adapted.shown(), self.adapted.class_names
+            shown, names = self.adapted.shown(), all_loggable(self.adapted.class_names)
             for prefix, confusion in (("", self.adapted), ("base_", self.base)):
                 for quantity in ("recall", "precision") if isinstance(confusion, Confusion) else ():
                     for index in shown:
                         value = getattr(confusion, quantity)[index]
-                        found[f"{self.stage}/{prefix}{quantity}/{loggable(names[index])}{self.suffix}"] = value
+                        found[f"{self.stage}/{prefix}{quantity}/{names[index]}{self.suffix}"] = value
         else:
             numbers = self.summary()
         for name, (value, before) in numbers.items():
@@ -130,8 +130,9 @@ class Report(Generic[ResultT]):
     def _repr_html_(self) -> str:
         """Return the summary and the table for a notebook."""
         rows = "".join(
-            f'<tr><th scope="row">{escape(name)}</th><td>{_number(before)}</td><td>{_number(value)}</td></tr>'
-            for name, (value, before) in self.summary().items()
+            f'<tr><th scope="row">{escape(name)}</th><td>{_number(both.base)}</td>'
+            f"<td>{_number(both.adapted)}</td><td>{_number(both.difference, sign='+')}</td></tr>"
+            for name, both in self.summary().items()
         )
         p = "" if self.p_value is None else f"<p>p = {self.p_value:.2g} for a difference of zero</p>"
         columns = self.table()
@@ -143,7 +144,7 @@ class Report(Generic[ResultT]):
         more = f"<p>The first {_SHOWN_ROWS} of {len(lines):,} rows.</p>" if len(lines) > _SHOWN_ROWS else ""
         return (
             f"<p>{escape(self.read_as or self.task)}; {self.adapted.total:,} counted</p>"
-            f"<table><thead><tr><th></th><th>base</th><th>adapted</th></tr></thead><tbody>{rows}</tbody></table>{p}"
+            f"<table><thead><tr><th></th><th>base</th><th>adapted</th><th>difference</th></tr></thead><tbody>{rows}</tbody></table>{p}"
             f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
         )
 
@@ -152,8 +153,8 @@ def _known(indices: list[int], count: int) -> tuple[int, ...] | None:
     return tuple(sorted(indices)) if len(indices) == count else None
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None or isnan(value) else f"{value:.4g}"
+def _number(value: float | None, sign: str = "") -> str:
+    return "–" if value is None or isnan(value) else f"{value:{sign}.4g}"
 
 
 def _cell(value: object) -> str:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
 from typing_extensions import override
 
 from lora_lightning.evaluation.class_counts import ClassTally, named_classes
 from lora_lightning.evaluation.classes import binary_rows
-from lora_lightning.evaluation.reading import Aligned, Batch, Evidence, Reading, are_classes, rows_of, squeezed
+from lora_lightning.evaluation.reading import (
+    NO_TARGET,
+    Aligned,
+    Batch,
+    Evidence,
+    Reading,
+    are_classes,
+    rows_of,
+    squeezed,
+)
 
 
 class Tokens(Reading[ClassTally]):
@@ -48,8 +58,11 @@ class NextTokens(Tokens):
         outputs, targets = batch.outputs, batch.targets
         if not batch.is_next_token or outputs.dim() != 3 or targets.shape != outputs.shape[:2]:
             return None
-        outputs, targets = outputs[:, :-1], targets[:, 1:]
-        return rows_of(outputs, targets, batch, outputs.shape[2]) if are_classes(targets, outputs.shape[2]) else None
+        if not are_classes(targets, outputs.shape[2]):
+            return None
+        # The targets are shifted, since a copy of the logits could be large. The last position has none.
+        targets = nn.functional.pad(targets.long()[:, 1:], (0, 1), value=NO_TARGET)
+        return rows_of(outputs, targets, batch, outputs.shape[2])
 
     @override
     def words(self, width: int, evidence: Evidence) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from lora_lightning.evaluation import ChangedSample, Confusion
 from lora_lightning.report.charts import Row, moves
-from lora_lightning.report.figure import OTHERS, shown_alone
+from lora_lightning.report.counts import read_counts
+from lora_lightning.report.figure import OTHERS
 from lora_lightning.report.samples import read_samples
 from lora_lightning.report.view import (
     LIKELY,
+    MOST_ROWS,
     Card,
     Cell,
     Change,
@@ -33,6 +36,7 @@ from lora_lightning.report.view import (
     p_in_words,
     percent,
     share,
+    signed,
 )
 from lora_lightning.wording import one_line
 
@@ -55,13 +59,13 @@ class ClassView:
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self._content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         names = short_names(self._content["class_names"])
-        base = self._content.get("base")
+        *base, model = (Confusion(matrix, names) for matrix in _matrices_of(path, self._content))
         samples = path.with_name(path.name.replace("confusion", "samples", 1))
         self._kept = read_samples(samples) if samples.is_file() else []
         self._facts = facts
         self.task: str = self._content.get("task", "classes")
-        self.model = Confusion(_matrix(self._content["model"], len(names)), names)
-        self.base = None if base is None else Confusion(_matrix(base, len(names)), names)
+        self.model = model
+        self.base = base[0] if base else None
         self.title = path.stem.removeprefix("confusion").strip("_-").replace("_", " ") or "test"
         self._shown = self.model.shown()
         self._parts = _PARTS.get(self.task, "samples")
@@ -104,10 +108,10 @@ class ClassView:
         guess = max(base.support) / base.total
         return bool(base.accuracy <= guess + 2 * (guess * (1 - guess) / base.total) ** 0.5)
 
-    @property
+    @cached_property
     def _focus(self) -> list[int]:
         """Return the classes that a repair had in focus."""
-        named = (self._facts.get("repair") or {}).get("focus", [])
+        named = set((self._facts.get("repair") or {}).get("focus", []))
         return [index for index, name in enumerate(self._content["class_names"]) if name in named]
 
     def _called(self, index: int) -> str:
@@ -301,9 +305,9 @@ class ClassView:
         return Table("", f"The confusions that {what}", columns, rows) if rows else None
 
     def _matrices(self) -> list[Matrix]:
-        found = {"model": shown_alone(self.model.matrix, self._shown)}
+        found = {"model": self.model.of_classes(self._shown)}
         if self.base is not None:
-            base = shown_alone(self.base.matrix, self._shown)
+            base = self.base.of_classes(self._shown)
             found = {"difference": found["model"] - base, "base": base, "adapted": found["model"]}
         off_diagonal = ~torch.eye(len(self._names), dtype=torch.bool)
         return [
@@ -341,7 +345,8 @@ class ClassView:
             range(len(model.class_names)),
             key=lambda index: (not model.support[index], model.recall[index], -model.errors[index]),
         )
-        order = list(range(len(by_recall))) if len(self._shown) == len(by_recall) else by_recall
+        is_all = len(self._shown) == len(by_recall)
+        order = list(range(len(by_recall))) if is_all else by_recall[:MOST_ROWS]
         columns = ["class", self._parts, "errors", "recall %", "precision %", "F1 %", "taken for it"]
         if self.task == "segmentation":
             columns.append("IoU %")
@@ -358,9 +363,9 @@ class ClassView:
                 row.append(self._share("iou", index))
             rows.append(row)
         note = ""
-        if len(order) > len(self._shown):
+        if not is_all:
             note = (
-                f"Of {len(order):,} classes, the {len(self._shown)} with the lowest recall are shown. "
+                f"Of {len(by_recall):,} classes, the {len(self._shown)} with the lowest recall are shown. "
                 "confusion.csv contains all."
             )
         when = "" if base is None else ", before and after"
@@ -379,11 +384,17 @@ _FIXED = "Fixed: wrong before, right now"
 
 def own_metrics(content: dict[str, Any]) -> list[Table]:
     """Return a table of the metrics that the user handed in, if there are any."""
+    found = content.get("metrics") or {}
     rows: list[list[str | Change]] = [
-        [name, number(before, float("nan") if after is None else after)]
-        for name, (after, before) in (content.get("metrics") or {}).items()
+        [
+            one_line(name, _LONGEST_NAME),
+            number(each["base"], float("nan") if each["adapted"] is None else each["adapted"]),
+            "–" if each["difference"] is None else signed(each["difference"], is_count=False),
+        ]
+        for name, each in found.items()
     ]
-    return [Table("Your metrics", "Your metrics, before and after", ["metric", "value"], rows)] if rows else []
+    columns = ["metric", "value", "difference"]
+    return [Table("Your metrics", "Your metrics, before and after", columns, rows)] if rows else []
 
 
 def trained_card(facts: dict[str, Any]) -> Card | None:
@@ -423,13 +434,13 @@ def _sample_row(card: SampleCard, kind_of_name: str) -> list[str | Change]:
     return [index, card.target, was, Change(now, kind="better" if kind == "better" else "worse")]
 
 
-def _matrix(content: dict[str, Any], size: int) -> Tensor:
-    if content["matrix"] is not None:
-        return torch.tensor(content["matrix"])
-    matrix = torch.zeros(size, size, dtype=torch.int64)
-    for target, predicted, count in content["counts"]:
-        matrix[target, predicted] = count
-    return matrix
+def _matrices_of(path: Path, content: dict[str, Any]) -> list[Tensor]:
+    """Return the matrix of the base, if any, and of the model."""
+    models = [each for each in (content.get("base"), content["model"]) if each is not None]
+    if models[0]["matrix"] is not None:
+        return [torch.tensor(each["matrix"]) for each in models]
+    counts = path.with_name(path.stem.replace("confusion", "counts", 1) + ".csv")
+    return read_counts(counts, len(content["class_names"]))
 
 
 def _largest(matrix: Tensor) -> int:

@@ -31,10 +31,10 @@ def confusion_figures(report: Report[Confusion]) -> dict[str, Figure]:
     """
     shown = report.adapted.shown()
     names = _names(report, shown)
-    model = shown_alone(report.adapted.matrix, shown)
+    model = report.adapted.of_classes(shown)
     panels = {"model": model}
     if report.base is not None:
-        base = shown_alone(report.base.matrix, shown)
+        base = report.base.of_classes(shown)
         panels = {"base": base, "adapted": model, "difference": model - base}
     most_errors = _most(*panels.values())
     return {title: _figure(title, matrix, names, most_errors) for title, matrix in panels.items()}
@@ -86,8 +86,8 @@ def report_figures(report: Report[Confusion]) -> dict[str, Figure]:
     """
     shown = report.adapted.shown()
     names = _names(report, shown)
-    matrices = {} if report.base is None else {"base": shown_alone(report.base.matrix, shown)}
-    matrices["adapted" if matrices else "model"] = shown_alone(report.adapted.matrix, shown)
+    matrices = {} if report.base is None else {"base": report.base.of_classes(shown)}
+    matrices["adapted" if matrices else "model"] = report.adapted.of_classes(shown)
     percents = {key: 100 * each / each.sum(1, keepdim=True).clamp_min(1) for key, each in matrices.items()}
     found = confusion_figures(report) | {"classes": classes_figure(report)}
     found["confusion"] = _side_by_side(matrices, names)
@@ -134,15 +134,6 @@ def _leave_margin(figure: Figure) -> None:
 def _side(names: tuple[str, ...]) -> float:
     """Return the side of a matrix with its labels in inches."""
     return 6.5 if len(names) <= 12 else 11
-
-
-def shown_alone(matrix: torch.Tensor, shown: list[int]) -> torch.Tensor:
-    """Return the counts of these classes, with a last row and column for all others, if any."""
-    size = len(shown) + (len(shown) < len(matrix))
-    place = torch.full((len(matrix),), size - 1)
-    place[shown] = torch.arange(len(shown))
-    rows = torch.zeros(size, len(matrix), dtype=matrix.dtype).index_add_(0, place, matrix)
-    return torch.zeros(size, size, dtype=matrix.dtype).index_add_(1, place, rows)
 
 
 def _figure(title: str, matrix: torch.Tensor, names: tuple[str, ...], most_errors: float) -> Figure:

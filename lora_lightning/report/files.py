@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
-from lora_lightning.evaluation import Confusion, Pairs, Report, ValueChanges, Values, or_none
+from lora_lightning.evaluation import Compared, Confusion, Pairs, Report, ValueChanges, Values, or_none
+from lora_lightning.report.counts import write_counts
 from lora_lightning.report.figure import report_figures, write_png
 from lora_lightning.report.samples import write_samples
 
@@ -36,9 +37,10 @@ def write_report(report: Report, folder: str | Path, figures: dict[str, Figure] 
 
     Returns:
         The paths of the files by their plain names: `confusion.json` with all numbers, `confusion.csv` with one row per
-        class, the images of `report_figures`: `confusion.png`, for unequal classes `confusion_normalized.png`, and with
-        a base `difference.png`. If samples changed, also `samples.json` and `mistakes.png`. For tasks without classes,
-        only `comparison.json` and `comparison.csv`.
+        class, for more than 100 classes `counts.csv` with one row per pair of classes that occurs, and the images of
+        `report_figures`: `confusion.png`, for unequal classes `confusion_normalized.png`, and with a base
+        `difference.png`. If samples changed, also `samples.json` and `mistakes.png`. For tasks without classes, only
+        `comparison.json` and `comparison.csv`.
     """
     kind = "confusion" if isinstance(report.adapted, Confusion) else "comparison"
     ending = "" if report.stage == "test" else f"_{report.stage}"
@@ -48,6 +50,8 @@ def write_report(report: Report, folder: str | Path, figures: dict[str, Figure] 
         f"{kind}.json": partial(_write_json, report),
         f"{kind}.csv": partial(_write_csv, report),
     }
+    if isinstance(report.adapted, Confusion) and report.adapted.has_many_classes:
+        writers["counts.csv"] = partial(write_counts, report)
     samples = [] if report.pairs is None else report.pairs.samples
     if samples:
         writers["samples.json"] = partial(write_samples, samples)
@@ -78,13 +82,18 @@ def _write_json(report: Report, path: Path) -> None:
         "broken": report.broken,
         "improved": report.improved,
         "worsened": report.worsened,
-        "metrics": {name: [None if v is None else or_none(v) for v in both] for name, both in report.metrics.items()},
+        "metrics": {name: _metric(both) for name, both in report.metrics.items()},
     }
     if isinstance(adapted, Values) and isinstance(report.base, Values):
         content["errors"] = asdict(ValueChanges.of(report.base, adapted))
     if isinstance(adapted, Confusion):
         content |= {"class_names": adapted.class_names, "matrix_rows": "target", "matrix_columns": "predicted"}
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _metric(both: Compared) -> dict[str, float | None]:
+    numbers = {"base": both.base, "adapted": both.adapted, "difference": both.difference}
+    return {name: None if value is None else or_none(value) for name, value in numbers.items()}
 
 
 def _pairs(pairs: Pairs) -> dict[str, float | None]:

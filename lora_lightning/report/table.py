@@ -9,7 +9,7 @@ from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
-from lora_lightning.evaluation import SHOWN_CLASSES, Confusion, Report
+from lora_lightning.evaluation import SHOWN_CLASSES, Compared, Confusion, Report
 from lora_lightning.wording import one_line
 
 _LONGEST_NAME, _SHORT_NAME, _WIDE = 60, 12, 100
@@ -25,7 +25,7 @@ def report_table(report: Report, title: str | None = None) -> Table:
     For classes, it has one row per class and a row for all: support, errors, recall and precision, before and after if
     there is a base. For more than 20 classes, it contains the 20 with the lowest recall, and the caption says so. The
     last row contains the accuracy instead of the recall. For other tasks, it has one row per label or fifth of the
-    targets. Metrics of the user stand below.
+    targets. Metrics of the user stand below, with the difference.
     """
     if isinstance(report.adapted, Confusion):
         table = _table_of_classes(report, title)
@@ -33,7 +33,7 @@ def report_table(report: Report, title: str | None = None) -> Table:
         table = _table_of_columns(report, title)
     below = [] if table.caption is None else [str(table.caption)]
     numbers = report.metrics if isinstance(report.adapted, Confusion) else report.summary()
-    below += [f"{name}: {_from_to(before, value)}" for name, (value, before) in numbers.items()]
+    below += [f"{one_line(name, _LONGEST_NAME)}: {_compared(each)}" for name, each in numbers.items()]
     if report.p_value is not None and not isinstance(report.adapted, Confusion):
         below.append(f"p = {report.p_value:.2g} for a difference of zero")
     table.caption = Text("; ".join(below)) if below else None
@@ -69,8 +69,12 @@ def _shown(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else one_line(str(value), _LONGEST_NAME)
 
 
-def _from_to(before: float | None, value: float) -> str:
-    return _shown(value) if before is None else f"{_shown(before)} → {_shown(value)}"
+def _compared(numbers: Compared) -> str:
+    """Return a number before and after, and the difference: `0.5 → 0.625 (+0.125)`."""
+    if numbers.base is None or numbers.difference is None:
+        return _shown(numbers.adapted)
+    difference = "–" if isnan(numbers.difference) else f"{numbers.difference:+.3g}"
+    return f"{_shown(numbers.base)} → {_shown(numbers.adapted)} ({difference})"
 
 
 def _table_of_classes(report: Report[Confusion], title: str | None) -> Table:

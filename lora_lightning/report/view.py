@@ -15,7 +15,8 @@ LIKELY = 0.05
 """The largest p-value of a difference that chance does not explain."""
 SHOWN_ROWS = 20
 """Number of rows of a table or chart that are not folded."""
-_MOST_ROWS = 500
+MOST_ROWS = 500
+"""Maximum number of rows of a table, folded ones included."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Table:
     @property
     def folded(self) -> list[list[str | Change]]:
         """Return the rows that are folded, except those that no page has room for."""
-        return self.rows[len(self.shown) : _MOST_ROWS]
+        return self.rows[len(self.shown) : MOST_ROWS]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Runs the benchmarks, prints their tables and writes them as JSON.
 
 LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol] [memory]
-[architectures] [continual] [layers] [language_model] [report_cost] [hooks] [loops] [start_end] [text_step]
+[architectures] [continual] [layers] [language_model] [report_cost] [report_memory] [hooks] [loops] [start_end]
+[text_step]
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tests.benchmarks import (
     lora_step,
     networks,
     report_cost,
+    report_memory,
     seed_protocol,
     start_end,
     text_step,
@@ -43,6 +45,7 @@ BENCHMARKS = {
     "layers": layers.run,
     "language_model": language_model.run,
     "report_cost": report_cost.run,
+    "report_memory": report_memory.run,
     "hooks": hooks.run,
     "loops": loops.run,
     "start_end": start_end.run,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
@@ -181,12 +183,12 @@ def test_values_are_measured_as_by_hand(make_trainer: MakeTrainer, inputs: Tenso
     assert report.task == "regression"
     for predicted, result in zip(both(task, inputs), (report.adapted, report.base), strict=True):
         errors = predicted.double() - targets.double()
-        spread = (targets.double() - targets.double().mean()).square().sum()
+        spread = (targets.double() - targets.double().mean(0)).square().sum(0)
         assert isinstance(result, Values)
         assert result.mae == pytest.approx(float(errors.abs().mean()), rel=1e-6)
-        assert result.rmse == pytest.approx(float(errors.square().mean().sqrt()), rel=1e-6)
+        assert result.rmse == pytest.approx(float(errors.square().mean(0).sqrt().mean()), rel=1e-6)
         assert result.bias == pytest.approx(float(errors.mean()), rel=1e-5)
-        assert result.r2 == pytest.approx(1 - float(errors.square().sum() / spread), rel=1e-6)
+        assert result.r2 == pytest.approx(1 - float((errors.square().sum(0) / spread).mean()), rel=1e-6)
         assert sum(result.table()["samples"]) == N
     after, before = ((each - targets).abs().mean(1) for each in both(task, inputs))
     assert report.improved[0] == int((after - before).argmin())
@@ -239,6 +241,50 @@ def test_a_metric_that_fails_does_not_end_the_run(make_trainer: MakeTrainer, inp
         report = evaluated(make_trainer, adapted(nn.Linear(6, 4)), inputs, torch.arange(N) % 4, metrics=metric).report
     assert report.metrics == {}
     assert report.adapted.total == N
+
+
+@pytest.mark.parametrize("kind", ["classes", "values"])
+def test_metrics_of_the_user_stand_everywhere_with_their_difference(
+    make_trainer: MakeTrainer, inputs: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    task = adapted(nn.Linear(6, 4 if kind == "classes" else 1))
+    targets = torch.arange(N) % 4 if kind == "classes" else torch.randn(N)
+    metric = MulticlassAccuracy(4, top_k=2, average="micro") if kind == "classes" else PearsonCorrCoef()
+    callback = ComparisonReport(metrics=MetricCollection({"<b>mine</b>": metric, "other": metric.clone()}))
+    make_trainer(callback).test(task, DataLoader(TensorDataset(inputs, targets), batch_size=7), verbose=False)
+    after, before = (float(metric(outputs.squeeze(1), targets)) for outputs in both(task, inputs))
+    found = callback.report.metrics["<b>mine</b>"]
+    assert (found.adapted, found.base) == pytest.approx((after, before))
+    assert found.difference == pytest.approx(after - before)
+    assert found.difference != 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for name in ("<b>mine</b>", "other"):
+        assert f"{name}: {before:.3g} → {after:.3g} ({after - before:+.3g})" in printed
+    path = next(tmp_path.rglob("confusion.json" if kind == "classes" else "comparison.json"))
+    content = json.loads(path.read_text())["metrics"]["other"]
+    assert content == {"base": found.base, "adapted": found.adapted, "difference": found.difference}
+    page = path.with_name("report.html").read_text()
+    assert "Your metrics" in page
+    assert "&lt;b&gt;mine&lt;/b&gt;" in page
+    assert f"{abs(found.difference):.3g}" in page
+    shown = callback.report._repr_html_()
+    assert f"{found.base:.4g}</td><td>{found.adapted:.4g}</td><td>{found.difference:+.4g}" in shown
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite_have_a_table_and_files(
+    make_trainer: MakeTrainer, inputs: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: float
+) -> None:
+    task, targets = adapted(nn.Linear(6, 3)), torch.randn(N, 3)
+    with torch.no_grad():
+        task.net.bias[1] = wrong
+    callback = ComparisonReport()
+    make_trainer(callback).test(task, DataLoader(TensorDataset(inputs, targets), batch_size=7), verbose=False)
+    assert not math.isfinite(callback.report.adapted.mae), "an output without a number is not left out"
+    assert "mae" in capsys.readouterr().out
+    content = json.loads(next(tmp_path.rglob("comparison.json")).read_text())
+    assert content["model"]["mae"] is None
+    assert next(tmp_path.rglob("report.html")).is_file()
 
 
 class InPlace(nn.Module):
@@ -461,3 +507,88 @@ def test_class_names_of_any_kind_are_text_everywhere(
     assert {"confusion.json", "confusion.csv", "confusion.png", "difference.png"} <= {
         path.name for path in next(tmp_path.rglob("confusion.json")).parent.iterdir()
     }
+
+
+def test_class_names_of_any_kind_can_be_logged_and_stand_in_warnings_as_text(
+    make_trainer: MakeTrainer, inputs: Tensor, tmp_path: Path
+) -> None:
+    names = ["x" * 5000 + str(number) for number in range(4)]
+    callback, logger = ComparisonReport(names, verbose=False), CSVLogger(tmp_path)
+    loader = DataLoader(TensorDataset(inputs, torch.arange(N) % 4), batch_size=64)
+    trainer = make_trainer(callback, logger=logger, max_epochs=1)
+    task = adapted(nn.Linear(6, 4))
+    trainer.fit(task, loader, loader)
+    logged = [name for name in trainer.callback_metrics if name.startswith("val/recall/")]
+    trainer.test(task, loader, verbose=False)
+    logger.save()
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        columns = csv.DictReader(file).fieldnames
+    assert len(logged) == 4
+    assert len([name for name in columns if name.startswith("test/base_recall/")]) == 4
+    assert max(map(len, [*logged, *columns])) < 200
+    with pytest.warns(UserWarning, match="class names .* do not fit") as caught:
+        evaluated(make_trainer, task, inputs, torch.arange(N) % 4, class_names=["\x1b[31mred", "y" * 5000])
+    (said,) = (str(each.message) for each in caught if "do not fit" in str(each.message))
+    assert "\x1b" not in said
+    assert len(said) < 400
+
+
+@pytest.mark.parametrize("task", [None, "next_tokens"])
+def test_a_large_vocabulary_is_counted_without_a_matrix_of_its_size(
+    make_trainer: MakeTrainer, tmp_path: Path, task: str | None
+) -> None:
+    words = 50_000
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(words, 4), nn.Linear(4, words))
+    module = adapted(net)
+    tokens = torch.randint(words, (20, 6))
+    targets = tokens if task else torch.randint(words, (20, 6)).masked_fill(torch.rand(20, 6) < 0.2, -100)
+    callback = ComparisonReport(task=task)
+    make_trainer(callback).test(module, DataLoader(TensorDataset(tokens, targets), batch_size=3), verbose=False)
+    for outputs, result in zip(both(module, tokens), (callback.report.adapted, callback.report.base), strict=True):
+        predicted = outputs.argmax(2)
+        pairs = (predicted[:, :-1], targets[:, 1:]) if task else (predicted, targets)
+        known = pairs[1] != -100
+        assert result.total == int(known.sum())
+        assert sum(result.correct) == int((pairs[0] == pairs[1])[known].sum())
+        assert sorted(zip(*(each.tolist() for each in result.cells[:2]), strict=True)) == sorted(
+            set(zip(pairs[1][known].tolist(), pairs[0][known].tolist(), strict=True))
+        )
+        assert result.matrix.is_sparse
+    folder = next(tmp_path.rglob("report.html")).parent
+    assert (folder / "report.html").stat().st_size < 3_000_000
+    with (folder / "counts.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sum(int(row["base"]) for row in rows) == callback.report.base.total
+    assert sum(int(row["adapted"]) for row in rows) == callback.report.adapted.total
+
+
+MEMORY = """
+import json, resource, sys, warnings
+warnings.simplefilter("ignore")
+from tests.benchmarks.report_memory import evaluate
+print("FOUND" + json.dumps(evaluate(sys.argv[1], classes=1000, samples=100_000, reports=sys.argv[2] == "1")))
+"""
+
+
+@pytest.mark.slow
+def test_a_thousand_classes_and_many_samples_need_little_memory_and_a_small_page(tmp_path: Path) -> None:
+    root, script = Path(__file__).parents[2], tmp_path / "memory.py"
+    script.write_text(MEMORY)
+    found = []
+    for reports in "01":
+        words = [sys.executable, str(script), str(tmp_path / reports), reports]
+        done = subprocess.run(
+            words,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(root)},
+            check=False,
+            timeout=600,
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+        assert lines, done.stderr
+        found.append(json.loads(lines[0].removeprefix("FOUND")))
+    without, with_report = found
+    assert with_report["peak MB"] - without["peak MB"] < 200
+    assert with_report["page MB"] < 3

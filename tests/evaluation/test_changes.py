@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from lora_lightning.evaluation.changes import KEPT, Changes, Inputs, Pairs, small_image
+from lora_lightning.evaluation.changes import KEPT, Changes, Inputs, Pairs, Predictions, small_image
 from lora_lightning.evaluation.paired import mcnemar_p
 
 TARGETS = torch.tensor([0, 1, 1, 0, 1])
@@ -24,7 +24,7 @@ MODEL = torch.tensor([[3.0, 0], [0, 2], [3, 0], [3, 0], [3, 0]])  # right, fixed
 
 def changes(batch: Any = None, decode: Any = None) -> Pairs:
     found = Changes()
-    found.update(MODEL, BASE, TARGETS, Inputs(batch, torch.arange(5), decode))
+    found.compare(Predictions.of(MODEL), Predictions.of(BASE), TARGETS, Inputs(batch, torch.arange(5), decode))
     return found.pairs()
 
 
@@ -41,8 +41,13 @@ def test_fixed_and_broken_samples_are_counted_and_described() -> None:
 
 def test_samples_are_named_by_their_index_in_the_data_set_if_it_is_known() -> None:
     known, unknown = Changes(), Changes()
-    known.update(MODEL, BASE, TARGETS, Inputs(None, torch.arange(5), indices=[10, 11, 12, 13, 14]))
-    unknown.update(MODEL, BASE, TARGETS, Inputs(None, torch.arange(5)))
+    known.compare(
+        Predictions.of(MODEL),
+        Predictions.of(BASE),
+        TARGETS,
+        Inputs(None, torch.arange(5), indices=[10, 11, 12, 13, 14]),
+    )
+    unknown.compare(Predictions.of(MODEL), Predictions.of(BASE), TARGETS, Inputs(None, torch.arange(5)))
     assert (known.pairs().fixed_indices, known.pairs().broken_indices) == ([11, 13], [12])
     assert [each.index for each in known.pairs().samples] == [11, 13, 12]
     assert (unknown.pairs().fixed_indices, unknown.pairs().broken_indices) == ([], [])
@@ -67,7 +72,7 @@ def test_one_output_stands_for_two_classes(kind: str) -> None:
     model, base = torch.tensor([0.9, 0.2, 0.4]), torch.tensor([0.1, 0.3, 0.7])
     if kind == "logits":
         model, base = model.logit(), base.logit()
-    found.update(model, base, torch.tensor([1, 0, 1]), Inputs(None, torch.arange(3)))
+    found.compare(Predictions.of(model), Predictions.of(base), torch.tensor([1, 0, 1]), Inputs(None, torch.arange(3)))
     pairs = found.pairs()
     assert (pairs.fixed, pairs.broke) == (1, 1)
     assert [(each.target, each.base, each.model) for each in pairs.samples] == [(1, 0, 1), (1, 1, 0)]
@@ -76,7 +81,7 @@ def test_one_output_stands_for_two_classes(kind: str) -> None:
 
 def test_parts_of_samples_are_counted_and_get_no_p_value() -> None:
     found = Changes()
-    found.update(MODEL, BASE, TARGETS)
+    found.compare(Predictions.of(MODEL), Predictions.of(BASE), TARGETS)
     pairs = found.pairs()
     assert (pairs.fixed, pairs.broke, pairs.samples, pairs.p) == (2, 1, [], None)
 
@@ -97,8 +102,8 @@ def test_a_hundred_of_each_kind_are_kept() -> None:
         torch.ones(80, dtype=torch.int64),
     )
     for _ in range(3):
-        found.update(right, wrong, targets, Counted(None, torch.arange(80)))
-        found.update(wrong[:5], right[:5], targets[:5], Counted(None, torch.arange(5)))
+        found.compare(Predictions.of(right), Predictions.of(wrong), targets, Counted(None, torch.arange(80)))
+        found.compare(Predictions.of(wrong[:5]), Predictions.of(right[:5]), targets[:5], Counted(None, torch.arange(5)))
     pairs = found.pairs()
     assert (pairs.fixed, pairs.broke, len(pairs.samples)) == (240, 15, KEPT + 15)
     assert made == KEPT + 15, "no more are made images or texts than are kept"

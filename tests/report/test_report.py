@@ -164,8 +164,9 @@ class TestAThousandClasses:
         assert content["matrix"] is None
         assert len(content["classes"]) == 1000
         matrix = torch.zeros(1000, 1000, dtype=torch.int64)
-        for target, predicted, count in content["counts"]:
-            matrix[target, predicted] = count
+        with Path(paths["counts.csv"]).open() as file:
+            for row in csv.DictReader(file):
+                matrix[int(row["target"]), int(row["predicted"])] = int(row["adapted"])
         assert torch.equal(matrix, report.adapted.matrix)
 
 
