@@ -29,9 +29,10 @@ from lora_lightning.callbacks.training_checks import (
     refuse_pruning,
     refuse_strategy,
 )
-from lora_lightning.checkpoints import NotFiniteError, RandomState, choice_in_words, load_base, newest_checkpoint
+from lora_lightning.checkpoints import NotFiniteError, RandomState, load_base, newest_checkpoint
 from lora_lightning.checkpoints.adapter_checkpoint import AdapterCheckpointIO, AdapterContent
 from lora_lightning.checkpoints.atomic_checkpoint import write_atomically
+from lora_lightning.checkpoints.checkpoints import choice_in_words
 from lora_lightning.checkpoints.packed_layers import let_packed_keys_be_missing
 from lora_lightning.checkpoints.sharded_checkpoints import ShardedCheckpoints
 from lora_lightning.lightning_packages import is_a
