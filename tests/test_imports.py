@@ -186,7 +186,15 @@ SHARED = {
         "repair.verdict.Verdict",
         "repair.verdict.WITHIN_CHANCE",
     },
-    "the report of a repair has its verdict": {"callbacks.run_files.add_facts"},
+    "the report of a repair has its verdict, and its output names the machine": {
+        "callbacks.run_files.add_facts",
+        "callbacks.run_files.machine_in_words",
+    },
+    "the bars of repair and of the command line fit a narrow terminal": {"callbacks.loss_bar.LossBar"},
+    "what was chosen for a log folder is said wherever a folder is accepted": {
+        "checkpoints.checkpoints.choice_in_words",
+        "checkpoints.checkpoints.doubt_about_choice",
+    },
 }
 """Names that are not public and that another package imports, by the reason."""
 

@@ -13,7 +13,8 @@ from torch import nn
 from lora_lightning.backbone_facts import backbone_facts
 from lora_lightning.callbacks.relative_names import relative_names
 from lora_lightning.callbacks.start_from_data import attach_by_data
-from lora_lightning.checkpoints import choice_in_words, newest_adapter
+from lora_lightning.checkpoints import newest_adapter
+from lora_lightning.checkpoints.checkpoints import choice_in_words
 from lora_lightning.checkpoints.random_state import own_random_numbers
 from lora_lightning.lora import LoRAConfig, adapted_weights, attach, backbone_of, set_adapter
 from lora_lightning.lora.adaptation import config_of, unwrapped

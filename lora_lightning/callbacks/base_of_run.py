@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from lora_lightning.checkpoints import choice_in_words, load_base, newest_checkpoint
+from lora_lightning.checkpoints import load_base, newest_checkpoint
+from lora_lightning.checkpoints.checkpoints import choice_in_words
 
 
 def load_base_of_run(

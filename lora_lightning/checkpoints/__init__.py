@@ -3,8 +3,6 @@
 from lora_lightning.checkpoints.adapter_checkpoint import NotFiniteError
 from lora_lightning.checkpoints.atomic_checkpoint import AtomicCheckpointIO
 from lora_lightning.checkpoints.checkpoints import (
-    choice_in_words,
-    doubt_about_choice,
     last_checkpoint,
     load_base,
     newest_adapter,
@@ -19,8 +17,6 @@ __all__ = [
     "NotFiniteError",
     "RandomState",
     "ResumableLoader",
-    "choice_in_words",
-    "doubt_about_choice",
     "last_checkpoint",
     "load_base",
     "newest_adapter",

@@ -25,9 +25,15 @@ from typing_extensions import override
 
 from lora_lightning.callbacks import PredictionWriter
 from lora_lightning.callbacks.loss_bar import LossBar
-from lora_lightning.checkpoints import choice_in_words, doubt_about_choice, last_checkpoint, newest_checkpoint
+from lora_lightning.checkpoints import last_checkpoint, newest_checkpoint
 from lora_lightning.checkpoints.atomic_checkpoint import write_atomically
-from lora_lightning.checkpoints.checkpoints import check_file, explain_damage, paths_are_safe
+from lora_lightning.checkpoints.checkpoints import (
+    check_file,
+    choice_in_words,
+    doubt_about_choice,
+    explain_damage,
+    paths_are_safe,
+)
 from lora_lightning.checkpoints.started_from import StartedFrom
 from lora_lightning.checkpoints.stop_after_batch import StopAfterBatch
 from lora_lightning.cli.checkpoint_settings import only_configured_code

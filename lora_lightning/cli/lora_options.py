@@ -12,7 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.callbacks.lora_arguments import LR_RATIO_IS_OF_THE_OPTIMIZER
-from lora_lightning.checkpoints import doubt_about_choice, newest_adapter, newest_checkpoint
+from lora_lightning.checkpoints import newest_adapter, newest_checkpoint
+from lora_lightning.checkpoints.checkpoints import doubt_about_choice
 from lora_lightning.lora import LoRAConfig
 
 _OWN = {

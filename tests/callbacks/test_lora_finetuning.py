@@ -125,11 +125,11 @@ def test_fit_goes_on_from_an_adapter_checkpoint(make_trainer: MakeTrainer, base:
     path = trainer.checkpoint_callback.best_model_path
     resumed, other = make_trainer(LoRAFinetuning(rank=1, base_checkpoint=base), max_epochs=1), model()
     resumed.fit(other, datamodule=sample(digits=[9]), ckpt_path=path)
-    assert resumed.global_step == 4
+    assert resumed.global_step == 3
     assert equal(adapters(other), adapters(module))
     more = make_trainer(LoRAFinetuning(rank=1, base_checkpoint=base), max_epochs=2)
     more.fit(other := model(), datamodule=sample(digits=[9]), ckpt_path=path)
-    assert more.global_step == 8
+    assert more.global_step == 6
     assert not equal(adapters(other), adapters(module))
 
 

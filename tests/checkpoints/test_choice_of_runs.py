@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
 from lora_lightning import Classifier, LoRAFinetuning, MNISTDataModule, RichBoyNet, lora
-from lora_lightning.checkpoints import choice_in_words, doubt_about_choice, newest_adapter, newest_checkpoint
+from lora_lightning.checkpoints import newest_adapter, newest_checkpoint
+from lora_lightning.checkpoints.checkpoints import choice_in_words, doubt_about_choice
 from lora_lightning.checkpoints.run_record import RunRecord
 from lora_lightning.checkpoints.started_from import StartedFrom
 

@@ -26,7 +26,7 @@ def trained(run: Run, a_base_with_adapters: Path) -> Run:
 
 def errors_of(output: str) -> str:
     """The last row of the report: all errors."""
-    found = re.findall(r"│ +all │ +1,000 │([^\n]*)", output)
+    found = re.findall(r"│ +all │ +2,000 │([^\n]*)", output)
     return found[-1].split("│")[1 if "→" in found[-1] else 0].strip()
 
 

@@ -198,7 +198,7 @@ def test_a_terminal_that_lacks_characters_loses_no_table_and_no_file(workspace: 
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     text = Path("out.txt").read_text(encoding="cp1252")
     assert code == 0, text
-    assert re.search(r"all \|\s+1,000 \|", text), text
+    assert re.search(r"all \|\s+2,000 \|", text), text
     assert "4. Verdict: repaired: errors on 7" in text
     (logs,) = Path("logs/repair").iterdir()
     assert (logs / "adapted" / "confusion.json").exists()

@@ -88,7 +88,7 @@ def test_adapters_train_the_base_stays_and_the_test_counts_every_digit(
     trainer.test(module, digits(), verbose=False)
     assert base_fingerprint(module) == before
     (written,) = Path(trainer.log_dir).rglob("confusion.json")
-    assert json.loads(written.read_text())["samples"] == 1000
+    assert json.loads(written.read_text())["samples"] == 2000
 
 
 def test_the_gpu_counts_what_the_cpu_counts(gpu_trainer: MakeTrainer, make_trainer: MakeTrainer) -> None:
