@@ -27,7 +27,7 @@ from lora_lightning.lora import EVAStart, LoRAConfig, attach, eva
 from lora_lightning.lora.adaptation import attach_as_configured
 from lora_lightning.wording import some_of
 
-BATCHES = 16
+BATCHES = 8
 """Number of batches that are read."""
 _NOTE = (
     "This happened while init='eva' ran training_step on the first batches, in evaluation mode and before the "

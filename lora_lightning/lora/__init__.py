@@ -21,7 +21,7 @@ from lora_lightning.lora.adapter import Adapter
 from lora_lightning.lora.backbone import backbone_of
 from lora_lightning.lora.combine import add_weighted_adapter
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.eva import EVAStart, eva
+from lora_lightning.lora.explained_variance import EVAStart, eva
 from lora_lightning.lora.extract import extract_adapter
 from lora_lightning.lora.fingerprint import base_fingerprint
 from lora_lightning.lora.layers import bare

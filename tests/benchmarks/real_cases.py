@@ -133,7 +133,7 @@ def train(
     test = cli.trainer.validate if choosing else cli.trainer.test
     with recorded.of(cli.model.backbone):
         found = test(cli.model, cli.datamodule, verbose=False)[0]
-    own = recorded.nearest_names(cli.model, cli.datamodule) if case == "text10" and not choosing else math.nan
+    own = recorded.nearest_names(cli.model, cli.datamodule) if _CONFIG[case] == "text" and not choosing else math.nan
     folder.cleanup()
     return {
         "own": own,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_lightning.lora.adaptation import adapted_weights, attach_as_configured, unwrapped
+from lora_lightning.lora.adapter import without_autocast
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.layers import LinearKind
 from lora_lightning.lora.matching import exactly, pattern_of
@@ -249,7 +250,8 @@ def _watched(
         mask = masks[0]
         if mask is not None and inputs.shape[:-1] == mask.shape:
             inputs = inputs[mask.to(inputs.device, torch.bool)]
-        components.add(inputs.detach().reshape(-1, inputs.shape[-1]))
+        with without_autocast(inputs):
+            components.add(inputs.detach().reshape(-1, inputs.shape[-1]))
 
     hooks = [
         target.layer.register_forward_pre_hook(partial(look, found[target.name]), with_kwargs=True)
