@@ -58,8 +58,8 @@ class LoRAFinetuning(Callback):
     without the base, and can be passed as `ckpt_path`. At the end of `fit`, the adapters are written in PEFT's format
     to `<log folder>/adapter`, or without a log folder to `<checkpoints>/adapter`. They are those of the best checkpoint
     if `ModelCheckpoint` monitors a metric, else the last ones. Checkpoints include random states, as with
-    `RandomState`. With `init="eva"`, `fit` runs `training_step` of a copy of the module on the first 8 training batches to
-    find ranks, before the optimizer is created. A run that starts from a checkpoint has its ranks.
+    `RandomState`. With `init="eva"`, `fit` runs `training_step` of a copy of the module on the first 8 training batches
+    to find ranks, before the optimizer is created. A run that starts from a checkpoint has its ranks.
 
     Args:
         config: A `LoRAConfig` or its arguments, instead of or in addition to `arguments`.
