@@ -240,7 +240,7 @@ def _save_no_exceptions_of_one_device(trainer: Trainer) -> None:
 
 def _narrow(bar: RichProgressBar) -> LossBar:
     """Return a bar that does not wrap its metrics in a narrow terminal."""
-    return LossBar(refresh_rate=bar.refresh_rate, leave=bar._leave, theme=bar.theme)
+    return LossBar(refresh_rate=int(bar.refresh_rate), leave=bar._leave, theme=bar.theme)
 
 
 def _is_local_file(path: str | Path | None) -> bool:
