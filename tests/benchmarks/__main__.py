@@ -1,7 +1,7 @@
 """Runs the benchmarks, prints their tables and writes them as JSON.
 
 LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol] [memory]
-[architectures] [layers] [language_model] [report_cost] [hooks] [loops] [start_end] [text_step]
+[architectures] [layers] [language_model] [report_cost] [hooks] [loops] [callback_cost] [start_end] [text_step]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich import get_console
 
 from tests.benchmarks import (
     architectures,
+    callback_cost,
     hooks,
     language_model,
     layers,
@@ -43,6 +44,7 @@ BENCHMARKS = {
     "report_cost": report_cost.run,
     "hooks": hooks.run,
     "loops": loops.run,
+    "callback_cost": callback_cost.run,
     "start_end": start_end.run,
     "text_step": text_step.run,
 }
