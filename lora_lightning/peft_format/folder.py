@@ -22,6 +22,7 @@ from lora_lightning.lora import (
 )
 from lora_lightning.lora.adaptation import alone, attach_to, config_of, the_active_name, unwrapped
 from lora_lightning.lora.bypass import bypass_target
+from lora_lightning.lora.fingerprint import BaseDigests
 from lora_lightning.lora.layers import Target
 from lora_lightning.lora.matching import Names
 from lora_lightning.lora.selection import bias_keys, candidates, check, layers_of
@@ -89,6 +90,7 @@ class AdapterFolder:
         values: Values to write instead of those of the module, by state-dict key. They are used if no adapter is
             missing.
         name: Name of the adapters, as in `save_adapter`.
+        base: Digests of the base, which are computed unless they are known.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class AdapterFolder:
         metrics: Mapping[str, float] | None = None,
         values: Mapping[str, Tensor] | None = None,
         name: str | None = None,
+        base: BaseDigests | None = None,
     ) -> None:
         module = unwrapped(module)
         chosen = the_active_name(module) if name is None else name
@@ -105,7 +108,7 @@ class AdapterFolder:
             description = describe(module, chosen)
             tensors = exported(module, chosen, to_peft=description["peft_type"] != OWN_TYPE)
         with alone(module, chosen):
-            self._files = description, tensors, base_metadata(module)
+            self._files = description, tensors, base_metadata(module, base)
         self._card = model_card(description, sum(tensor.numel() for tensor in tensors.values()), data, metrics)
 
     def write(self, folder: str | os.PathLike[str]) -> None:
