@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from lora_lightning.callbacks.summary import stage_metrics
 from lora_lightning.lightning_packages import is_a
+from lora_lightning.lora import adapter_names
 from lora_lightning.lora.adaptation import active_names, trained_names
+from lora_lightning.lora.fingerprint import BaseDigests
 from lora_lightning.peft_format.differences import unknown_to_peft
 from lora_lightning.peft_format.folder import AdapterFolder
 from lora_lightning.report.files import free_name, write_to
@@ -61,10 +63,14 @@ class RunAdapters:
         trainer: The trainer.
         pl_module: The adapted model.
         adapted: The part of the model that `attach` was called with.
+
+    Attributes:
+        base: Digests of the base, once they are known.
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, adapted: nn.Module) -> None:
         self._trainer, self._pl_module, self._adapted = trainer, pl_module, adapted
+        self.base: BaseDigests | None = None
         self._best: BestCheckpoint | None = None
         self._content: _Folders | None = None
 
@@ -81,7 +87,7 @@ class RunAdapters:
         prefix = next(name for name, module in self._pl_module.named_modules() if module is self._adapted)
         start = f"{prefix}." if prefix else ""
         values = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-        self._content = _Folders(self._adapted, self._data(), best.metrics, values)
+        self._content = _Folders(self._adapted, self.base, self._data(), best.metrics, values)
         self._best = best
         if self._trainer.is_global_zero:
             try:
@@ -124,7 +130,7 @@ class RunAdapters:
         else:
             content = self._content if best is not None else None
             if content is None:  # gathers distributed tensors, on all processes
-                content = _Folders(self._adapted, self._data(), stage_metrics(trainer, "val"))
+                content = _Folders(self._adapted, self.base, self._data(), stage_metrics(trainer, "val"))
             if trainer.is_global_zero:
                 write_to(place, content.write)
         return (place if "://" in place else Path(place)), (f", {best.in_words()}" if best else "")
@@ -178,6 +184,7 @@ class _Folders:
 
     Args:
         adapted: The part of the model that `attach` was called with.
+        base: Digests of the base, if they are known.
         data: Name of the data that `metrics` were measured on.
         metrics: Metrics, by name.
         values: Values to write instead of those of the module, by state-dict key.
@@ -186,13 +193,17 @@ class _Folders:
     def __init__(
         self,
         adapted: nn.Module,
+        base: BaseDigests | None,
         data: str | None,
         metrics: Mapping[str, float],
         values: Mapping[str, Tensor] | None = None,
     ) -> None:
         names = trained_names(adapted) or active_names(adapted)
+        if len(adapter_names(adapted)) > 1:
+            base = None  # each may have other modules that are trained in full
         self._folders = {
-            (name if len(names) > 1 else ""): AdapterFolder(adapted, data, metrics, values, name) for name in names
+            (name if len(names) > 1 else ""): AdapterFolder(adapted, data, metrics, values, name, base)
+            for name in names
         }
 
     def write(self, folder: Path) -> None:

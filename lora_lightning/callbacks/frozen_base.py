@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_lightning.lora import adapter_state_dict
 from lora_lightning.lora.adaptation import active_names, attachment_of, trained_names
 from lora_lightning.lora.adapter import is_quantized
-from lora_lightning.lora.fingerprint import base_tensors, digests
+from lora_lightning.lora.fingerprint import BaseDigests, base_tensors, digests
 from lora_lightning.lora.freeze import FrozenStatistics
 from lora_lightning.lora.sharding import full, is_distributed
 from lora_lightning.wording import some_of
@@ -26,14 +26,17 @@ class FrozenBase:
 
     Args:
         adapted: The module that `attach` was called with.
+        known: Digests of the base that were computed before. They are used if nothing has written to it since.
 
     Attributes:
+        base: Digests of the base at the start of training.
         updatable: Digests of the tensors that the user's code may update, at the start of training.
     """
 
-    def __init__(self, adapted: nn.Module) -> None:
+    def __init__(self, adapted: nn.Module, known: BaseDigests | None = None) -> None:
         self.adapted = adapted
-        self.at_start = digests(adapted)
+        self.base = known if known is not None and known.is_current(adapted) else BaseDigests.of(adapted)
+        self.at_start = self.base.of_tensors
         self._buffers = _user_buffers(adapted)
         own = self._buffers | _frozen_before(adapted)
         self.updatable = {key: digest for key, digest in self.at_start.items() if key in own}

@@ -57,6 +57,8 @@ class AfterLayers:
             attach()
             prepare()
             return
+        # No hook of a callback runs between configure_model and configure_optimizers:
+        # https://github.com/Lightning-AI/pytorch-lightning/issues/19658
         self._own = vars(pl_module).get(self.hook)
         method = getattr(pl_module, self.hook)
 

@@ -45,6 +45,7 @@ from lora_lightning.checkpoints.packed_layers import let_packed_keys_be_missing
 from lora_lightning.checkpoints.sharded_checkpoints import ShardedCheckpoints
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import LoRAConfig, backbone_of, base_fingerprint, detach, is_adapted, is_untrained
+from lora_lightning.lora.fingerprint import BaseDigests
 from lora_lightning.lora.packed import keep_packing
 from lora_lightning.lora.sharding import distribute_adapters
 from lora_lightning.wording import some_of
@@ -132,6 +133,7 @@ class LoRAFinetuning(Callback):
         self._after_layers: AfterLayers | None = None
         self._checkpoints: AdapterCheckpointIO | ShardedCheckpoints | None = None
         self._handles: list[RemovableHandle] = []
+        self._base: BaseDigests | None = None
         self._frozen: FrozenBase | None = None
         self._finite: FiniteAdapters | None = None
         self._untrained: UntrainedAdapters | None = None
@@ -171,7 +173,7 @@ class LoRAFinetuning(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._frozen = self._finite = self._untrained = self._result = self._checkpoints = None
+        self._base = self._frozen = self._finite = self._untrained = self._result = self._checkpoints = None
         if self._after_layers is not None:
             self._after_layers.remove()
             self._after_layers = None
@@ -198,9 +200,11 @@ class LoRAFinetuning(Callback):
         refuse_pruning(trainer)
         check_optimizers(trainer, pl_module, self._network)
         # Not in setup, since a precision such as bf16-true converts the base after it.
-        self._frozen = FrozenBase(self._network)
+        self._frozen = FrozenBase(self._network, self._base if trainer.world_size == 1 else None)
         if self._checkpoints is not None:
             self._checkpoints.content.at_start = self._frozen.updatable
+        if self._result is not None:
+            self._result.base = self._frozen.base
         self._finite = FiniteAdapters(self._network, self._checkpoints)
 
     @override
@@ -338,7 +342,8 @@ class LoRAFinetuning(Callback):
         if not is_a(trainer.strategy, ModelParallelStrategy):
             OwnStates(pl_module, self.checkpoints == "full")
         # Without a seed, each process has a different base until `ddp` broadcasts that of the first one.
-        digest = base_fingerprint(self.adapted)
+        self._base = BaseDigests.of(self.adapted) if trainer.state.fn == "fit" else None
+        digest = base_fingerprint(self.adapted) if self._base is None else self._base.fingerprint
         self.base_fingerprint = trainer.strategy.broadcast(digest) if trainer.world_size > 1 else digest
         rank_zero_info(what_trains(self.adapted))
 

@@ -32,7 +32,8 @@ def save_no_step_again(trainer: Trainer) -> None:
     """Keep `ModelCheckpoint(every_n_train_steps=...)` from saving the step that a run resumes from once more.
 
     It forgets which step it has saved last. With accumulated gradients, it would save this step after the next batch,
-    in the middle of an accumulation, from which no run continues exactly. Call this in `on_train_start` of a run that
+    in the middle of an accumulation, from which no run continues exactly
+    (https://github.com/Lightning-AI/pytorch-lightning/issues/17903). Call this in `on_train_start` of a run that
     resumes.
     """
     for files in trainer.checkpoint_callbacks:

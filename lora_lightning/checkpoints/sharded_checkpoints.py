@@ -49,6 +49,8 @@ class ShardedCheckpoints:
         self._save = strategy.save_checkpoint
         self._load = strategy.load_checkpoint
         self._remove = strategy.remove_checkpoint
+        # This strategy does not use its CheckpointIO, which is replaced for all others, and no hook of a callback sees
+        # the state before it is gathered: https://github.com/Lightning-AI/pytorch-lightning/pull/19888
         strategy.lightning_module_state_dict = self.state_dict  # type: ignore[method-assign]
         strategy.save_checkpoint = self.save_checkpoint  # type: ignore[method-assign]
         strategy.load_checkpoint = self.load_checkpoint  # type: ignore[method-assign]

@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.adaptation import unwrapped
 from lora_lightning.lora.adapter import dense, is_quantized
-from lora_lightning.lora.sharding import full
+from lora_lightning.lora.sharding import full, is_distributed
 from lora_lightning.lora.state import adapter_keys, saved_keys
 
 _TENSORS, _VALUES = 256, 4
@@ -36,17 +37,66 @@ def base_fingerprint(module: nn.Module, but: Container[str] = ()) -> str:
 def fingerprint_and_sample(module: nn.Module) -> tuple[str, str]:
     """Return the fingerprint of the base, and a few of its values as JSON for `is_in_another_precision`."""
     tensors = list(base_tensors(module))
+    return _fingerprint_of(tensors), _sample_of(tensors)
+
+
+def _sample_of(tensors: list[tuple[str, Tensor]]) -> str:
     found = {key: [_precision(value), *_values(value)] for key, value in _sampled(tensors)}
-    return _fingerprint_of(tensors), json.dumps(found, separators=(",", ":"))
+    return json.dumps(found, separators=(",", ":"))
 
 
 def _fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for key, value in tensors:
-        digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
-        for data in _bytes(value):
-            digest.update(data)
+        _add(digest, key, value)
     return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, key: str, value: Tensor) -> None:
+    digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
+    for data in _bytes(value):
+        digest.update(data)
+
+
+@dataclass(frozen=True)
+class BaseDigests:
+    """Holds what identifies a base, from one pass over its values.
+
+    Attributes:
+        fingerprint: The `base_fingerprint`.
+        sample: A few of its values as JSON, as `fingerprint_and_sample` returns them.
+        of_tensors: The digest of each tensor by state-dict key, as `digests` returns them.
+        places: Where each tensor was, and how often PyTorch had written to it. `None` if this cannot be told.
+    """
+
+    fingerprint: str
+    sample: str
+    of_tensors: dict[str, str]
+    places: dict[str, tuple[int, int]] | None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> BaseDigests:
+        """Compute the digests of a plain or adapted module. All processes have to call this."""
+        total, found = hashlib.sha256(), {}
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for key, value in base_tensors(module):
+                gathered = full(value)
+                found[key] = pool.submit(_digest, gathered)
+                _add(total, key, gathered)
+                found[key].result()
+        of_tensors = {key: digest.result() for key, digest in found.items()}
+        return cls(total.hexdigest(), _sample_of(list(base_tensors(module))), of_tensors, _places(module))
+
+    def is_current(self, module: nn.Module) -> bool:
+        """Return whether the tensors are still the same ones, and PyTorch has not written to them."""
+        return self.places is not None and self.places == _places(module)
+
+
+def _places(module: nn.Module) -> dict[str, tuple[int, int]] | None:
+    tensors = list(base_tensors(module))
+    if any(is_distributed(value) or is_quantized(value) or value.is_inference() for _, value in tensors):
+        return None
+    return {key: (value.data_ptr(), value._version) for key, value in tensors}
 
 
 def digests(module: nn.Module, only: Container[str] | None = None) -> dict[str, str]:

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora import base_fingerprint
-from lora_lightning.lora.fingerprint import fingerprint_and_sample, is_in_another_precision
+from lora_lightning.lora.fingerprint import BaseDigests, fingerprint_and_sample, is_in_another_precision
 
 _BASE, _SAMPLE = "lora_lightning_base_sha256", "lora_lightning_base_sample"
 
 
-def base_metadata(module: nn.Module) -> dict[str, str]:
-    """Return the metadata that identify the base in an adapter folder."""
+def base_metadata(module: nn.Module, known: BaseDigests | None = None) -> dict[str, str]:
+    """Return the metadata that identify the base in an adapter folder, from its digests if they are known."""
+    if known is not None:
+        return {_BASE: known.fingerprint, _SAMPLE: known.sample}
     digest, sample = fingerprint_and_sample(module)
     return {_BASE: digest, _SAMPLE: sample}
 

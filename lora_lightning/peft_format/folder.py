@@ -30,6 +30,7 @@ from lora_lightning.lora.adaptation import (
     unwrapped,
 )
 from lora_lightning.lora.bypass import bypass_target
+from lora_lightning.lora.fingerprint import BaseDigests
 from lora_lightning.lora.matching import Names
 from lora_lightning.lora.selection import bias_keys, candidates, check, layers_of
 from lora_lightning.lora.state import adapter_keys, with_values
@@ -97,6 +98,7 @@ class AdapterFolder:
         values: Values to write instead of those of the module, by state-dict key. They are used if no adapter is
             missing.
         name: Name of the adapters, as in `save_adapter`.
+        base: Digests of the base, which are computed unless they are known.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class AdapterFolder:
         metrics: Mapping[str, float] | None = None,
         values: Mapping[str, Tensor] | None = None,
         name: str | None = None,
+        base: BaseDigests | None = None,
     ) -> None:
         module = unwrapped(module)
         chosen = the_active_name(module) if name is None else name
@@ -113,7 +116,7 @@ class AdapterFolder:
             description = describe(module, chosen)
             tensors = exported(module, chosen, to_peft=description["peft_type"] != OWN_TYPE)
         with alone(module, chosen):
-            self._files = description, tensors, base_metadata(module)
+            self._files = description, tensors, base_metadata(module, base)
         size = sum(tensor.numel() for tensor in tensors.values())
         frozen = [other for other in active_names(module) if other not in trained_names(module)]
         beside = frozen if chosen in trained_names(module) else []

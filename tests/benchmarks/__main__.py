@@ -1,8 +1,8 @@
 """Runs the benchmarks, prints their tables and writes them as JSON.
 
 LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol] [memory]
-[architectures] [continual] [layers] [language_model] [report_cost] [report_memory] [hooks] [loops] [start_end]
-[text_step]
+[architectures] [continual] [layers] [language_model] [report_cost] [report_memory] [hooks] [loops]
+[callback_cost] [start_end] [text_step]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich import get_console
 
 from tests.benchmarks import (
     architectures,
+    callback_cost,
     continual,
     hooks,
     language_model,
@@ -48,6 +49,7 @@ BENCHMARKS = {
     "report_memory": report_memory.run,
     "hooks": hooks.run,
     "loops": loops.run,
+    "callback_cost": callback_cost.run,
     "start_end": start_end.run,
     "text_step": text_step.run,
 }

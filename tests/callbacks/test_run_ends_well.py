@@ -31,6 +31,7 @@ from lora_lightning.lora import (
     backbone_of,
     base_fingerprint,
     detach,
+    fingerprint,
     is_adapted,
     merge,
 )
@@ -471,6 +472,37 @@ def test_a_library_that_makes_its_optimizer_early_trains_adapters_that_were_atta
     module = Early(attached=True)
     fit(module, tmp_path / "b", epochs=1)
     assert all(bool(value.any()) for value in adapter_state_dict(module).values())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_the_base_is_read_once_more_after_attach_however_many_checkpoints_are_the_best_so_far(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = list[int]()
+    hashed = fingerprint._bytes
+
+    def count(value: Tensor) -> Any:
+        read.append(value.data_ptr())
+        return hashed(value)
+
+    class Floats(Module):
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            return nn.functional.cross_entropy(self(batch[0].to(self.decoder.weight.dtype)).float(), batch[1])
+
+    monkeypatch.setattr(fingerprint, "_bytes", count)
+    module, ours = Floats((3.0, 2.0, 1.0)), LoRAFinetuning(rank=2)
+    trainer = Trainer(
+        max_epochs=3, accelerator="cpu", logger=CSVLogger(tmp_path), precision=precision, num_sanity_val_steps=0,
+        callbacks=[ours, ModelCheckpoint(tmp_path / "c", monitor="score")], enable_progress_bar=False,
+        enable_model_summary=False, log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(module, loader(), loader())
+    passes = 2 if precision == "32-true" else 3  # the values were converted after attach
+    # In all passes but the last, the digest of each tensor is computed beside that of all.
+    assert len(read) == 4 * (2 * passes - 1)
+    other = Floats()
+    if precision == "32-true":
+        load_adapter(other, ours.adapter_folder, strict=True)
 
 
 def test_the_example_for_hydra_trains_tests_and_resumes(tmp_path: Path) -> None:
