@@ -51,6 +51,12 @@ class Confusion:
         targets, predicted = self.matrix.nonzero(as_tuple=True)
         return targets, predicted, self.matrix[targets, predicted]
 
+    def mistakes(self) -> dict[tuple[int, int], int]:
+        """Return the counts of wrong predictions by target and prediction, without those that did not occur."""
+        targets, predicted, counts = (found.tolist() for found in self.cells)
+        cells = zip(targets, predicted, counts, strict=True)
+        return {(target, taken): count for target, taken, count in cells if target != taken}
+
     def of_classes(self, shown: Sequence[int]) -> Tensor:
         """Return the counts of these classes as a dense matrix, with a last row and column for all others, if any."""
         classes = len(self.class_names)

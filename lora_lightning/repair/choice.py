@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -75,10 +76,11 @@ def classes_in_focus(focus: int | str, validated: Confusion) -> tuple[tuple[int,
         index = validated.weakest()
         return (index,), f"recall {validated.recall[index]:.1%} on {validated.total:,} validation samples"
     if focus == "worst-pair":
-        both = validated.matrix + validated.matrix.T
-        first, second = divmod(int(both.triu(1).argmax()), len(names))
-        count = int(both[first, second])
-        return (first, second), f"taken for each other {count} times on {validated.total:,} validation samples"
+        both = Counter[tuple[int, int]]()
+        for (target, taken), times in validated.mistakes().items():
+            both[min(target, taken), max(target, taken)] += times
+        count, (first, second) = min(((-times, pair) for pair, times in both.items()), default=(0, (0, 1)))
+        return (first, second), f"taken for each other {-count} times on {validated.total:,} validation samples"
     return named_classes(focus, names), "as asked"
 
 

@@ -290,16 +290,15 @@ class ClassView:
         """Return the confusions that changed most, or occur most without a base, if the matrices leave out classes."""
         if not self._matrix_note:
             return None
-        after = self.model.matrix
-        before = torch.zeros_like(after) if self.base is None else self.base.matrix
-        changes = (after - before).abs().fill_diagonal_(0)
-        order = changes.flatten().argsort(descending=True, stable=True)[:_PAIRS].tolist()
+        after = self.model.mistakes()
+        before = {} if self.base is None else self.base.mistakes()
+        sizes = {pair: abs(after.get(pair, 0) - before.get(pair, 0)) for pair in after.keys() | before.keys()}
+        order = sorted((-size, pair) for pair, size in sizes.items() if size)[:_PAIRS]
         rows: list[list[str | Change]] = []
-        for target, taken in (divmod(place, len(after)) for place in order):
-            if changes[target, taken]:
-                was = None if self.base is None else int(before[target, taken])
-                change = counted(was, int(after[target, taken]))
-                rows.append([self._called(target), self._called(taken), change])
+        for _, (target, taken) in order:
+            was = None if self.base is None else before.get((target, taken), 0)
+            change = counted(was, after.get((target, taken), 0))
+            rows.append([self._called(target), self._called(taken), change])
         what = "changed most" if self.base is not None else "occur most"
         columns = ["true class", "taken for", self._parts]
         return Table("", f"The confusions that {what}", columns, rows) if rows else None
