@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -91,8 +92,13 @@ def test_they_are_trained_saved_merged_and_detached_as_other_layers(
     with disabled(net):
         assert torch.equal(net(x), plain(x))
     save_adapter(net, tmp_path / "adapter")
-    # PEFT does not know these layers.
-    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["peft_type"] == "LORA_LIGHTNING"
+    written = json.loads((tmp_path / "adapter/adapter_config.json").read_text())["peft_type"]
+    if config is RELATIONS:
+        assert written == "LORA_LIGHTNING"  # PEFT does not know these layers
+    else:
+        assert written == "LORA"  # it adapts parameters of any layer by name
+        of_peft = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "adapter"))
+        assert torch.equal(of_peft(x), net(x))
     again = copy.deepcopy(plain)
     load_adapter(again, tmp_path / "adapter")
     assert torch.equal(again(x), net(x))
