@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
@@ -53,7 +53,8 @@ def _has_no_statistics(norm: _BatchNorm) -> bool:
 def _has_first_weights(layer: nn.Linear | _ConvNd) -> bool:
     """Return whether the weights are uniformly distributed below 1 / sqrt(fan_in), as in `reset_parameters`."""
     weight = layer.weight.detach()
-    if weight.is_meta or not weight.is_floating_point() or weight.dim() < 2:
+    is_plain = type(weight) is Tensor and not weight.is_meta and weight.is_floating_point()
+    if not is_plain or weight.dim() < 2:  # quantized, distributed, or not there yet
         return False
     bound = 1 / math.sqrt(weight[0].numel())
     if float(weight.abs().max()) > bound * 1.01:  # rounded to half precision
