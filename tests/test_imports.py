@@ -109,12 +109,16 @@ SHARED = {
         "lora.selection.layers_of",
     },
     "a folder says which base it belongs to": {
+        "lora.fingerprint.BaseDigests",
         "lora.fingerprint.fingerprint_and_sample",
         "lora.fingerprint.is_in_another_precision",
     },
     "the baselines of repair freeze the network as adapters do": {"lora.freeze.freeze"},
     "Classifier refuses the ratio that lora_plus_param_groups refuses": {"lora.lora_plus.check_lr_ratio"},
-    "the callback writes its folder in the format of PEFT": {"peft_format.folder.AdapterFolder"},
+    "the callback writes its folder in the format of PEFT, and says if PEFT refuses it": {
+        "peft_format.differences.unknown_to_peft",
+        "peft_format.folder.AdapterFolder",
+    },
     "the callback and the command line write and read checkpoints of adapters": {
         "checkpoints.adapter_checkpoint.AdapterCheckpointIO",
         "checkpoints.adapter_checkpoint.AdapterContent",
