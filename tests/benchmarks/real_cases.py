@@ -61,7 +61,8 @@ _GRID = {
     },
     "text10": {
         "LoRA": (1e-3, 2e-3, 4e-3),
-        "full fine-tuning": (1e-4, 2e-4, 4e-4),
+        "LoRA, init eva": (5e-4, 1e-3, 2e-3),
+        "full fine-tuning": (2e-4, 5e-4, 1e-3),
         "biases and last layer": (2e-3, 5e-3),
         "last layer": (1e-2, 3e-2),
     },
