@@ -91,7 +91,7 @@ SHARED = {
         "lora.layers.Adapted",
         "lora.layers.ConvKind",
         "lora.layers.EmbeddingKind",
-        "lora.layers.Target",
+        "lora.targets.Target",
         "lora.other_layers.GeometricLinearKind",
         "lora.other_layers.TransposedLinearKind",
         "lora.readers.ParameterKind",
