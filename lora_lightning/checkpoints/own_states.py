@@ -11,12 +11,11 @@ from torch import Tensor
 
 from lora_lightning.checkpoints.packed_layers import packed_keys
 from lora_lightning.lora import backbone_of, detach, is_adapted
-from lora_lightning.lora.adaptation import attachment_of
 from lora_lightning.lora.state import adapter_keys, saved_keys
 
 
 class OwnStates:
-    """Completes what `load_state_dict` of an adapted model is given, until the adapters are merged or detached.
+    """Completes what `load_state_dict` of an adapted model is given, as long as it has adapters.
 
     A checkpoint of adapters has no base: that of the model is taken, also if loading is strict. A full checkpoint has
     the weights of the plain, merged model: the adapters are removed, so that the model becomes plain. This happens
@@ -29,11 +28,12 @@ class OwnStates:
 
     def __init__(self, pl_module: LightningModule, is_full: bool) -> None:
         self.is_full = is_full
-        self._handle = pl_module.register_load_state_dict_pre_hook(self)  # type: ignore[no-untyped-call]
-        attachment_of(backbone_of(pl_module)).hooks.append(self._handle)
+        self._id: int = pl_module.register_load_state_dict_pre_hook(self).id  # type: ignore[no-untyped-call]
 
     def __call__(self, pl_module: LightningModule, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
         """Change the state that is about to be loaded, or the model."""
+        if not is_adapted(pl_module):
+            self._leave(pl_module)
         if prefix or not is_adapted(pl_module):
             return
         live, adapters = pl_module.state_dict(), adapter_keys(pl_module)
@@ -51,6 +51,5 @@ class OwnStates:
         """Remove this hook without a change to the collection of hooks, which PyTorch is going through."""
         hooks = pl_module._load_state_dict_pre_hooks
         pl_module._load_state_dict_pre_hooks = OrderedDict(
-            (key, hook) for key, hook in hooks.items() if key != self._handle.id
+            (key, hook) for key, hook in hooks.items() if key != self._id
         )
-        attachment_of(backbone_of(pl_module)).hooks.remove(self._handle)

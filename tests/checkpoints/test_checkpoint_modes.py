@@ -192,8 +192,8 @@ def test_a_full_disk_leaves_no_part_of_the_note_where_a_run_started_so_the_next_
     assert started_from == ""
     assert how_it_ended[0] == "finished after steps: 5"
 
-    def fill(path: Path, text: str, *arguments: Any) -> int:
-        write(path, text[:0], *arguments)
+    def fill(path: Path, text: str, *arguments: Any, **keywords: Any) -> int:
+        write(path, text[:0], *arguments, **keywords)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:

@@ -174,16 +174,29 @@ def test_during_a_run_the_adapters_stay_since_the_optimizer_has_them(tmp_path: P
         trainer_in(tmp_path, LoRAFinetuning(rank=2, checkpoints="full"), Reloads()).fit(Forecaster(), loader())
 
 
-def test_merging_takes_the_hook_away_and_a_copy_has_its_own(tmp_path: Path) -> None:
+def test_the_hook_leaves_after_the_adapters_and_a_copy_has_its_own(tmp_path: Path) -> None:
     model = Forecaster()
     _, _, _, saved = fit(model, tmp_path, checkpoints="full")
     twin = copy.deepcopy(model)
     lora.merge(model)
+    model.load_state_dict(model.state_dict())
     assert not model._load_state_dict_pre_hooks
     assert is_adapted(twin)
     twin.load_state_dict(saved)
     assert same(state(twin), saved)
     assert not twin._load_state_dict_pre_hooks
+
+
+def test_a_network_among_the_hyper_parameters_is_pickled_without_the_model(tmp_path: Path) -> None:
+    sizes = []
+
+    class Pickles(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            pl_module.cannot_be_pickled = lambda: None
+            sizes.append(len(pickle.dumps(pl_module.net)))
+
+    trainer_in(tmp_path, LoRAFinetuning(rank=2), Pickles()).fit(Forecaster(), loader())
+    assert sizes
 
 
 @pytest.mark.parametrize("with_file", [False, True], ids=["base in the model", "base in a file"])
