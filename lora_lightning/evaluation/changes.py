@@ -103,16 +103,30 @@ class Pairs:
             kept = [[each for each in samples if each.is_fixed is kind][:KEPT] for kind in (True, False)]
             self.samples = kept[0] + kept[1]
 
-    def add_unnamed(self, fixed: Tensor, broke: Tensor, inputs: Inputs | None) -> None:
+    def add_unnamed(self, is_right: Tensor, was_right: Tensor, inputs: Inputs | None) -> tuple[list[int], list[int]]:
         """Add a batch of samples of which only the indices are kept.
 
         Args:
-            fixed: Which rows are fixed, of shape (N,).
-            broke: Which rows are broken, of shape (N,).
-            inputs: The inputs of the rows, or `None` for parts of samples.
+            is_right: Which rows the model gets right, of shape (N,).
+            was_right: Which rows the base gets right, of shape (N,).
+            inputs: The inputs of the rows, or `None` for parts of samples, whose rows are only counted.
+
+        Returns:
+            The numbers of the fixed and of the broken rows, which are empty for parts of samples.
         """
-        of_fixed, of_broken = ([] if inputs is None else inputs.indices_of(each) for each in (fixed, broke))
-        self.add(Pairs(int(fixed.sum()), int(broke.sum()), [], inputs is not None, of_fixed, of_broken))
+        if inputs is None:
+            self.fixed += int((is_right & ~was_right).sum())
+            self.broke += int((was_right & ~is_right).sum())
+            self.are_independent = False
+            return [], []
+        changed = (is_right != was_right).nonzero()[:, 0]
+        rows = list(zip(changed.tolist(), is_right[changed].tolist(), strict=True))
+        fixed, broken = ([row for row, is_fixed in rows if is_fixed is kind] for kind in (True, False))
+        self.fixed += len(fixed)
+        self.broke += len(broken)
+        self.fixed_indices += inputs.indices_of(fixed)
+        self.broken_indices += inputs.indices_of(broken)
+        return fixed, broken
 
 
 @dataclass(frozen=True)
@@ -222,14 +236,13 @@ class Inputs:
         """Return the index of a sample in the data set, if it is known."""
         return None if self._indices is None else self._indices[int(self._places[number])]
 
-    def indices_of(self, chosen: Tensor) -> list[int]:
-        """Return the indices in the data set of the chosen samples, or an empty list if they are not known.
-
-        Args:
-            chosen: Which samples, of shape (N,).
-        """
+    def indices_of(self, rows: Sequence[int]) -> list[int]:
+        """Return the indices in the data set of the samples of rows, or an empty list if they are not known."""
         indices = self._indices
-        return [] if indices is None else [indices[place] for place in self._places[chosen].tolist()]
+        if indices is None or not rows:
+            return []
+        places = self._places.tolist()
+        return [indices[places[row]] for row in rows]
 
     def of(self, number: int) -> Shown:
         """Return the `image`, the `text` or the `signal` of a sample."""
@@ -290,16 +303,9 @@ def _compare(
 ) -> None:
     """Add the samples of a batch. Only samples that are kept are converted to images or texts."""
     now, was = model.classes[int(is_probability)], base.classes[int(is_probability)]
-    is_right, was_right = now == targets, was == targets
-    fixed, broke = is_right & ~was_right, was_right & ~is_right
-    pairs.add_unnamed(fixed, broke, inputs)
-    if inputs is None:
-        return
-    kept: list[int] = []
-    for kind, rows in ((True, fixed), (False, broke)):
-        if room := pairs.room(kind):
-            kept += rows.nonzero()[:room, 0].tolist()
-    if kept:
+    fixed, broken = pairs.add_unnamed(now == targets, was == targets, inputs)
+    kept = fixed[: pairs.room(True)] + broken[: pairs.room(False)]
+    if inputs is not None and kept:
         confidences = zip(base.confidences(kept, is_probability), model.confidences(kept, is_probability), strict=True)
         samples = [
             ChangedSample(

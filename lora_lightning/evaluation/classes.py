@@ -36,6 +36,11 @@ class Classes(Reading[ClassTally]):
         return rows_of(outputs, targets, batch, num_classes) if are_classes(targets, num_classes) else None
 
     @override
+    def outputs_of_base(self, batch: Batch) -> Tensor | None:
+        outputs, targets = both_squeezed(batch)
+        return outputs if len(outputs) == len(targets) else None
+
+    @override
     def tally(self, aligned: Aligned) -> ClassTally:
         return ClassTally(aligned.width, aligned.outputs.device)
 

@@ -60,6 +60,8 @@ class LoaderCounts:
         """Number of samples of this device, repeated ones included."""
         self.samples = 0
         self.digest = 0.0
+        self.has_no_outputs = False
+        """Whether there was no tensor in what the model returned for a batch."""
         self.failure: str | None = None
         """An error while counting, after which nothing more is counted."""
         self.streams: dict[tuple[str, int], Stream] = {}
@@ -108,11 +110,12 @@ class LoaderCounts:
 
     def merge(self, other: LoaderCounts) -> None:
         """Add the counts of another device. A reading remains if it fits the batches of all devices that have some."""
+        self.has_no_outputs |= other.has_no_outputs
         self.failure = self.failure or other.failure
         if not other.samples:
             return
         if not self.samples:
-            vars(self).update(vars(other) | {"failure": self.failure})
+            vars(self).update(vars(other) | {"failure": self.failure, "has_no_outputs": self.has_no_outputs})
             return
         self.samples += other.samples
         for key, stream in list(self.streams.items()):
@@ -185,8 +188,9 @@ class LoaderCounts:
         if base is not None:
             if stream.place not in base:
                 return False
-            other = stream.reading.align(batch.with_outputs(base[stream.place]))
-            of_base = None if other is None else other.outputs
+            of_base = stream.reading.outputs_of_base(batch.with_outputs(base[stream.place]))
+            if of_base is not None and of_base.shape != aligned.outputs.shape:
+                of_base = None
         stream.tally.update(aligned, of_base, sources)
         stream.evidence.add(batch, aligned)
         if stream.metrics is not None:
@@ -223,7 +227,11 @@ def sum_over_devices(
     summed: dict[int, LoaderCounts] = {}
     repeated: dict[int, bool] = {}
     for loader in sorted({loader for each in devices for loader in each}):
-        own = [each[loader] for each in devices if loader in each and (each[loader].samples or each[loader].failure)]
+        own = [
+            each[loader]
+            for each in devices
+            if loader in each and (each[loader].samples or each[loader].failure or each[loader].has_no_outputs)
+        ]
         digests = [(each.samples, each.digest) for each in own]
         repeated[loader] = len(set(digests)) < len(digests)
         first, *others = own or [next(each[loader] for each in devices if loader in each)]

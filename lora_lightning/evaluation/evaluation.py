@@ -109,7 +109,7 @@ class Evaluation:
             what = f" under {self._settings.target_key!r}" if self._settings.target_key is not None else ""
             self._warn(
                 f"{self._settings.name} counts nothing: no targets{what} were found in the batch, which is "
-                f"{described(batch)}. Set target_key to the key or position of the targets."
+                f"{described(batch)}. Set target_key to the key or position of the targets, which have to be a tensor."
             )
             return
         if loader not in self._counts:
@@ -143,6 +143,7 @@ class Evaluation:
         own = [call for call in calls if call.module is pl_module]
         found = self._find(pl_module, counts, own or list(reversed(calls)), targets)
         if found is None:
+            counts.has_no_outputs = True
             return
         call, outputs, seen = found
         try:
@@ -254,7 +255,7 @@ class Evaluation:
     def _explain(self, counts: LoaderCounts, chosen: Stream | Question | None) -> None:
         """Warn of what was not counted."""
         start = f"{self._settings.name} counts nothing: "
-        if not counts.samples and counts.failure is None:
+        if not counts.samples and counts.failure is None and not counts.has_no_outputs:
             return
         if isinstance(chosen, Question):
             self._warn(f"{start}{chosen.text}. {self._unread}.")

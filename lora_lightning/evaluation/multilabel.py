@@ -181,7 +181,7 @@ class LabelTally(Tally):
                 self._base[row] += _counts(before, targets, counted)
                 was_right = ((before == targets) | ~counted).all(1)
                 self._base_exact[row] += int(was_right.sum())
-                self._pairs[row].add_unnamed(right & ~was_right, was_right & ~right, inputs)
+                self._pairs[row].add_unnamed(right, was_right, inputs)
                 if inputs is not None:
                     _keep(self._pairs[row], (targets & counted, before & counted, predicted & counted), inputs)
 

@@ -27,6 +27,7 @@ class PairCounts:
         self._keys = torch.zeros(0, dtype=torch.int64, device=device)
         """Sorted pairs as target * C + prediction, with their counts. Those that wait are not yet among them."""
         self._counts = torch.zeros_like(self._keys)
+        self._one = torch.ones((), dtype=torch.int64, device=device)
         self._waiting: list[Tensor] = []
         self._number_waiting = 0
         if classes <= MOST_DENSE:
@@ -41,7 +42,7 @@ class PairCounts:
         """Count pairs, given as classes of shape (N,)."""
         keys = targets * self.classes + predicted
         if self._dense is not None:
-            self._dense.index_add_(0, keys, torch.ones_like(keys))
+            self._dense.index_add_(0, keys, self._one.expand_as(keys))
             return
         self._waiting.append(keys)
         self._number_waiting += len(keys)

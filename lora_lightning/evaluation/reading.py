@@ -94,12 +94,17 @@ class Evidence:
 
     def add(self, batch: Batch, aligned: Aligned) -> None:
         """Add a batch."""
-        known = aligned.targets[aligned.counted] if aligned.counted.shape == aligned.targets.shape else aligned.targets
-        values = self.values
-        if len(values) <= _MOST_VALUES and known.numel():
-            values |= frozenset(_distinct(known.flatten()[:: max(1, known.numel() // 64)]))
-            if len(values) <= _MOST_VALUES:
-                values |= frozenset(_distinct(known))
+        values, are_whole = self.values, self.are_whole
+        may_be_fractions = are_whole and aligned.targets.is_floating_point()
+        if len(values) <= _MOST_VALUES or may_be_fractions:
+            is_by_row = aligned.counted.shape == aligned.targets.shape
+            known = aligned.targets[aligned.counted] if is_by_row else aligned.targets
+            if len(values) <= _MOST_VALUES and known.numel():
+                values |= frozenset(_distinct(known.flatten()[:: max(1, known.numel() // 64)]))
+                if len(values) <= _MOST_VALUES:
+                    values |= frozenset(_distinct(known))
+            if may_be_fractions:
+                are_whole = bool((known == known.round()).all())
         are_shares = self.are_shares and aligned.targets.dim() == 2 and aligned.targets.is_floating_point()
         if are_shares:
             rows = aligned.targets.float()
@@ -109,7 +114,7 @@ class Evidence:
             (None, *batch.outputs.shape[1:]),
             (None, *batch.targets.shape[1:]),
             values,
-            self.are_whole and (not known.is_floating_point() or bool((known == known.round()).all())),
+            are_whole,
             are_shares,
             frozenset(aligned.strange),
         )
@@ -218,6 +223,11 @@ class Reading(ABC, Generic[TallyT]):
     def align(self, batch: Batch) -> Aligned | None:
         """Return the outputs and targets in a common form, or `None` if this batch can not be read so."""
 
+    def outputs_of_base(self, batch: Batch) -> Tensor | None:
+        """Return the outputs of the base for targets that were aligned before, in the same form, or `None`."""
+        aligned = self.align(batch)
+        return None if aligned is None else aligned.outputs
+
     @abstractmethod
     def tally(self, aligned: Aligned) -> TallyT:
         """Return a new tally for outputs and targets like these."""
@@ -240,6 +250,8 @@ def squeezed(tensor: Tensor) -> Tensor:
     """Return a tensor without dimensions of size one, except the first, which is that of the batch."""
     if not tensor.dim():
         return tensor[None]
+    if 1 not in tensor.shape[1:]:
+        return tensor
     return tensor.reshape(tensor.shape[0], *(size for size in tensor.shape[1:] if size != 1))
 
 
@@ -282,13 +294,24 @@ def rows_of(outputs: Tensor, targets: Tensor, batch: Batch, num_classes: int) ->
         num_classes: Number of classes C, or 2.
     """
     parts = targets[0].numel() if len(targets) else 1
-    samples = torch.arange(len(targets), device=targets.device).repeat_interleave(parts)
+    samples = torch.arange(len(targets), device=targets.device)
+    if parts != 1:
+        samples = samples.repeat_interleave(parts)
     flat = targets.flatten()
+    scores = outputs if outputs.dim() > targets.dim() else outputs.flatten()
+    if batch.ignore_index is None and _are_valid(flat, num_classes):  # which takes less time than what follows
+        return Aligned(scores, flat.long(), samples, torch.ones_like(flat, dtype=torch.bool), targets.dim() > 1)
     ignored = ignored_classes(flat, batch.ignore_index)
     valid = (flat >= 0) & (flat < num_classes)
     strange = torch.unique(flat[~valid & ~ignored])[:100].long().tolist() if not bool((valid | ignored).all()) else ()
-    scores = outputs if outputs.dim() > targets.dim() else outputs.flatten()
     return Aligned(scores, flat.long(), samples, valid & ~ignored, targets.dim() > 1, tuple(strange))
+
+
+def _are_valid(targets: Tensor, num_classes: int) -> bool:
+    if targets.dtype == torch.bool or not targets.numel():
+        return True
+    low, high = torch.aminmax(targets)
+    return bool((low >= 0) & (high < num_classes))
 
 
 def _distinct(values: Tensor) -> list[float]:

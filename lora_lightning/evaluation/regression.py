@@ -334,7 +334,8 @@ class Regression(Reading[ValueTally]):
             )
         if evidence.are_shares:
             return (
-                'the targets of each sample add up to 1, as shares of classes do: set task to "regression" for values'
+                'the targets of each sample add up to 1, as shares of classes do: set task to "regression" for values, '
+                "or give the numbers of the classes to count classes"
             )
         return None
 

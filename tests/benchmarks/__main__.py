@@ -1,8 +1,8 @@
 """Runs the benchmarks, prints their tables and writes them as JSON.
 
 LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol] [memory]
-[architectures] [continual] [layers] [language_model] [report_cost] [report_memory] [hooks] [loops]
-[callback_cost] [start_end] [text_step]
+[architectures] [continual] [layers] [language_model] [report_cost] [report_pass] [report_memory] [hooks]
+[loops] [callback_cost] [start_end] [text_step]
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ BENCHMARKS = {
     "layers": layers.run,
     "language_model": language_model.run,
     "report_cost": report_cost.run,
+    "report_pass": report_cost.run_pass,
     "report_memory": report_memory.run,
     "hooks": hooks.run,
     "loops": loops.run,

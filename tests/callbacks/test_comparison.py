@@ -401,6 +401,28 @@ def test_what_can_not_be_known_is_asked(make_trainer: MakeTrainer) -> None:
         ConfusionReport(task="regression")
 
 
+class Nested(nn.Module):
+    """Returns its outputs where nobody looks for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return [[{"first": self.layer(x)}]]
+
+
+def test_what_is_not_found_is_said(make_trainer: MakeTrainer, inputs: Tensor) -> None:
+    with pytest.warns(UserWarning, match=r"counts nothing: no logits of classes were found\. .* returned \[\[\{first"):
+        assert evaluated(make_trainer, Task(Nested()), inputs, torch.arange(N) % 4).report is None
+    callback = ComparisonReport(verbose=False)
+    boxes = [(row, {"boxes": torch.rand(2, 4), "labels": torch.arange(2)}) for row in inputs[:4]]
+    loader = DataLoader(boxes, batch_size=2, collate_fn=lambda batch: (torch.stack([x for x, _ in batch]), list(batch)))
+    with pytest.warns(UserWarning, match="counts nothing: no targets were found .* which have to be a tensor"):
+        make_trainer(callback, logger=False).test(Task(nn.Linear(6, 4)), loader, verbose=False)
+    assert callback.report is None
+
+
 SCRIPT = """
 import sys, warnings, json, torch
 warnings.simplefilter("ignore")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lora_lightning.evaluation.decision import LoaderCounts, Question, Stream
 from lora_lightning.evaluation.found import candidates, find_targets
@@ -130,6 +131,22 @@ CASES = {
     "a named tuple": case(lambda p: Output(random(N, 9)[p], random(N, C)[p]), each_once(C), "classes 5"),
     "an object": case(lambda p: Heads(random(N, 9)[p], random(N, C)[p]), each_once(C), "classes 5"),
     "a tuple with a loss": case(lambda p: (torch.tensor(0.0), random(N, C)[p]), each_once(C), "classes 5"),
+    "logits with a loss of each sample": case(
+        lambda p: {"loss": random(N)[p], "logits": random(N, C)[p]}, each_once(C), "classes 5"
+    ),
+    "an output of the transformers library": case(
+        lambda p: SequenceClassifierOutput(loss=torch.tensor(0.0), logits=random(N, C)[p]), each_once(C), "classes 5"
+    ),
+    "pixels with 255 to ignore": case(
+        random(N, C, 6, 4),
+        integers(C, N, 6, 4).where(integers(3, N, 6, 4) > 0, 255).byte(),
+        "segmentation 5",
+        ignore_index=255,
+    ),
+    "probabilities of a single class in columns": case(
+        random(N, 1).sigmoid(), each_once(2).float()[:, None], "classes 2"
+    ),
+    "more classes than a matrix has room for": case(random(N, 3000), each_once(3000), "classes 3000"),
     "a loss and an object": case(
         lambda p: (torch.tensor(0.0), SimpleNamespace(logits=random(N, C)[p])), each_once(C), "classes 5"
     ),
