@@ -75,16 +75,16 @@ def compare(kind: str, size: int, devices: int = 1) -> None:
         with disabled(module):
             outputs["base"] = module(inputs)
     for name, result in (("adapted", report.adapted), ("base", report.base)):
-        found = outputs[name]
+        found, true = outputs[name].numpy(), targets.numpy()
         if kind == "classes":
-            assert result.matrix.tolist() == metrics.confusion_matrix(targets, found.argmax(1)).tolist()
+            assert result.matrix.tolist() == metrics.confusion_matrix(true, found.argmax(1)).tolist()
         elif kind == "labels":
             columns = result.true_negatives, result.false_positives, result.false_negatives, result.true_positives
-            expected = metrics.multilabel_confusion_matrix(targets, (found > 0).float()).reshape(3, 4)
+            expected = metrics.multilabel_confusion_matrix(true, found > 0).reshape(3, 4)
             assert [list(each) for each in zip(*columns, strict=True)] == expected.tolist()
-            assert result.accuracy == metrics.accuracy_score(targets, (found > 0).float())
+            assert result.accuracy == metrics.accuracy_score(true, found > 0)
         else:
-            known, predicted = targets.double(), found.double().view(targets.shape)
+            known, predicted = true.astype(float), found.reshape(true.shape)
             assert result.mae == pytest.approx(metrics.mean_absolute_error(known, predicted), rel=1e-12)
             assert result.mse == pytest.approx(metrics.mean_squared_error(known, predicted), rel=1e-12)
             assert result.rmse == pytest.approx(metrics.root_mean_squared_error(known, predicted), rel=1e-12)
