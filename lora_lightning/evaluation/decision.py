@@ -69,6 +69,11 @@ class LoaderCounts:
         self._metrics = metrics
         self._has_started = False
 
+    @property
+    def has_seen_any(self) -> bool:
+        """Return whether there was a batch, counted or not."""
+        return bool(self.samples or self.failure or self.has_no_outputs)
+
     def fits(self, found: Sequence[Candidate], batch: Batch) -> bool:
         """Return whether a reading fits one of the candidates."""
         batches = [batch.with_outputs(each.tensor) for each in found]
@@ -227,11 +232,7 @@ def sum_over_devices(
     summed: dict[int, LoaderCounts] = {}
     repeated: dict[int, bool] = {}
     for loader in sorted({loader for each in devices for loader in each}):
-        own = [
-            each[loader]
-            for each in devices
-            if loader in each and (each[loader].samples or each[loader].failure or each[loader].has_no_outputs)
-        ]
+        own = [each[loader] for each in devices if loader in each and each[loader].has_seen_any]
         digests = [(each.samples, each.digest) for each in own]
         repeated[loader] = len(set(digests)) < len(digests)
         first, *others = own or [next(each[loader] for each in devices if loader in each)]

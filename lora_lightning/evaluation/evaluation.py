@@ -255,7 +255,7 @@ class Evaluation:
     def _explain(self, counts: LoaderCounts, chosen: Stream | Question | None) -> None:
         """Warn of what was not counted."""
         start = f"{self._settings.name} counts nothing: "
-        if not counts.samples and counts.failure is None and not counts.has_no_outputs:
+        if not counts.has_seen_any:
             return
         if isinstance(chosen, Question):
             self._warn(f"{start}{chosen.text}. {self._unread}.")

@@ -250,6 +250,7 @@ class Multilabel(Reading[LabelTally]):
             ignored = ignored | targets.isnan()
         if not are_binary(targets, ignored):
             return None
+        targets = targets.masked_fill(ignored, 0).long()  # which metrics of torchmetrics want
         samples = torch.arange(len(targets), device=targets.device)
         if outputs.dim() > 2:
             samples = samples.repeat_interleave(targets[0, 0].numel())

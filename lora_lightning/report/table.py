@@ -36,7 +36,7 @@ def report_table(report: Report, title: str | None = None) -> Table:
     below += [f"{one_line(name, _LONGEST_NAME)}: {_compared(each)}" for name, each in numbers.items()]
     if report.p_value is not None and not isinstance(report.adapted, Confusion):
         below.append(f"p = {report.p_value:.2g} for a difference of zero")
-    table.caption = Text("; ".join(below)) if below else None
+    table.caption = Text("\n".join(below)) if below else None
     return table
 
 

@@ -226,6 +226,8 @@ def test_metrics_of_the_user_are_computed_for_both_models(make_trainer: MakeTrai
     report = evaluated(make_trainer, task, inputs, labels, metrics=metric).report
     expected = [float(metric(outputs, labels)) for outputs in both(task, inputs)]
     assert report.metrics == {"MultilabelAveragePrecision": pytest.approx(tuple(expected))}
+    # A loss wants floats, and the metric integers.
+    assert evaluated(make_trainer, task, inputs, labels.float(), metrics=metric).report.metrics == report.metrics
 
     values = torch.randn(N)
     task, both_metrics = adapted(nn.Linear(6, 1)), MetricCollection([MeanAbsoluteError(), PearsonCorrCoef()])
