@@ -177,6 +177,13 @@ def what_peft_refuses(adapted: nn.Module) -> str:
     )
 
 
+def how_a_library_saves(pl_module: LightningModule, checkpoints: str) -> str:
+    """Return a sentence for models of other libraries, some of which save or reload them in their own way."""
+    if checkpoints == "full" or type(pl_module).__module__.startswith("lora_lightning."):
+        return ""
+    return " Before a library saves the whole model, call lora.merge, or train with checkpoints='full'."
+
+
 class _Folders:
     """Holds the content of the adapter folder of a run: the trained adapters.
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lora_lightning.callbacks.adapter_folder import BEST_ADAPTER, RunAdapters, what_peft_refuses
+from lora_lightning.callbacks.adapter_folder import BEST_ADAPTER, RunAdapters, how_a_library_saves, what_peft_refuses
 from lora_lightning.callbacks.adapters_of_run import (
     Folder,
     attach_adapters,
@@ -296,11 +296,12 @@ class LoRAFinetuning(Callback):
             )
         kind, names = self._frozen.kind_of(updated), some_of(map(repr, updated))
         but = f", but for {kind} that the model's own code changes: {names}" if updated else ""
-        where = "This run writes no adapter."
+        where = "This run writes no adapter"
         if self.adapter_folder:
             where = f"Adapter: {self.adapter_folder}{of_best}{what_peft_refuses(self._network)}"
         self.base_in_words = f"bitwise unchanged{but} (SHA-256 {self.base_fingerprint[:12]})"
-        rank_zero_info(f"The base is {self.base_in_words}. {where}")
+        saving = how_a_library_saves(pl_module, self.checkpoints)
+        rank_zero_info(f"The base is {self.base_in_words}. {where}.{saving}")
 
     def _repr_html_(self) -> str:
         """Return what the last `fit` trained as a table for a notebook."""

@@ -596,3 +596,18 @@ class TestFullCheckpoints:
         with pytest.raises(ValueError, match=r"'encoder' \(shared by encoder.weight, tied.weight\).* cannot be merged"):
             self.run(module, tmp_path, 1)
         assert module.seen == []
+
+
+def test_how_a_library_saves_its_whole_model_is_said_once_where_it_matters(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    advice = "Before a library saves the whole model, call lora.merge"
+    for checkpoints, said in (("full", 0), ("adapters", 1)):
+        ours = LoRAFinetuning(rank=2, checkpoints=checkpoints)
+        trainer = Trainer(
+            max_epochs=1, accelerator="cpu", logger=CSVLogger(tmp_path / checkpoints), callbacks=[ours],
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        with caplog.at_level("INFO"):
+            trainer.fit(Module(), loader(), loader())
+        assert caplog.text.count(advice) == said
