@@ -32,7 +32,8 @@ class ComparisonReport(Callback):
     numbers. During `fit`, each validation logs the recall of every class as `val/recall/<class>`, or for more than 20
     classes their mean as `val/mean_recall`, or the numbers of another task. `metrics.csv`, `curves.png` and the report
     are written at the end. For more than 20 classes, the table, the figures and the scalars contain the 20 with the
-    lowest recall. Counts are exact on any number of devices. Each data loader has its own report.
+    lowest recall; the number of classes is not limited. Counts are exact on any number of devices. Each data loader has
+    its own report.
 
     The module does not need to return or log anything. The outputs are those of `forward` of the module in the step, or
     of one of its children: a tensor, or an object, mapping or tuple with a tensor. The outputs of the base come from
@@ -54,7 +55,8 @@ class ComparisonReport(Callback):
             second), `"multilabel"` or `"regression"`, if it is not to be found out.
         output_key: Key, attribute or position of the outputs in the output of the model, if it has several that fit.
         metrics: Metrics of torchmetrics to compute for the adapted model and its base. They receive outputs of shape
-            (N, C), (N, K) or (N,), and targets of shape (N,) or (N, K), without those to ignore.
+            (N, C), (N, K) or (N,), and targets of shape (N,) or (N, K), without those to ignore. Labels are integers.
+            The table, the files, the page and `report.metrics` have both numbers and their difference.
         against: Which of the active adapters the base of the report has: `None` for none, `"frozen"` for those that are
             not trained, or a list of their names.
 
