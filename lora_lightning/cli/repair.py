@@ -31,8 +31,8 @@ _BROKEN = 1
 _FOUND = ("worst", "worst-pair")
 _OF_CONFIG = {"config", "data", "model", "trainer", "lora"}
 _CODES = (
-    "Exit codes: 0 repaired, 3 errors were traded for others, 4 no repair, base kept, 5 fewer errors, but within "
-    "chance (p above 0.05), 1 and 2 an error."
+    "Exit codes: 0 repaired or improved, 3 errors were traded for others, 4 no repair, base kept, 5 fewer errors, but "
+    "within chance (p above 0.05), 1 and 2 an error."
 )
 _CONFIG_HELP = (
     "YAML of a lora_lightning.Classifier and its data module, as fit takes it; with --data.x, --model.x, --trainer.x "
@@ -90,8 +90,8 @@ def repair(
     Without a configuration, this pretrains an MLP on MNIST. The class, rank, share and scale of the adapters
     (W + λ ΔW with λ from 0 to 1) are selected on validation data: the fewest errors on the class with no more errors on
     the others, and where the false positives do not rise by more than the errors on the class fall. The test data are
-    only used for the verdict: "repaired", "fewer errors, within chance", "traded" if other errors increased, or
-    "no repair found".
+    only used for the verdict: "repaired", "improved" if chance explains the difference on the class alone, "fewer
+    errors, within chance", "traded" if other errors increased, or "no repair found".
 
     Args:
         base_checkpoint: A trained model of configs/pretrain.yaml or configs/notebook/pretrain.yaml, or of the
@@ -193,10 +193,12 @@ def _summarize(verdicts: list[Verdict], noun: str) -> None:
     cut = [1 - after.focus_errors / max(before.focus_errors, 1) for before, after in pairs]
     others = [1 - after.other_errors / max(before.other_errors, 1) for before, after in pairs]
     codes = [verdict.exit_code for verdict in verdicts]
+    repaired = [verdict.outcome for verdict in verdicts].count("repaired")
     say(
         f"[bold]{len(verdicts)} seeds[/]: errors on the {noun} cut by {median(cut):.0%} in the median "
         f"({min(cut):.0%} to {max(cut):.0%}), other errors by {median(others):.0%} "
-        f"({min(others):.0%} to {max(others):.0%}); {codes.count(REPAIRED)} repaired, "
+        f"({min(others):.0%} to {max(others):.0%}); {repaired} repaired, "
+        f"{codes.count(REPAIRED) - repaired} improved, "
         f"{codes.count(WITHIN_CHANCE)} within chance, {codes.count(TRADED)} traded, "
         f"{codes.count(KEPT)} without a repair."
     )

@@ -18,7 +18,7 @@ from lora_lightning.repair.choice import LAMBDAS, Setting, choose, classes_in_fo
 from lora_lightning.repair.predictions import Predictions, Tally, mcnemar
 from lora_lightning.repair.task import Method, Task
 from lora_lightning.repair.training import Runs, Trained
-from lora_lightning.repair.verdict import OUTCOMES, Verdict
+from lora_lightning.repair.verdict import Verdict
 from lora_lightning.report.terminal import show
 
 
@@ -89,14 +89,14 @@ class Repair:
         say(f"Chosen on validation data: {setting.in_words()}.")
         return self._test(setting, tested)
 
-    def _complete_page(self, verdict: Verdict, p_of_focus: float, adapter: Path, base: str) -> None:
+    def _complete_page(self, verdict: Verdict, adapter: Path, base: str) -> None:
         """Add the verdict to the report of the test."""
         facts = {
             "focus": [self.task.names[index] for index in self.focus],
             "noun": self.task.noun if self.task.noun == "digit" else "",
-            "outcome": OUTCOMES[verdict.exit_code],
+            "outcome": verdict.outcome,
             "p": verdict.p,
-            "p_of_focus": p_of_focus,
+            "p_of_focus": verdict.p_of_focus,
             "next": _more_samples(self.task),
             "adapter": str(adapter),
         }
@@ -156,12 +156,12 @@ class Repair:
         folder = self.runs.folder / "adapter"
         save_adapter(net, folder)
         p = mcnemar(tested, repaired)
-        verdict = Verdict(self.called, tested.tally(self.focus), repaired.tally(self.focus), p)
-        say(f"[bold]4. Verdict[/]: {escape(verdict.in_words())}")
         of_focus = mcnemar(tested.of_classes(self.focus), repaired.of_classes(self.focus))
+        verdict = Verdict(self.called, tested.tally(self.focus), repaired.tally(self.focus), p, of_focus)
+        say(f"[bold]4. Verdict[/]: {escape(verdict.in_words())}")
         say(f"McNemar's exact test: p = {p:.2g} on all samples, {of_focus:.2g} on {escape(self.called)} alone.")
         base = f"bitwise unchanged (SHA-256 {callback.base_fingerprint[:12]})" if unchanged else "CHANGED"
-        self._complete_page(verdict, of_focus, folder, base)
+        self._complete_page(verdict, folder, base)
         say(f"Trained: {callback.trained_parameters()}, in {trained.seconds:.1f} s.")
         say(f"Base bitwise unchanged: {'yes' if unchanged else 'NO'} (SHA-256 {callback.base_fingerprint[:12]}).")
         for guarantee in broken:

@@ -8,10 +8,8 @@ from lora_lightning.repair.predictions import Tally
 
 REPAIRED, TRADED, KEPT, WITHIN_CHANCE = 0, 3, 4, 5
 """Exit codes of the outcomes. Errors have the codes 1 and 2."""
-OUTCOMES = {REPAIRED: "repaired", TRADED: "traded", KEPT: "kept", WITHIN_CHANCE: "within chance"}
-"""Names of the outcomes by exit code."""
 LIKELY = 0.05
-"""The largest p-value of a repair."""
+"""The largest p-value of a difference that chance does not explain."""
 
 
 @dataclass(frozen=True)
@@ -23,26 +21,41 @@ class Verdict:
         base: Errors of the base.
         repaired: Errors of the adapted model, or `None` if no candidate was better than the base on validation data.
         p: P-value of McNemar's exact test for equal error rates on all test samples, or `None` without a repair.
+        p_of_focus: P-value of the same test on the samples of the focus alone, or `None` if it was not made.
     """
 
     focus: str
     base: Tally
     repaired: Tally | None
     p: float | None = None
+    p_of_focus: float | None = None
 
     @property
     def exit_code(self) -> int:
-        """Return the outcome.
+        """Return the exit code.
 
-        `REPAIRED` means fewer errors on the focus and no more on others, more than chance explains. It is
-        `WITHIN_CHANCE` if chance explains that, `TRADED` for more errors on others, and `KEPT` if the errors on the
-        focus did not fall.
+        `REPAIRED` means fewer errors on the focus and no more on others, and that chance does not explain the
+        difference on all samples. It is `WITHIN_CHANCE` if chance explains that, `TRADED` for more errors on others,
+        and `KEPT` if the errors on the focus did not fall.
         """
         if self.repaired is None or self.repaired.focus_errors >= self.base.focus_errors:
             return KEPT
         if self.repaired.other_errors > self.base.other_errors:
             return TRADED
         return REPAIRED if self.p is not None and self.p <= LIKELY else WITHIN_CHANCE
+
+    @property
+    def outcome(self) -> str:
+        """Return the outcome in one or two words.
+
+        "improved" has the exit code of "repaired": chance does not explain the difference on all samples, but that on
+        the focus alone.
+        """
+        if self.exit_code == REPAIRED:
+            return "repaired" if self.p_of_focus is None or self.p_of_focus <= LIKELY else "improved"
+        if self.exit_code == TRADED:
+            return "traded"
+        return "kept" if self.exit_code == KEPT else "within chance"
 
     def in_words(self) -> str:
         """Return the outcome as one sentence, with the numbers."""
@@ -58,7 +71,8 @@ class Verdict:
             f"others taken for {self.focus} {base.false_positives} → {repaired.false_positives}."
         )
         if self.exit_code == REPAIRED:
-            return f"repaired: {numbers}"
+            alone = "" if self.outcome == "repaired" else f", but on {self.focus} alone within chance"
+            return f"{self.outcome}{alone}: {numbers}"
         if self.exit_code == WITHIN_CHANCE:
             of_test = "p unknown" if self.p is None else f"p = {self.p:.2g}"
             return f"fewer errors, within chance ({of_test}): {numbers}"

@@ -193,10 +193,16 @@ class ClassView:
         other = [sum(each.errors) - errors for each, errors in ((base, before), (model, after))]
         elsewhere = f"on all others {other[0]:,} → {other[1]:,}"
         detail, alone = self._detail(), repair.get("p_of_focus")
-        if alone is not None and p is not None and alone > LIKELY >= p:
-            detail += f" On {name} alone, chance explains the difference: {p_in_words(alone)}."
+        if alone is not None:
+            detail += f" On {name} alone, {p_in_words(alone)}."
         if outcome == "repaired":
             sentence = f"Repaired: {before:,} → {after:,} errors on {name}, {elsewhere}."
+            return Verdict("better", f"better than chance explains{pill}", sentence, detail)
+        if outcome == "improved":
+            sentence = (
+                f"Fewer errors: {before + other[0]:,} → {after + other[1]:,}. "
+                f"On {name} alone ({before:,} → {after:,}), chance explains the difference."
+            )
             return Verdict("better", f"better than chance explains{pill}", sentence, detail)
         if outcome == "within chance":
             sentence = (

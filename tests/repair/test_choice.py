@@ -76,6 +76,13 @@ def test_what_chance_explains_is_not_called_a_repair() -> None:
     assert Verdict("9", BASE, Tally(3, 145, 12, 1000), p=0.9).exit_code == TRADED
 
 
+def test_fewer_errors_elsewhere_alone_are_an_improvement_and_no_repair_of_the_class() -> None:
+    verdict = Verdict("9", BASE, Tally(18, 60, 12, 1000), p=0.001, p_of_focus=0.73)
+    assert (verdict.outcome, verdict.exit_code) == ("improved", REPAIRED)
+    assert verdict.in_words().startswith("improved, but on 9 alone within chance: errors on 9 20 → 18, on all others")
+    assert Verdict("9", BASE, Tally(10, 90, 12, 1000), p=0.001, p_of_focus=0.05).outcome == "repaired"
+
+
 def test_the_focus_may_be_found_or_named() -> None:
     confusion = Confusion(torch.tensor([[50, 0, 5], [4, 90, 0], [4, 2, 80]]), ("cat", "dog", "owl"))
     assert classes_in_focus("worst", confusion) == ((0,), "recall 90.9% on 235 validation samples")

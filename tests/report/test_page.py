@@ -299,6 +299,11 @@ def test_a_repair_is_named_as_the_command_names_it(tmp_path: Path) -> None:
     assert "within chance · p = 0.076" in page.text
     assert "base bitwise unchanged ✓" in page.text
     assert "fault *" in page.text
+    facts |= {"outcome": "improved", "p": 1e-6, "p_of_focus": 0.73}
+    (tmp_path / "improved").mkdir()
+    page = page_of(tmp_path / "improved", two_classes(6, 3), {"repair": facts})
+    assert "On fault alone (5 → 8), chance explains the difference." in page.text
+    assert "Repaired" not in page.text
 
 
 def test_a_new_head_is_marked_as_guessing(tmp_path: Path) -> None:
