@@ -1,8 +1,8 @@
 """Runs the benchmarks, prints their tables and writes them as JSON.
 
-LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle] [seed_protocol] [memory]
-[architectures] [continual] [layers] [language_model] [report_cost] [report_pass] [report_memory] [hooks]
-[loops] [callback_cost] [start_end] [text_step]
+LORA_LIGHTNING_DATA=<folder that holds MNIST/raw> python -m tests.benchmarks [lora_step] [networks] [idle]
+[seed_protocol] [memory] [architectures] [continual] [layers] [language_model] [report_cost] [report_pass]
+[report_memory] [hooks] [loops] [callback_cost] [start_end] [text_step]
 """
 
 from __future__ import annotations

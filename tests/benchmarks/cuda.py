@@ -1,13 +1,15 @@
 """Training steps on a GPU: `python -m tests.benchmarks.cuda`, of an MLP, two vision transformers and a language model.
 
-All methods have PyTorch's fused AdamW, and bfloat16 weights. The weights of the MLP are in float32, and so are those in mixed precision, where
-the steps are under autocast. PEFT's adapters are in float32, as ours are, or in the dtype of the base (`autocast_adapter_dtype=False`).
-The floor is the forward pass and the gradients of the inputs through the frozen network, with neither adapters nor optimizer. The methods take turns; times are medians by CUDA events, and a ratio is the median of the ratios
-within the same turn. A captured step is one CUDA graph of forward pass, backward pass and optimizer, and shows the GPU's part of a step:
-Python and the launches of kernels cost nothing there. In compiled steps, `torch.compile` compiles each block of the network.
-Compiled and captured rows are relative to the floor and the PEFT of their kind. Memory is the peak that an eager or compiled method
-allocates by itself: weights, optimizer and activations. Utilisation counts the multiplications that a method cannot do without (three
-forward passes' worth for full training, two for adapters) against the card's peak for dense bfloat16.
+All methods have PyTorch's fused AdamW, and bfloat16 weights. The weights of the MLP are in float32, and so are those in
+mixed precision, where the steps are under autocast. PEFT's adapters are in float32, as ours are, or in the dtype of the
+base (`autocast_adapter_dtype=False`). The floor is the forward pass and the gradients of the inputs through the frozen
+network, with neither adapters nor optimizer. The methods take turns; times are medians by CUDA events, and a ratio is
+the median of the ratios within the same turn. A captured step is one CUDA graph of forward pass, backward pass and
+optimizer, and shows the GPU's part of a step: Python and the launches of kernels cost nothing there. In compiled steps,
+`torch.compile` compiles each block of the network. Compiled and captured rows are relative to the floor and the PEFT of
+their kind. Memory is the peak that an eager or compiled method allocates by itself: weights, optimizer and activations.
+Utilisation counts the multiplications that a method cannot do without (three forward passes' worth for full training,
+two for adapters) against the card's peak for dense bfloat16.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Plants faults and lists which test catches each: `python -m tests.benchmarks.faults --count 30 --seed 0 [pytest arguments]`.
 
-A fault changes an operator or a constant, or drops a statement, in one line of `lora/`, `callbacks/`, `report/` or the checkpoints. It is
-planted in a copy of the project, whose default suite then runs until its first failure. What survives changes nothing, or shows a guarantee
-without a test.
+A fault changes an operator or a constant, or drops a statement, in one line of `lora/`, `callbacks/`, `report/` or the
+checkpoints. It is planted in a copy of the project, whose default suite then runs until its first failure. What
+survives changes nothing, or shows a guarantee without a test.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The answer of find-lr beside a full grid of seven learning rates, and beside Lightning's finder.
 
-`python -m tests.benchmarks.find_lr mnist --out mnist.json` adapts RichBoyNet, pretrained by one epoch on the embedded digits, to the same
-digits. `python -m tests.benchmarks.find_lr banking77` adapts MiniLM to 10 questions of each intent of Banking77; the data lie in the folder
-LORA_LIGHTNING_DATA, and MiniLM in the folder LORA_LIGHTNING_MINILM or the Hugging Face hub. The configured rate is that for full
-fine-tuning. With `--out`, each run is written as soon as it has ended, and a command that was stopped goes on with the others.
+`python -m tests.benchmarks.find_lr mnist --out mnist.json` adapts RichBoyNet, pretrained by one epoch on the embedded
+digits, to the same digits. `python -m tests.benchmarks.find_lr banking77` adapts MiniLM to 10 questions of each intent
+of Banking77; the data lie in the folder LORA_LIGHTNING_DATA, and MiniLM in the folder LORA_LIGHTNING_MINILM or the
+Hugging Face hub. The configured rate is that for full fine-tuning. With `--out`, each run is written as soon as it has
+ended, and a command that was stopped goes on with the others.
 """
 
 from __future__ import annotations

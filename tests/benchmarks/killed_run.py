@@ -1,6 +1,7 @@
 """A short training for `kills` to kill and resume: `python -m tests.benchmarks.killed_run SETTING FOLDER [CHECKPOINT]`.
 
-It prints the number of each batch as it starts, and at its end writes what has to be bitwise equal to `FOLDER/result.pt`.
+It prints the number of each batch as it starts, and at its end writes what has to be bitwise equal to
+`FOLDER/result.pt`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Kills trainings again and again at random places, and compares: `python -m tests.benchmarks.kills --kills 40 --seed 0`.
 
-There is one training per setting. It is a process of its own (`killed_run`), which SIGKILL ends during a batch, a save or a validation, and
-which is then resumed from the newest checkpoint. In the end, its weights, optimizer, schedulers, metrics, adapter folder, best checkpoint
-and random numbers are compared with those of a training that was not disturbed. The kills are spread over all settings, or over those
-named with `--settings`.
+There is one training per setting. It is a process of its own (`killed_run`), which SIGKILL ends during a batch, a save
+or a validation, and which is then resumed from the newest checkpoint. In the end, its weights, optimizer, schedulers,
+metrics, adapter folder, best checkpoint and random numbers are compared with those of a training that was not
+disturbed. The kills are spread over all settings, or over those named with `--settings`.
 """
 
 from __future__ import annotations

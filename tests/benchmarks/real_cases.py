@@ -1,13 +1,13 @@
 """Real cases, by the shipped configurations: adapters beside full fine-tuning, the last layer, the biases, and PEFT.
 
-`text10` is `text` with 10 questions of each intent, which the seed chooses, for 4 epochs of 25 steps. What the base could do
-before is measured there as the nearest name of an intent to each question, without the new head.
+`text10` is `text` with 10 questions of each intent, which the seed chooses, for 4 epochs of 25 steps. What the base
+could do before is measured there as the nearest name of an intent to each question, without the new head.
 
-Each run is a process of its own that trains by the configuration of its case and tests once. The learning rates of all methods were
-chosen on validation samples held out of the training split, with seed 3 (`choose` prints them); the reported seeds are 0 to 2. The
-three seeds of a method run side by side if `--jobs 3` says so. With `--out` each run is written as soon as it has ended, and a command
-that was stopped goes on with the others. The data lie in the folder LORA_LIGHTNING_DATA, MiniLM comes from the Hugging Face hub or the
-folder LORA_LIGHTNING_MINILM.
+Each run is a process of its own that trains by the configuration of its case and tests once. The learning rates of all
+methods were chosen on validation samples held out of the training split, with seed 3 (`choose` prints them); the
+reported seeds are 0 to 2. The three seeds of a method run side by side if `--jobs 3` says so. With `--out` each run is
+written as soon as it has ended, and a command that was stopped goes on with the others. The data lie in the folder
+LORA_LIGHTNING_DATA, MiniLM comes from the Hugging Face hub or the folder LORA_LIGHTNING_MINILM.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ _OPTIONS = {
 }
 _OPTIONS["text10"] = [*_OPTIONS["text"], "--trainer.max_epochs=4", "--trainer.check_val_every_n_epoch=5"]
 _KEPT = "full fine-tuning, norm statistics kept"
-# PEFT makes its convolutions of the adapted layer's class, whose arguments in this network it does not know: an AssertionError.
+# PEFT makes its convolutions of the adapted layer's class, whose arguments in this network it does not know: an
+# AssertionError.
 _GRID = {
     "text": {
         "LoRA": (1e-3, 2e-3, 4e-3),

@@ -1,7 +1,7 @@
 """The seed protocol, pretrain + test + adapt + test: the plain script against this project's `configs/notebook`.
 
-Each contender runs in a process of its own (denormal numbers are a setting of the process), in turns. Seconds are counted
-inside the process, from the first line of work to the last, so that imports are left out on both sides.
+Each contender runs in a process of its own (denormal numbers are a setting of the process), in turns. Seconds are
+counted inside the process, from the first line of work to the last, so that imports are left out on both sides.
 """
 
 from __future__ import annotations

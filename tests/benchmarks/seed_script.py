@@ -1,7 +1,7 @@
 """The seed protocol as a plain PyTorch script: per-sample transforms, a loop over batches, a weight parametrization.
 
-It is what one writes without this project: torchvision's data set with its transforms, Adam as it comes, counts by a loop
-over the samples. The steps are those of `configs/notebook`: pretrain, test, adapt to one digit, test.
+It is what one writes without this project: torchvision's data set with its transforms, Adam as it comes, counts by a
+loop over the samples. The steps are those of `configs/notebook`: pretrain, test, adapt to one digit, test.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """What the benchmarks of training steps share: the methods, and how they are measured.
 
-The methods take turns within one process, in changing order; a ratio is the median of the ratios within the same turn. The
-floor is what no adapter training can do without: the forward pass and the gradients of the inputs, through the frozen
-network, without any adapter or optimizer. All others have PyTorch's fused Adam; "floor + Adam" is the floor followed by
-its step on tensors of the adapters' shapes, which shows what of a ratio is the optimizer's; "floor + flat Adam" is the floor
-followed by its step on one tensor of as many elements, which shows what one buffer for all adapters could save at most.
+The methods take turns within one process, in changing order; a ratio is the median of the ratios within the same turn.
+The floor is what no adapter training can do without: the forward pass and the gradients of the inputs, through the
+frozen network, without any adapter or optimizer. All others have PyTorch's fused Adam; "floor + Adam" is the floor
+followed by its step on tensors of the adapters' shapes, which shows what of a ratio is the optimizer's; "floor + flat
+Adam" is the floor followed by its step on one tensor of as many elements, which shows what one buffer for all adapters
+could save at most.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Milliseconds of a training step, here and in another checkout of this project: `python -m tests.benchmarks.versions ../other`.
 
-Each checkout has a process of its own. They take turns, so that a load of the machine meets both. A ratio is the median over the turns.
+Each checkout has a process of its own. They take turns, so that a load of the machine meets both. A ratio is the median
+over the turns.
 """
 
 from __future__ import annotations
