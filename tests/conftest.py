@@ -27,7 +27,8 @@ from lora_lightning.cli.main import main
 ROOT = Path(__file__).parents[1]
 _WORDS = ["lost", "top", "up", "please", "help", "is", "what", "my", "new", "where", "how", "card", "money", "rate"]
 
-# Where the root logger had no handler when Lightning was imported, Lightning keeps its messages from it, and so from caplog.
+# Where the root logger had no handler when Lightning was imported, Lightning keeps its messages from it, and so from
+# caplog.
 for _name in ("lightning.fabric", "lightning.pytorch"):
     logging.getLogger(_name).propagate = True
 
@@ -170,7 +171,8 @@ def mnist_dir() -> Path:
     """Where the full MNIST is, for the tests that want it."""
     folder = os.environ.get("LORA_LIGHTNING_DATA")
     if not folder:
-        # It is not shipped, and can't be downloaded everywhere; .ci/run looks for it, and the embedded sample has its own tests.
+        # It is not shipped, and can't be downloaded everywhere; .ci/run looks for it, and the embedded sample has its
+        # own tests.
         pytest.skip("LORA_LIGHTNING_DATA does not say where the full MNIST is")
     return (ROOT / folder).resolve()
 
@@ -209,7 +211,7 @@ def tiny_bert(tmp_path: Path) -> str:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """Let Ctrl-C end processes that a test starts, even if the tests are a background job, whose processes ignore it."""
+    """Let Ctrl-C end the processes of a test, even if the tests are a background job, whose processes ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

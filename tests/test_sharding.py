@@ -108,7 +108,9 @@ def loader():
 
 seed_everything(1, verbose=False)
 sizes = {"fsdp": (devices, 1), "tensor": (1, devices)}
-strategy = "auto" if kind == "one" else ModelParallelStrategy(*sizes[kind], save_distributed_checkpoint=how["distributed"])
+strategy = (
+    "auto" if kind == "one" else ModelParallelStrategy(*sizes[kind], save_distributed_checkpoint=how["distributed"])
+)
 make = Following if how.get("follows") else Module
 report, module = ConfusionReport(verbose=False), make()
 files = ModelCheckpoint(how["out"], save_last=True, filename="{epoch}")

@@ -24,7 +24,9 @@ from transformers import BertConfig, BertForSequenceClassification
 class Own(LightningModule):
     def __init__(self):
         super().__init__()
-        config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        config = BertConfig(
+            vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        )
         self.net = BertForSequenceClassification(config)
 
     def training_step(self, batch, batch_idx):

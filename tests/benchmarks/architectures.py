@@ -15,7 +15,10 @@ from tests.lora.test_architectures import adapt_train_merge_and_reload
 
 
 def run() -> tuple[Table, list[dict[str, Any]]]:
-    """Each architecture: adapted in PEFT's `all-linear` set with r 8, alpha 32, dropout 0.1; trained, merged and reloaded here."""
+    """Adapt each architecture in PEFT's `all-linear` set with r 8, alpha 32, dropout 0.1.
+
+    It is trained, merged and reloaded here.
+    """
     warnings.simplefilter("ignore")
     table = Table(title="Architectures", title_justify="left")
     for column in ("architecture", "layers", "trained, merged, reloaded here", "folder", "PEFT takes a step"):

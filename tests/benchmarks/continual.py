@@ -1,4 +1,4 @@
-"""Digits learned in turn: adapters on frozen ones, one adapter that is trained on, and one that is trained on all digits.
+"""Digits learned in turn: adapters on frozen ones, one adapter that is trained on, and one trained on all digits.
 
 A base that has seen 1,000 images of all digits is adapted to five tasks of two digits each, 0 and 1 first, with one
 epoch of each. All numbers of the protocol stand here and were chosen before the first run: Adam, a learning rate of

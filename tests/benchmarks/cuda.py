@@ -109,7 +109,10 @@ def _measure(
 
 
 def _captured(step: Step, pool: Any) -> Step:
-    """Return a step that replays the kernels of `step` as one CUDA graph. All graphs share the memory of their activations."""
+    """Return a step that replays the kernels of `step` as one CUDA graph.
+
+    All graphs share the memory of their activations.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         step()
@@ -117,7 +120,10 @@ def _captured(step: Step, pool: Any) -> Step:
 
 
 def _milliseconds(step: Step) -> float:
-    """Return the time of one step, of one to five after one that is not counted: as many as take a tenth of a second."""
+    """Return the mean time of one to five steps, as many as take a tenth of a second.
+
+    One step before them is not counted.
+    """
     began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     began.record()
     step()
@@ -192,7 +198,7 @@ def _compile_blocks(net: nn.Module) -> None:
 
 
 class _Decoder(nn.Module):
-    """A Llama of the transformers library from hidden states to logits, so that its floor has an input to differentiate."""
+    """A Llama of transformers from hidden states to logits, so that its floor has an input to differentiate."""
 
     def __init__(self, layers: int) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
-"""The share of the time of `fit` that `init="eva"` takes: `python -m tests.benchmarks.eva_cost --steps 1500 --batch 100`.
+"""The share of the time of `fit` that `init="eva"` takes.
 
-RichBoyNet with rank 8 on the embedded digits, with the settings of `repair` by default.
+`python -m tests.benchmarks.eva_cost --steps 1500 --batch 100` trains RichBoyNet with rank 8 on the embedded digits. The
+defaults are the settings of `repair`.
 """
 
 from __future__ import annotations

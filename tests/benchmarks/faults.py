@@ -1,4 +1,6 @@
-"""Plants faults and lists which test catches each: `python -m tests.benchmarks.faults --count 30 --seed 0 [pytest arguments]`.
+"""Plants faults and lists which test catches each.
+
+The command is `python -m tests.benchmarks.faults --count 30 --seed 0 [pytest arguments]`.
 
 A fault changes an operator or a constant, or drops a statement, in one line of `lora/`, `callbacks/`, `report/` or the
 checkpoints. It is planted in a copy of the project, whose default suite then runs until its first failure. What

@@ -21,7 +21,10 @@ EPOCHS, SHOWN = 3, 14
 
 
 def run() -> tuple[Table, Any]:
-    """Return the milliseconds a step of what takes most, and of each of our callbacks; three epochs of 400 steps of 10 digits."""
+    """Return the milliseconds a step of what takes most, and of each of our callbacks.
+
+    The training has three epochs of 400 steps of 10 digits.
+    """
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

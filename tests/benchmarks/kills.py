@@ -1,4 +1,4 @@
-"""Kills trainings again and again at random places, and compares: `python -m tests.benchmarks.kills --kills 40 --seed 0`.
+"""Kills trainings repeatedly at random places, and compares: `python -m tests.benchmarks.kills --kills 40 --seed 0`.
 
 There is one training per setting. It is a process of its own (`killed_run`), which SIGKILL ends during a batch, a save
 or a validation, and which is then resumed from the newest checkpoint. In the end, its weights, optimizer, schedulers,
@@ -56,7 +56,7 @@ def finish(process: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
 
 
 def kill_at(process: subprocess.Popen[str], batch: int, later: float) -> int:
-    """Kill a training and its processes a while after a batch has started, and return the last batch that had started."""
+    """Kill a training and its processes a while after a batch has started, and return the last batch that started."""
     assert process.stdout is not None
     lines = []
     for line in process.stdout:

@@ -1,4 +1,7 @@
-"""A training step in a bare PyTorch loop, in Lightning's `barebones` loop, and in `Trainer.fit` with logging, progress and checkpoints."""
+"""A training step in a bare PyTorch loop, in Lightning's `barebones` loop, and in `Trainer.fit`.
+
+`Trainer.fit` has logging, progress and checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +92,7 @@ def fit(batch: int, adapted: bool) -> float:
 
 
 def run() -> tuple[Table, Any]:
-    """Return the milliseconds per step, medians of rounds in which the loops take turns, and the medians of their ratios."""
+    """Return the medians of milliseconds per step and of their ratios, over rounds in which the loops take turns."""
     warnings.filterwarnings("ignore")
     tune_for_cpu()
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -1,9 +1,10 @@
-"""An MLP that knows the odd digits of MNIST learns the even ones: loss curves of PiSSA's figure 2 (arXiv 2404.02948), and what is forgotten.
+"""An MLP that knows the odd digits of MNIST learns the even ones: loss curves, and what is forgotten.
 
-`python -m tests.benchmarks.odd_even --figure docs/odd_even.png` prints the table and draws the curves. MNIST is in the
-folder LORA_LIGHTNING_DATA. All methods start from the same network and get the same batches. Each has the learning
-rate, of three, with the lowest loss on 2,000 even digits that are held out of the training data, with a seed that is
-not reported. The loss of a step is the mean of the last 10 training losses.
+`python -m tests.benchmarks.odd_even --figure docs/odd_even.png` prints the table and draws the curves, which are those
+of PiSSA's figure 2 (arXiv 2404.02948). MNIST is in the folder LORA_LIGHTNING_DATA. All methods start from the same
+network and get the same batches. Each has the learning rate, of three, with the lowest loss on 2,000 even digits that
+are held out of the training data, with a seed that is not reported. The loss of a step is the mean of the last 10
+training losses.
 """
 
 from __future__ import annotations

@@ -220,14 +220,17 @@ def _with_peft(backbone: Any, config: Any, head: str) -> Any:
 
 
 def _processes(runs: list[tuple[Any, ...]], jobs: int, out: Path | None = None) -> list[dict[str, Any]]:
-    """Run `train` with each of these arguments in a process of its own, `jobs` at a time, but for those that are in `out`."""
+    """Run `train` with each of these arguments in a process of its own, `jobs` at a time, except those in `out`."""
     finished: dict[str, dict[str, Any]] = json.loads(out.read_text()) if out and out.exists() else {}
 
     def process(arguments: tuple[Any, ...]) -> dict[str, Any]:
         key = ", ".join(map(str, (*arguments[:5], *arguments[6]))) + (", choosing" if arguments[5] else "")
         if key in finished:
             return finished[key]
-        code = f"import json; from tests.benchmarks.real_cases import train; print('\\n' + json.dumps(train(*{arguments!r})))"
+        code = (
+            "import json; from tests.benchmarks.real_cases import train; "
+            f"print('\\n' + json.dumps(train(*{arguments!r})))"
+        )
         # jsonargparse works in the configuration's folder, from which `examples` is not found by itself.
         found_in = os.environ | {"PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A training step of a text classifier of MiniLM's size: full fine-tuning, PEFT and this project, with and without dropout."""
+"""A training step of a text classifier of MiniLM's size: full fine-tuning, PEFT and ours, with and without dropout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Milliseconds of a training step, here and in another checkout of this project: `python -m tests.benchmarks.versions ../other`.
+"""Milliseconds of a training step, here and in another checkout of this project.
+
+The command is `python -m tests.benchmarks.versions ../other`.
 
 Each checkout has a process of its own. They take turns, so that a load of the machine meets both. A ratio is the median
 over the turns.
@@ -35,8 +37,11 @@ class Blocks(nn.Module):
     def forward(self, tokens):
         return self.head(self.layers(tokens)[:, 0])
 
-NETS = {"RichBoyNet": (RichBoyNet, (784,)), "ResNet-18": (lambda: torchvision.models.resnet18(num_classes=10), (3, 32, 32)),
-        "ViT-B/16 blocks": (Blocks, (197, 768))}
+NETS = {
+    "RichBoyNet": (RichBoyNet, (784,)),
+    "ResNet-18": (lambda: torchvision.models.resnet18(num_classes=10), (3, 32, 32)),
+    "ViT-B/16 blocks": (Blocks, (197, 768)),
+}
 for line in sys.stdin:
     asked = json.loads(line)
     if "network" in asked:

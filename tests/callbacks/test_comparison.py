@@ -438,18 +438,32 @@ from tests.callbacks.test_comparison import adapted, nn
 torch.manual_seed(0)
 inputs, devices = torch.randn(65, 6), int(sys.argv[1])
 found = {}
-for kind, targets, outputs in (("classes", torch.arange(65) % 4, 4), ("values", torch.randn(65), 1), ("labels", torch.randint(2, (65, 3)), 3)):
+for kind, targets, outputs in (
+    ("classes", torch.arange(65) % 4, 4),
+    ("values", torch.randn(65), 1),
+    ("labels", torch.randint(2, (65, 3)), 3),
+):
     torch.manual_seed(1)
     task = adapted(nn.Linear(6, outputs))
     metric = {"classes": MulticlassAccuracy(4), "values": MeanAbsoluteError(), "labels": None}[kind]
     callback = ComparisonReport(verbose=False, metrics=metric)
-    trainer = Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False, callbacks=[callback],
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=kind == "labels")
+    trainer = Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+        callbacks=[callback], enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=kind == "labels",
+    )
     data = TensorDataset(inputs, targets)
-    sampler = UnrepeatedSampler(65, num_replicas=devices, rank=trainer.global_rank) if devices > 1 and kind != "labels" else None
+    sampler = (
+        UnrepeatedSampler(65, num_replicas=devices, rank=trainer.global_rank)
+        if devices > 1 and kind != "labels"
+        else None
+    )
     trainer.test(task, DataLoader(data, batch_size=1, sampler=sampler), verbose=False)
     report = callback.report
-    found[kind] = [report.adapted.as_dict(), report.base.as_dict(), report.p_value, report.fixed, report.broken, sorted(report.improved), report.metrics]
+    found[kind] = [
+        report.adapted.as_dict(), report.base.as_dict(), report.p_value, report.fixed, report.broken,
+        sorted(report.improved), report.metrics,
+    ]
 if trainer.is_global_zero:
     print("FOUND" + json.dumps(found))
 """

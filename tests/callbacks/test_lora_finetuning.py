@@ -314,7 +314,8 @@ class TestRefusals:
         trainer, _, _ = finetune(make_trainer, None)
         self.refuse(
             make_trainer(LoRAFinetuning(rank=1, base_checkpoint=base)),
-            r"they were trained on the model as it was created \(fingerprint .*\), but the base of the model is .*ckpt \(.*\)\. "
+            r"they were trained on the model as it was created \(fingerprint .*\), "
+            r"but the base of the model is .*ckpt \(.*\)\. "
             "Create the model with the same weights",
             ckpt_path=trainer.checkpoint_callback.best_model_path,
         )

@@ -732,7 +732,10 @@ def fit_a_copy(
     epochs: int,
     ckpt_path: Path | None = None,
 ) -> Any:
-    """Train a copy of a module whose own code updates the tensor `key`, and expect that the warning and the last line name it."""
+    """Train a copy of a module whose own code updates the tensor `key`.
+
+    The warning and the last line have to name it.
+    """
     caplog.clear()
     module = copy.deepcopy(base)
     torch.manual_seed(3)

@@ -1,4 +1,7 @@
-"""The callbacks in the trainer of `pytorch_lightning`, which has classes of its own under the names of `lightning.pytorch`."""
+"""The callbacks in the trainer of `pytorch_lightning`.
+
+It has classes of its own under the names of `lightning.pytorch`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""torchgeo's tasks as they are: dict batches, steps that return nothing. `pip install torchgeo requests`, then `pytest -m slow`."""
+"""torchgeo's tasks as they are: dict batches, steps that return nothing.
+
+The tests need `pip install torchgeo requests`, and run with `pytest -m slow`.
+"""
 
 from __future__ import annotations
 
@@ -87,8 +90,14 @@ def test_is_trained_tested_and_resumed_as_it_is(kind: str, make_trainer: MakeTra
 def test_through_a_users_own_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainers = pytest.importorskip("torchgeo.trainers")
     monkeypatch.chdir(tmp_path)
-    words = "--model.model=resnet18 --model.weights=null --model.in_channels=3 --model.task=multiclass --model.num_classes=3"
+    words = (
+        "--model.model=resnet18 --model.weights=null --model.in_channels=3 "
+        "--model.task=multiclass --model.num_classes=3"
+    )
     options = "--trainer.max_epochs=1 --trainer.accelerator=cpu --trainer.enable_progress_bar=false"
-    callbacks = "--trainer.callbacks+=lora_lightning.LoRAFinetuning --trainer.callbacks.rank=2 --trainer.callbacks+=lora_lightning.ConfusionReport"
+    callbacks = (
+        "--trainer.callbacks+=lora_lightning.LoRAFinetuning --trainer.callbacks.rank=2 "
+        "--trainer.callbacks+=lora_lightning.ConfusionReport"
+    )
     LightningCLI(trainers.ClassificationTask, Data, args=["fit", *f"{words} {options} {callbacks}".split()])
     assert list(tmp_path.rglob("adapter_model.safetensors"))

@@ -1,4 +1,4 @@
-"""Real processes, killed and asked to stop at any moment, and begun again with the same command plus `--ckpt_path last`."""
+"""Real processes, killed and asked to stop at any moment, and restarted by the same command with `--ckpt_path last`."""
 
 from __future__ import annotations
 
@@ -135,7 +135,10 @@ def test_a_run_that_was_killed_again_and_again_ends_as_one_that_was_not(
 
 
 class Shipped:
-    """Runs of `configs/adapt.yaml` as it is, which ends after `max_steps`, or of a copy that ends earlier or after `max_epochs`."""
+    """Runs of `configs/adapt.yaml` as it is, or of a copy.
+
+    The file as it is ends a run after `max_steps`. A copy ends it earlier, or after `max_epochs`.
+    """
 
     def __init__(self, folder: Path, name: str, ends_by: str, devices: int) -> None:
         self.folder, self.logs = folder, folder / "logs" / name / "adapt"

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.filterwarnings(
     # Small data in the process of the test: https://github.com/Lightning-AI/pytorch-lightning/issues/19223
     "ignore:.*does not have many workers.*",
     "ignore:Checkpoint directory .* exists and is not empty",
-    # Lightning does not know that the loader's state is kept: https://github.com/Lightning-AI/pytorch-lightning/pull/18210
+    # Lightning does not know that the loader's state is kept:
+    # https://github.com/Lightning-AI/pytorch-lightning/pull/18210
     "ignore:You're resuming from a checkpoint that ended before the epoch ended",
 )
 

@@ -1,4 +1,7 @@
-"""Libraries that read a run's best checkpoint back into the trained model, or into a new one, while the callback is still there."""
+"""Libraries that read a run's best checkpoint back into the trained model, or into a new one.
+
+The callback is still there then.
+"""
 
 from __future__ import annotations
 

@@ -77,7 +77,8 @@ def test_a_run_keeps_its_resolved_config_and_the_seed_is_0(run: Run, pretrained:
 
 def test_without_a_seed_in_the_config_it_is_0(run: Run, workspace: Path) -> None:
     Path("plain.yaml").write_text(
-        "model: {class_path: lora_lightning.Classifier, init_args: {backbone: {class_path: lora_lightning.RichBoyNet}}}\n"
+        "model: {class_path: lora_lightning.Classifier, "
+        "init_args: {backbone: {class_path: lora_lightning.RichBoyNet}}}\n"
         "data: {class_path: lora_lightning.MNISTDataModule, init_args: {source: sample}}\n"
     )
     code, text = run("fit", "-c", "plain.yaml", "--trainer.fast_dev_run", "true")
@@ -137,7 +138,10 @@ class TestBadInput:
             (
                 "rnk: 1",
                 2,
-                "Option 'rnk' is not accepted. Did you mean 'rank'? It takes: config, base_checkpoint, weights_only, adapter, checkpoints, verify, rank, alpha, dropout",
+                (
+                    "Option 'rnk' is not accepted. Did you mean 'rank'? It takes: config, base_checkpoint, "
+                    "weights_only, adapter, checkpoints, verify, rank, alpha, dropout"
+                ),
             ),
             ("target_modules: [linear9]", 1, "Targets ['linear9'] match no layer"),
             ("base_checkpoint: logs/no", 1, "logs/no does not exist; expected a checkpoint, or a log folder"),
@@ -236,7 +240,8 @@ def test_a_training_that_diverges_ends_with_its_reason_and_no_adapter(run: Run, 
     code, text = run("fit", "-c", "configs/adapt.yaml", *SAMPLE, "--model.optimizer.init_args.lr", "1e30")
     assert code == 1, text
     assert re.search(
-        r"error: Training has diverged: 'linear1.lora_weight.default.lora_A', .* contain NaN or infinity since batch \d+",
+        r"error: Training has diverged: 'linear1.lora_weight.default.lora_A', .* "
+        r"contain NaN or infinity since batch \d+",
         text,
     )
     assert not list(Path("logs/adapt").rglob("adapter"))

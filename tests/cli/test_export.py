@@ -105,7 +105,9 @@ class WholeBatch(LightningModule):
 
 
 class ByKeyword(WholeBatch):
-    def forward(self, x: Tensor, scale: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, scale: Tensor, label: Tensor | None = None
+    ) -> dict[str, Tensor]:
         return super().forward({"x": x, "scale": scale})
 
 

@@ -225,8 +225,11 @@ import torch, warnings
 warnings.filterwarnings("error", message=".*sync_dist.*")
 from lightning.pytorch import Trainer
 from lora_lightning import Classifier, MNISTDataModule, RichBoyNet
-trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, limit_train_batches=2, logger=False, enable_checkpointing=False,
-                  enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=3)
+trainer = Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, limit_train_batches=2, logger=False,
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    limit_val_batches=3,
+)
 model = Classifier(RichBoyNet())
 trainer.fit(model, MNISTDataModule(source="sample", val_fraction=0.1))
 print(f"accuracy {trainer.callback_metrics['val/accuracy']:.4f}", flush=True)

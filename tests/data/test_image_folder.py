@@ -119,7 +119,8 @@ class TestClasses:
         data = small(draw(Goldfich=1, shark=1, goldfish=1), classes="VGG19_Weights.IMAGENET1K_V1")
         with pytest.raises(
             ValueError,
-            match=r"root has 2 folders that match no class: 'Goldfich' \(close: .*goldfish.*\); 'shark' \(close: great white shark, tiger shark",
+            match=r"root has 2 folders that match no class: 'Goldfich' \(close: .*goldfish.*\); "
+            r"'shark' \(close: great white shark, tiger shark",
         ) as e:
             data.setup("fit")
         assert "Expected names of the 1,000 classes (tench, goldfish, great white shark, ...)." in str(e.value)
@@ -190,8 +191,8 @@ class TestParts:
         with caplog.at_level("INFO"):
             small(draw(cat=2, dog=2)).setup("test")
         assert (
-            "4 for training, from 2 of 2 classes, 0 for validation, 4 for testing (the training images: there are no others)."
-            in caplog.text
+            "4 for training, from 2 of 2 classes, 0 for validation, "
+            "4 for testing (the training images: there are no others)." in caplog.text
         )
 
     def test_where_only_validation_images_are_held_out_those_are_tested(

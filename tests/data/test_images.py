@@ -34,7 +34,10 @@ def colours(image: Image.Image) -> tuple[object, object]:
         (halves("RGBA", (255, 0, 0, 255), (0, 0, 255, 0)), ((255, 0, 0), (255, 255, 255))),
         (halves("LA", (40, 255), (40, 0)), ((40, 40, 40), (255, 255, 255))),
         (halves("RGB", (255, 0, 0), (0, 0, 255)).quantize(2), ((255, 0, 0), (0, 0, 255))),
-        (Image.fromarray(np.repeat([[257 * 40] * 10 + [257 * 200] * 10], 10, 0).astype(np.uint16)), ((40,) * 3, (200,) * 3)),
+        (
+            Image.fromarray(np.repeat([[257 * 40] * 10 + [257 * 200] * 10], 10, 0).astype(np.uint16)),
+            ((40,) * 3, (200,) * 3),
+        ),
     ],
     ids=["rgb", "greyscale", "black and white", "alpha", "greyscale with alpha", "palette", "16 bits"],
 )  # fmt: skip

@@ -130,7 +130,7 @@ class TestTraining:
 
 
 class OwnTask(pl.LightningModule):
-    """A classifier of the transformers library on dict batches, as its users write it: the steps return nothing but a loss."""
+    """A classifier of transformers on dict batches, as its users write it: the steps return nothing but a loss."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""pytorch-tabular: a category embedding model, trained on from the weights of another; the best epoch is read back into it."""
+"""pytorch-tabular: a category embedding model, trained on from the weights of another.
+
+The best epoch is read back into it.
+"""
 
 from __future__ import annotations
 

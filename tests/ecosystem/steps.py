@@ -1,6 +1,7 @@
 """What the scripts for the libraries share: two commands, `fit` and `load`, and what each has to show.
 
-`load` runs in a fresh process in which `lora_lightning` cannot be imported, as on the machine of someone who only has the library.
+`load` runs in a fresh process in which `lora_lightning` cannot be imported, as on the machine of someone who only has
+the library.
 """
 
 from __future__ import annotations

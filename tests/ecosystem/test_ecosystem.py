@@ -1,4 +1,4 @@
-"""Fine-tuning in libraries on top of Lightning, each in an environment of its own: `pytest -m ecosystem -n 1 -s -k darts`.
+"""Fine-tuning in libraries on top of Lightning, each in its own environment: `pytest -m ecosystem -n 1 -s -k darts`.
 
 uv makes the environments if it is there, and else venv and pip. `docs/ecosystem.md` says what was seen.
 """

@@ -68,7 +68,10 @@ def batch_of(targets: Whole) -> Whole:
 
 
 def case(output: Tensor | Whole, targets: Tensor | Whole, expected: str | None, **facts: Any) -> Any:
-    """One row: what the model returns, what is true, and how it is counted: `task width`, `?` if asked, `None` if unknown."""
+    """One row: what the model returns, what is true, and how it is counted.
+
+    `expected` is the task and its width, `?` if the callback has to ask, or `None` if the task is unknown.
+    """
     of_output = rows(output) if isinstance(output, Tensor) else output
     of_batch = batch_of(rows(targets)) if isinstance(targets, Tensor) else targets
     return of_output, of_batch, expected, facts

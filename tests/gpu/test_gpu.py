@@ -34,7 +34,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU that CUDA sees"),
     pytest.mark.filterwarnings(
-        # Small data in the process of the test: https://github.com/Lightning-AI/pytorch-lightning/issues/19223 and pull/7734
+        # Small data in the process of the test:
+        # https://github.com/Lightning-AI/pytorch-lightning/issues/19223 and pull/7734
         "ignore:.*does not have many workers.*",
         "ignore:The number of training batches",
         # The sizes in Lightning's summary, which this test does not read
@@ -45,7 +46,8 @@ pytestmark = [
         "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
         # Inductor on float32, whose precision stays as it is: https://github.com/pytorch/pytorch/issues/175484
         "ignore:TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled",
-        # PyTorch's CUDA graph trees start with an empty graph, whose warning they only record: https://github.com/pytorch/pytorch/pull/88754
+        # PyTorch's CUDA graph trees start with an empty graph, whose warning they only record:
+        # https://github.com/pytorch/pytorch/pull/88754
         "ignore:The CUDA Graph is empty",
         # Layers narrower than 64: https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2027
         "ignore:inner dimension .* is not aligned for fast kernel",

@@ -1,4 +1,7 @@
-"""48 architectures of the transformers library, as PEFT's `all-linear` adapts them: `pytest -m slow tests/lora/test_architectures.py`."""
+"""48 architectures of the transformers library, as PEFT's `all-linear` adapts them.
+
+The tests run with `pytest -m slow tests/lora/test_architectures.py`.
+"""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ from tests.lora.architectures import make
 pytestmark = [
     # PEFT 0.21 asks transformers 5.24 by an old name.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # PEFT compares the keys with modules alone, https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/tuners_utils.py
+    # PEFT compares the keys with modules alone:
+    # https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/tuners_utils.py
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
 ]
 NAMES = ["experts.gate_up_proj", "experts.down_proj"]

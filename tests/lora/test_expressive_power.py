@@ -1,8 +1,8 @@
 """Losses that the authors of "The Expressive Power of Low-Rank Adaptation" publish (https://arxiv.org/abs/2310.17513).
 
-The README of https://github.com/UW-Madison-Lee-Lab/Expressive_Power_of_LoRA has commands with their outputs. The networks here draw
-their values in the order of its commit 1aeb7c3, which added these outputs, with its seed 123. The adapters are ours. Later commits draw
-in another order, and also train biases.
+The README of https://github.com/UW-Madison-Lee-Lab/Expressive_Power_of_LoRA has commands with their outputs. The
+networks here draw their values in the order of its commit 1aeb7c3, which added these outputs, with its seed 123. The
+adapters are ours. Later commits draw in another order, and also train biases.
 """
 
 from __future__ import annotations

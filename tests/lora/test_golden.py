@@ -11,7 +11,7 @@ from lora_lightning import lora
 
 @pytest.mark.parametrize(("use_dora", "bias", "mean"), [(False, True, 1.1252), (True, False, 0.05201)])
 def test_mean_output_is_that_of_torchtune(use_dora: bool, bias: bool, mean: float) -> None:
-    """The means are those in tests/torchtune/modules/peft/test_lora.py and test_dora.py of torchtune, as is the tolerance."""
+    """Means and tolerance are those in tests/torchtune/modules/peft/test_lora.py and test_dora.py of torchtune."""
     torch.manual_seed(16)
     inputs = torch.randn(2, 32, 64)
     net = nn.Sequential(nn.Linear(64, 128, bias=bias))

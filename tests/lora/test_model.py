@@ -216,7 +216,8 @@ def test_a_target_of_a_large_network_that_matches_nothing_is_answered_with_close
     net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(200)))
     with pytest.raises(
         ValueError,
-        match=r"Targets \['19o'\] match no layer .* can be adapted: 19\d?, .* and 180 more\. For others, set target_parameters\.$",
+        match=r"Targets \['19o'\] match no layer .* can be adapted: 19\d?, .* and 180 more\. "
+        r"For others, set target_parameters\.$",
     ):
         attach(net, LoRAConfig(rank=2, target_modules=["19o"]))
 

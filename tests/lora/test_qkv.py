@@ -1,4 +1,7 @@
-"""Query and value alone of a layer that computes query, key and value: of timm's and SAM's `qkv`, GPT-2's `c_attn`, and `in_proj_weight`."""
+"""Query and value alone of a layer that computes query, key and value.
+
+Such layers are timm's and SAM's `qkv`, GPT-2's `c_attn`, and those with an `in_proj_weight`.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,10 @@ def network() -> nn.Module:
 
 
 def train(net: nn.Module, steps: int = 4, **optimizer: float) -> None:
-    """Steps of AdamW with weight decay, which changes whatever has a gradient, and would change what has none and is not zero."""
+    """Take steps of AdamW with weight decay.
+
+    They change whatever has a gradient, and would change what has none and is not zero.
+    """
     adam = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.1, **optimizer)
     for _ in range(steps):
         adam.zero_grad()
@@ -327,7 +333,10 @@ class TestSizesOfGroupedQueryAttention:
         [
             (
                 {},
-                r"Layer '0.0.qkv' has 48 outputs: expected 16 \+ 4 \+ 8 = 28 for qkv_sizes=\[16, 4, 8\], in at least one",
+                (
+                    r"Layer '0.0.qkv' has 48 outputs: "
+                    r"expected 16 \+ 4 \+ 8 = 28 for qkv_sizes=\[16, 4, 8\], in at least one"
+                ),
             ),
             ({"qkv": ""}, r"qkv_sizes=\[16, 4, 8\] has no effect without qkv: say which of them to adapt, as qkv='qv'"),
             ({"qkv_sizes": [16, 4]}, r"qkv_sizes=\[16, 4\]: expected the numbers of outputs for query, key and value"),

@@ -257,7 +257,7 @@ IN_PEFT = [
 @pytest.mark.filterwarnings("ignore:.*have invalid shape")
 @pytest.mark.parametrize("seed", range(16))
 def test_peft_computes_the_same_with_the_folders_of_a_stack(seed: int, tmp_path: Path) -> None:
-    """With each of them alone, and with all of them where PEFT adds updates up: without DoRA and what is trained in full."""
+    """With each alone, and with all of them where PEFT adds updates up: without DoRA and what is trained in full."""
     draw = random.Random(seed)
     base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 4))
     plain, x = copy.deepcopy(base.eval()), torch.randn(5, 3, 4, 4)

@@ -14,7 +14,8 @@ SIZES = {"inception_v3": 299, "swin_v2_b": 64, "swin_v2_s": 64, "swin_v2_t": 64}
 FIXED = {"vit": {"image_size": 32}, "maxvit": {"input_size": (224, 224)}}
 OPTIONS = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}
 FAST = {
-    "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "mnasnet0_5", "googlenet", "regnet_y_400mf",
+    "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "mnasnet0_5", "googlenet",
+    "regnet_y_400mf",
 }  # fmt: skip
 NAMES = [
     pytest.param(name, marks=pytest.mark.smoke if name == "resnet18" else [] if name in FAST else pytest.mark.slow)

@@ -160,8 +160,11 @@ class TestAFile:
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [({"state_dict": {}}, "contains a dictionary of state_dict; expected a state dict"), ([1], "contains <class 'list'>; expected")],
-    )  # fmt: skip
+        [
+            ({"state_dict": {}}, "contains a dictionary of state_dict; expected a state dict"),
+            ([1], "contains <class 'list'>; expected"),
+        ],
+    )
     def test_that_holds_something_else_is_refused(self, content: Any, message: str, tmp_path: Path) -> None:
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(ValueError, match=message):
@@ -276,8 +279,8 @@ class TestTransformers:
         import transformers
 
         config = transformers.ViTConfig(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
-            num_labels=4,
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32,
+            patch_size=8, num_labels=4,
         )  # fmt: skip
         transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
         transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")

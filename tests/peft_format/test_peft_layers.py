@@ -1,4 +1,4 @@
-"""Adapter folders of every kind of layer, exchanged with PEFT where PEFT is right, and kept from it where it is wrong."""
+"""Adapter folders of every kind of layer, exchanged with PEFT where it is right, and kept from it where it is wrong."""
 
 from __future__ import annotations
 

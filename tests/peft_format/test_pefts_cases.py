@@ -1,6 +1,7 @@
 """The configurations of LoRA that PEFT's own tests use, in both directions: outputs, merged, disabled, and the files.
 
-`OF_PEFT` are those of the table in PEFT 0.21's `tests/test_custom_models.py`, and `OTHERS` are settings of its other tests.
+`OF_PEFT` are those of the table in PEFT 0.21's `tests/test_custom_models.py`, and `OTHERS` are settings of its
+other tests.
 """
 
 from __future__ import annotations

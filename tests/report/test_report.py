@@ -108,7 +108,8 @@ def test_files_hold_every_number(tmp_path: Path) -> None:
     assert rows[0] == {
         "class": "cat", "support": "10", "errors_before": "2", "errors_after": "1", "recall_before": "0.8",
         "recall_after": "0.9", "precision_before": str(8 / 12), "precision_after": "0.9",
-        "f1_before": str(16 / 22), "f1_after": "0.9", "iou_before": str(8 / 14), "iou_after": str(9 / 11), "false_positives_before": "4", "false_positives_after": "1",
+        "f1_before": str(16 / 22), "f1_after": "0.9", "iou_before": str(8 / 14), "iou_after": str(9 / 11),
+        "false_positives_before": "4", "false_positives_after": "1",
     }  # fmt: skip
     assert rows[2]["recall_after"] == ""
 
