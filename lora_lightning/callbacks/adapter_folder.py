@@ -98,7 +98,8 @@ class RunAdapters:
 
     def removed(self, path: str) -> None:
         """Remove the adapters beside a checkpoint that is removed."""
-        _remove(_beside(path))
+        if self._trainer.is_global_zero:
+            _remove(_beside(path))
 
     def state(self) -> dict[str, object] | None:
         """Return the description of the best checkpoint so far, including one that is about to be saved."""

@@ -33,9 +33,9 @@ class AfterLayers:
     """Attaches adapters as soon as the layers of a module exist, and after `configure_model` has distributed them.
 
     The last hook in which a module can create layers is `configure_model`, or else `setup`. Both run after the `setup`
-    of callbacks, so the hook is replaced on the module until it has run. A module without these hooks already has its
-    layers. Adapters that are there already are set aside while `configure_model` distributes the layers, since
-    `parallelize_module` replaces all parameters.
+    of callbacks, so the hook is replaced on the module until the training starts or the run ends. A module without
+    these hooks already has its layers. Adapters that are there already are set aside while `configure_model`
+    distributes the layers, since `parallelize_module` replaces all parameters.
 
     Args:
         trainer: The trainer that runs the module.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,24 +150,8 @@ class LoRAFinetuning(Callback):
             check_present_adapters(pl_module, self.config, source)
             self.adapted = None
         refuse_strategy(trainer.strategy)
-
-        def adapt() -> None:
-            if self.adapted is not None and is_adapted(pl_module):
-                if not has_no_start_yet(self.adapted, self.config):
-                    return
-                detach(self.adapted)
-            if stage != "fit" and self.adapted is not None and self.adapted is backbone_of(pl_module):
-                rank_zero_info("The adapters of this model were merged or detached. It is used as it is.")
-                return
-            if stage != "fit" and self.adapted is not None and self.checkpoints == "full":
-                rank_zero_info(
-                    "This model has no adapters. It is used as it is, since it may be that of a full checkpoint."
-                )
-                self.adapted = backbone_of(pl_module)
-                return
-            self._adapt(trainer, pl_module)
-
-        self._after_layers = AfterLayers(trainer, pl_module, adapt, lambda: self._prepare(trainer, pl_module, stage))
+        attach = partial(self._attach_if_missing, trainer, pl_module, stage)
+        self._after_layers = AfterLayers(trainer, pl_module, attach, partial(self._prepare, trainer, pl_module, stage))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -188,7 +173,10 @@ class LoRAFinetuning(Callback):
             and trainer.world_size == 1
             and not isinstance(exception, NotFiniteError)
         ):
-            self._write_result(trainer)
+            try:
+                self._write_result(trainer)
+            except OSError as error:
+                exception.add_note(f"The adapters could not be written: {error}")
         self.teardown(trainer, pl_module, "fit")  # which Lightning does not call after an exception
 
     @override
@@ -326,6 +314,23 @@ class LoRAFinetuning(Callback):
     def _say_if_fresh(self, trainer: Trainer) -> None:
         if trainer.state.fn != "fit" and is_untrained(self._network):
             rank_zero_info("The adapters are untrained and have no effect. Pass trained ones as ckpt_path.")
+
+    def _attach_if_missing(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Attach adapters, unless the model has some, or was merged or read from a full checkpoint after a fit."""
+        if self.adapted is not None and is_adapted(pl_module):
+            if not has_no_start_yet(self.adapted, self.config):
+                return
+            detach(self.adapted)
+        elif stage != "fit" and self.adapted is backbone_of(pl_module):
+            rank_zero_info("The adapters of this model were merged or detached. It is used as it is.")
+            return
+        elif stage != "fit" and self.adapted is not None and self.checkpoints == "full":
+            rank_zero_info(
+                "This model has no adapters. It is used as it is, since it may be that of a full checkpoint."
+            )
+            self.adapted = backbone_of(pl_module)
+            return
+        self._adapt(trainer, pl_module)
 
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not is_adapted(pl_module):

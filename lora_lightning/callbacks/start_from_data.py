@@ -67,7 +67,7 @@ def attach_by_data(
         with own_random_numbers():
             attach(adapted, replace(config, init="kaiming"), name)
     else:
-        start = _found(trainer, pl_module, adapted, config)
+        start = _eva_of_first_batches(trainer, pl_module, adapted, config)
         with own_random_numbers():
             start.attach(adapted, name)
 
@@ -104,7 +104,9 @@ def _checkpoint_of(trainer: Trainer) -> str | Path | None:
     return trainer.ckpt_path
 
 
-def _found(trainer: Trainer, pl_module: LightningModule, adapted: nn.Module, config: LoRAConfig) -> EVAStart:
+def _eva_of_first_batches(
+    trainer: Trainer, pl_module: LightningModule, adapted: nn.Module, config: LoRAConfig
+) -> EVAStart:
     """Return what EVA finds in the first batches. All processes get that of the first one."""
     strategy = trainer.strategy
     if is_a(strategy, ModelParallelStrategy):

@@ -112,14 +112,17 @@ class UntrainedAdapters:
     def __init__(self, adapted: nn.Module, step: int) -> None:
         self.adapted = adapted
         self.step = step
-        self.before = {name: full(up.detach()).clone() for name, up in _ups(adapted).items()}
+        self.before = {name: full(up.detach()).clone() for name, up in _last_factors(adapted).items()}
 
     def warn(self, trainer: Trainer) -> None:
         """Warn about these adapters."""
         if trainer.global_step == self.step:
             return
+        now = _last_factors(self.adapted)  # others may have been attached or activated since
         names = [
-            name for name, up in _ups(self.adapted).items() if torch.equal(full(up), self.before[name].to(up.device))
+            name
+            for name, old in self.before.items()
+            if name in now and torch.equal(full(now[name]).to(old.device), old)
         ]
         if names:
             shown = [name or type(self.adapted).__name__ for name in names]
@@ -135,7 +138,7 @@ class FiniteAdapters:
 
     Checkpoints refuse such values as well, so the last finite checkpoint is kept. On one device, the values are checked
     after a loss that is not finite; mixed precision may skip such a step without any harm. On several, they are checked
-    at each logged step, since all devices then find the same.
+    every `log_every_n_steps` batches, since all devices then find the same.
 
     Args:
         adapted: The model with the adapters.
@@ -148,22 +151,25 @@ class FiniteAdapters:
         self.losses: list[tuple[int, Tensor]] = []
 
     def look(self, trainer: Trainer, outputs: Any) -> None:
-        """Check the loss after each batch, or on an accelerator after each logged step to avoid synchronization."""
-        step = trainer.fit_loop.total_batch_idx
+        """Check the loss after a batch.
+
+        On an accelerator, the losses are checked every `log_every_n_steps` batches, to avoid synchronization.
+        """
+        number = trainer.fit_loop.total_batch_idx
         every = trainer.log_every_n_steps or 50  # type: ignore[attr-defined] # Trainer sets it from elsewhere
         if trainer.world_size > 1:
-            if (step + 1) % every == 0:
+            if (number + 1) % every == 0:
                 self.check(trainer)
             return
         found = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         loss = found if isinstance(found, Tensor) and found.numel() == 1 else None
         if loss is not None and loss.device.type == "cpu":
             if not math.isfinite(loss.item()):
-                self.check(trainer, trainer.fit_loop.total_batch_idx)
+                self.check(trainer, number)
             return
         if loss is not None:
-            self.losses.append((step, loss.detach()))
-        if (step + 1) % every == 0:
+            self.losses.append((number, loss.detach()))
+        if (number + 1) % every == 0:
             self._check_losses(trainer)
 
     def check(self, trainer: Trainer, began: int | None = None) -> None:
@@ -196,13 +202,13 @@ class FiniteAdapters:
             self.check(trainer)
             return
         finite = torch.stack([loss for _, loss in self.losses]).isfinite().tolist()
-        began = next((step for (step, _), good in zip(self.losses, finite, strict=True) if not good), None)
+        began = next((number for (number, _), good in zip(self.losses, finite, strict=True) if not good), None)
         self.losses = []
         if began is not None:
             self.check(trainer, began)
 
 
-def _ups(adapted: nn.Module) -> dict[str, nn.Parameter]:
+def _last_factors(adapted: nn.Module) -> dict[str, nn.Parameter]:
     """Return B of each trained adapter, or A if that alone is trained, by the name of the weight."""
     found = {}
     for each in adapted_weights(adapted):

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lora_lightning import LoRAConfig, LoRAFinetuning, load_adapter
+from lora_lightning.callbacks.adapter_folder import RunAdapters
 from lora_lightning.callbacks.base_of_run import is_as_created
 from lora_lightning.checkpoints import NotFiniteError
 from lora_lightning.lora import (
@@ -213,6 +214,26 @@ def test_a_callback_that_fails_afterwards_does_not_cost_the_result(hook: str, tm
         trainer.fit(module, loader(), loader())
     (folder,) = tmp_path.rglob("adapter")
     assert equal(in_folder(folder), of_epoch(module, -1))
+    pickle.dumps(ours)
+
+
+def test_a_full_disk_does_not_hide_why_a_run_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fails(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            raise RuntimeError("no figure")
+
+    def write(self: RunAdapters) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(RunAdapters, "write", write)
+    module, ours = Module(), LoRAFinetuning(rank=2)
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=CSVLogger(tmp_path), callbacks=[Fails(), ours],
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="no figure") as failure:
+        trainer.fit(module, loader(), loader())
+    assert failure.value.__notes__ == ["The adapters could not be written: no space left on device"]
     pickle.dumps(ours)
 
 

@@ -123,14 +123,14 @@ def test_the_run_gets_the_batches_and_random_numbers_that_it_gets_without(
 def test_the_pass_over_batches_changes_nothing(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     module = Counting()
     before, found = state(module), []
-    original = start_from_data._found
+    original = start_from_data._eva_of_first_batches
 
     def look(*arguments: Any) -> Any:
         result = original(*arguments)
         found.append((same(state(module), before), module.seen, module.mean.update_called, module.training))
         return result
 
-    monkeypatch.setattr(start_from_data, "_found", look)
+    monkeypatch.setattr(start_from_data, "_eva_of_first_batches", look)
     make_trainer(finetuning(rank=2), max_epochs=1).fit(module, shuffled())
     assert found == [(True, 0, False, True)]
 
@@ -146,6 +146,17 @@ def test_test_takes_the_ranks_of_the_checkpoint(
     other = model()
     found = make_trainer(finetuning()).test(other, sample(), ckpt_path=files.best_model_path, verbose=False)
     assert found == expected
+    assert same(adapter_state_dict(other), adapter_state_dict(module))
+
+
+def test_test_takes_the_ranks_of_the_checkpoint_after_a_validation_without_one(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    module, files = model(), ModelCheckpoint(tmp_path / "files")
+    make_trainer(finetuning(), files, max_epochs=1).fit(module, datamodule=sample())
+    other, callback = model(), finetuning()
+    make_trainer(callback).validate(other, sample(), verbose=False)
+    make_trainer(callback).test(other, sample(), ckpt_path=files.best_model_path, verbose=False)
     assert same(adapter_state_dict(other), adapter_state_dict(module))
 
 
