@@ -319,17 +319,9 @@ def both_ways(folder: Path, data: int, tensor: int, *, early: bool = False, **co
     return json.loads(line.removeprefix("FOUND"))
 
 
-@pytest.mark.parametrize(
-    ("data", "tensor", "early"),
-    [
-        (2, 2, False),
-        pytest.param(2, 1, False, marks=pytest.mark.slow),
-        pytest.param(1, 2, False, marks=pytest.mark.slow),
-        pytest.param(2, 1, True, marks=pytest.mark.slow),
-        pytest.param(1, 2, True, marks=pytest.mark.slow),
-        pytest.param(2, 2, True, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize(("data", "tensor"), [(2, 1), (1, 2), (2, 2)])
 def test_adapters_on_a_mesh_of_one_or_two_dimensions_train_as_in_one_process(
     data: int, tensor: int, early: bool, tmp_path: Path
 ) -> None:

@@ -120,6 +120,8 @@ class Pairs:
             self.are_independent = False
             return [], []
         changed = (is_right != was_right).nonzero()[:, 0]
+        if not len(changed):
+            return [], []
         rows = list(zip(changed.tolist(), is_right[changed].tolist(), strict=True))
         fixed, broken = ([row for row, is_fixed in rows if is_fixed is kind] for kind in (True, False))
         self.fixed += len(fixed)
@@ -304,8 +306,9 @@ def _compare(
     """Add the samples of a batch. Only samples that are kept are converted to images or texts."""
     now, was = model.classes[int(is_probability)], base.classes[int(is_probability)]
     fixed, broken = pairs.add_unnamed(now == targets, was == targets, inputs)
-    kept = fixed[: pairs.room(True)] + broken[: pairs.room(False)]
-    if inputs is not None and kept:
+    if inputs is None or not (fixed or broken):
+        return
+    if kept := fixed[: pairs.room(True)] + broken[: pairs.room(False)]:
         confidences = zip(base.confidences(kept, is_probability), model.confidences(kept, is_probability), strict=True)
         samples = [
             ChangedSample(

@@ -142,6 +142,7 @@ def test_ctrl_c_while_it_imports_is_one_line() -> None:
     assert (process.returncode, others) == (1, ["lora-lightning: interrupted before it started."])
 
 
+@pytest.mark.slow  # a pseudo-terminal; what a pipe gets is tested below
 def test_on_a_terminal_of_80_columns_no_bar_writes_over_the_end(workspace: Path) -> None:
     import fcntl
     import os

@@ -133,6 +133,7 @@ def test_photographs_in_class_folders_are_repaired(run: Run, workspace: Path) ->
     assert re.search(r"2\. Weak class: (cats|dogs) and (dogs|owls) \(taken for each other", text), text
 
 
+@pytest.mark.slow  # the classifier of texts above goes the same way
 def test_digits_by_a_configuration_are_repaired(run: Run, workspace: Path) -> None:
     words = ("--config", "configs/pretrain.yaml", "--data.source", "sample", "--trainer.max_epochs", "1")
     code, text = run("repair", *words, "--focus", "9", "--steps", "20")

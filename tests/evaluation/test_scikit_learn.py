@@ -115,7 +115,8 @@ def test_one_process(kind: str, size: int) -> None:
     compare(kind, size)
 
 
-@pytest.mark.parametrize("devices", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/test_devices.py counts digits on two devices
+@pytest.mark.parametrize("devices", [2, 3])
 def test_several_processes(devices: int, tmp_path: Path) -> None:
     script = tmp_path / "compare.py"
     script.write_text(SCRIPT.format(devices=devices, port=free_ports(1)[0]))
