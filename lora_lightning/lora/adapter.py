@@ -225,13 +225,20 @@ class Adapter(nn.Module):
         """Return the rank r of B A."""
         return len(self.lora_A)
 
+    def own_bias(self) -> Tensor:
+        """Return the c of the update, for an adapter with a bias."""
+        return parameter_of(self, "lora_bias")
+
     def bias_update(self) -> Tensor:
         """Return λ s c of an adapter with a bias, which the layer adds to its own."""
-        return parameter_of(self, "lora_bias") * (self.scaling * self.strength)
+        return self.own_bias() * (self.scaling * self.strength)
 
     def is_zero(self) -> bool:
-        """Return whether the adapter has no effect yet."""
-        return not bool(self.product().any()) and not (self.config.lora_bias and bool(self.bias_update().any()))
+        """Return whether the adapter is untrained, so that it has no effect at any λ."""
+        a, b = self.factors()
+        with without_autocast(a):
+            changes = [b @ a] if self.lora_bias is None else [b @ a, self.own_bias()]
+        return not any(bool(change.any()) for change in changes)
 
     def product(self) -> Tensor:
         """Return λ s B A as a matrix of shape (out, in), in the dtype of the adapter."""

@@ -138,7 +138,7 @@ class DoRAAdapter(Adapter):
     @torch.no_grad()
     def load_base(self, weight: Tensor) -> None:
         """Take the norms of a W that was loaded, if the adapter is untrained."""
-        if not self.product().any():
+        if self.is_zero():
             self.lora_magnitude_vector.copy_(self._norms(weight, self.scaling))
 
     def delta_weight(self, weight: Tensor) -> Tensor:
@@ -209,8 +209,8 @@ class QKVAdapter(Adapter):
         sizes = " of " + " + ".join(map(str, self.config.qkv_sizes)) if self.config.qkv_sizes else ""
         return f"{super().in_words()}, {self.config.qkv}{sizes} alone"
 
-    def bias_update(self) -> Tensor:
-        return self._kept(super().bias_update())
+    def own_bias(self) -> Tensor:
+        return self._kept(super().own_bias())
 
     def _kept(self, values: Tensor) -> Tensor:
         """Return values with a row for each output. Those of the parts that are not adapted are zero."""
