@@ -195,14 +195,17 @@ class Adapter(nn.Module):
         return None
 
     def start(self, weight: Tensor) -> None:
-        """Give the adapter its initial values, for a W that is new or got new values."""
-        self.reset_parameters()
+        """Give the factors their initial values, for a W that is new or got new values. The bias of B is kept."""
+        self._draw()
+
+    def reset_parameters(self) -> None:
+        """Draw A, and set B and its bias to zero. A seed gives the same values on every device."""
+        self._draw()
+        self.reset_bias()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw A and set B to zero. A is drawn on the CPU, so a seed gives the same values on every device."""
-        self.lora_A.copy_(self._drawn()) if type(self.lora_A.data) is Tensor else self._draw_in_place()
-        self.lora_B.zero_()
+    def reset_bias(self) -> None:
+        """Set the bias of B to zero, if there is one."""
         if self.lora_bias is not None:
             self.lora_bias.zero_()
 
@@ -318,8 +321,18 @@ class Adapter(nn.Module):
         super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _drawn(self) -> Tensor:
-        a = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype, device="cpu")
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """Draw A and set B to zero."""
+        if type(self.lora_A.data) is Tensor:  # A is drawn on the CPU, whose random numbers are the same everywhere
+            a = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype, device="cpu")
+            self._fill(a)
+            self.lora_A.copy_(a)
+        else:  # A is distributed, and PyTorch keeps its values consistent over the processes
+            self._fill(self.lora_A)
+        self.lora_B.zero_()
+
+    def _fill(self, a: Tensor) -> None:
         if self.config.init == "gaussian":
             nn.init.normal_(a, std=1 / self.rank)
         elif self.layout.one_hot:
@@ -328,15 +341,6 @@ class Adapter(nn.Module):
             nn.init.kaiming_uniform_(a.view(-1, a.shape[-1]), a=math.sqrt(5))  # uniform within 1 / sqrt(in)
         if self.layout.zero_column is not None:
             a[..., self.layout.zero_column] = 0
-        return a
-
-    def _draw_in_place(self) -> None:
-        """Draw a distributed A, whose values PyTorch keeps consistent over the processes."""
-        if self.config.init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.rank)
-        else:
-            bound = 1 / math.sqrt(self.lora_A.shape[-1])
-            nn.init.uniform_(self.lora_A, -bound, bound)
 
 
 class InEffect(NamedTuple):

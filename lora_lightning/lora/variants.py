@@ -52,8 +52,7 @@ class PiSSAAdapter(Adapter):
         """Return to the initial values."""
         self.lora_A.copy_(self.lora_A_initial)
         self.lora_B.copy_(self.lora_B_initial)
-        if self.lora_bias is not None:
-            self.lora_bias.zero_()
+        self.reset_bias()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return factors of rank 2 r for B A - B0 A0 = (B - B0) A + B0 (A - A0), which is exactly zero initially."""
