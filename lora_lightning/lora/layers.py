@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import RLock
 from types import MethodType, new_class
 from typing import ClassVar, SupportsIndex, TypeAlias
@@ -608,13 +608,15 @@ def _can_be_added(weight: Tensor, adapters: Adapters) -> bool:
 def _start_again(layer: nn.Module, parameter: str, weight: Tensor) -> None:
     """Give adapters whose update became a part of the base new initial values, so that it does not count twice."""
     adapters = adapters_of(layer, parameter)
-    trained = [name for name in adapters.active if bool(adapters.adapter(name).product().any())]
-    for name in trained:
+    merged, active, _ = adapters.in_effect
+    read = [name for name in adapters.active if merged is not None or adapters.adapter(name) in active]
+    counted = [name for name in read if bool(adapters.adapter(name).product().any())]
+    for name in counted:
         adapters.adapter(name).start(weight.detach())
-    if trained:
+    if counted:
         warnings.warn(
             f"{parameter!r} of a {type(layer).__name__} was reparametrized outside bare(net). The update of the "
-            f"adapters {', '.join(trained)} is now a part of the base, and the adapters start again.",
+            f"adapters {', '.join(counted)} is now a part of the base, and the adapters start again.",
             stacklevel=4,
         )
 
@@ -638,12 +640,15 @@ def _reset(method: str) -> Callable[..., None]:
     """Return a method that gives a layer and its adapters new initial values."""
 
     def reset(self: Adapted, *arguments: object, **keywords: object) -> None:
-        with bare(self) as plain:
-            getattr(plain, method)(*arguments, **keywords)
+        reset_plain, adapts_a_weight = getattr(self.lora_plain, method), any(name for name, _ in self.lora_kinds)
+        with bare(self) if adapts_a_weight else nullcontext():  # a bypass leaves the layers inside to their own resets
+            reset_plain(self, *arguments, **keywords)
         for parameter, kind in self.lora_kinds:
+            weight = kind.dense(self, stored(self, parameter)) if parameter else no_weight(self)
             adapters = adapters_of(self, parameter)
             for name in adapters.names():
-                adapters.adapter(name).start(kind.dense(self, stored(self, parameter)))
+                adapters.adapter(name).start(weight)
+                adapters.adapter(name).reset_bias()
 
     return reset
 
