@@ -201,6 +201,10 @@ def _weights_of(layer: nn.Module) -> list[str]:
 def _refusal(target: Target, config: LoRAConfig) -> str | None:
     if not target.parameter:
         return target.kind.refusal(target.layer, "", target.outline(), config)
+    known = dict(target.layer.lora_kinds).get(target.parameter) if isinstance(target.layer, Adapted) else None
+    if known is not None and type(known) is not type(target.kind):  # all adapters of a weight have one layout
+        before, now = ("target_parameters", "a layer") if known.is_reader else ("target_modules", "a parameter")
+        return f"has adapters from {before} already and cannot be adapted as {now} as well: use {before} again"
     weight = stored(target.layer, target.parameter)
     if is_lazy(weight):
         return "has no weight yet: run a batch through the model first"
