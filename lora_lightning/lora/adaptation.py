@@ -638,7 +638,7 @@ def _merged_weight(weight: AdaptedWeight) -> Tensor:
         return merged
     chosen = tuple(map(weight.adapters.adapter, weight.adapters.active))
     with computing_without_updates(weight.layer):
-        return with_updates(weight.layer, weight.parameter, chosen)
+        return with_updates(weight.layer, weight.adapters, chosen)
 
 
 @torch.no_grad()

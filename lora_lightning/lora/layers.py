@@ -61,11 +61,11 @@ class FusedLinearKind(LinearKind):
 
     def adapted(self, layer: nn.Linear, weight: Tensor, input: Tensor, adapters: tuple[Adapter, ...]) -> Tensor:
         if len(adapters) == 1:
-            parameters = layer._parameters
-            # The second is slower, and for a bias that is computed, or that adapters add to.
-            read: tuple[str, ...] = layer.lora_read  # type: ignore[assignment]
-            bias = parameters["bias"] if "bias" in parameters and "bias" not in read else layer.bias
-            output = fused_linear(adapters[0], input, weight, bias)
+            (adapter,), parameters = adapters, layer._parameters
+            # `layer.bias` is slower, and needed where a hook computes the bias or the adapter adds to it.
+            is_stored = "bias" in parameters and not adapter.config.lora_bias
+            bias = parameters["bias"] if is_stored else layer.bias
+            output = fused_linear(adapter, input, weight, bias)
             if output is not None:
                 return output
         return super().adapted(layer, weight, input, adapters)
@@ -238,31 +238,30 @@ def is_computed(layer: nn.Module, parameter: str) -> bool:
     return bool(parameter) and layer._parameters.get(parameter) is None
 
 
-def effective(layer: nn.Module, parameter: str) -> Tensor:
+def effective(layer: nn.Module, adapters: Adapters) -> Tensor:
     """Return W + Σ ΔW, computed in the dtype of the adapters and rounded once to the dtype of W."""
-    adapters = adapters_of(layer, parameter)
     formed = adapters.formed.get(this_thread()) if adapters.formed else None
     if formed is not None and (formed.requires_grad or not torch.is_grad_enabled()):
         return formed
-    merged, in_effect, _ = adapters.in_effect
+    merged, active, _ = adapters.in_effect
     if merged is not None:
         return merged
-    return with_updates(layer, parameter, in_effect) if in_effect else stored(layer, parameter)
+    return with_updates(layer, adapters, active) if active else stored(layer, adapters.parameter)
 
 
-def with_updates(layer: nn.Module, parameter: str, adapters: tuple[Adapter, ...]) -> Tensor:
-    """Return W + Σ ΔW for these adapters, as a plain tensor."""
-    plain = total = adapters_of(layer, parameter).kind.dense(layer, stored(layer, parameter))
-    for adapter in adapters:
+def with_updates(layer: nn.Module, adapters: Adapters, chosen: tuple[Adapter, ...]) -> Tensor:
+    """Return W + Σ ΔW for some of the adapters of a weight, as a plain tensor."""
+    plain = total = adapters.kind.dense(layer, stored(layer, adapters.parameter))
+    for adapter in chosen:
         delta = adapter.delta_weight(plain)
         total = total.to(delta.dtype) + delta
     return total.to(plain.dtype)
 
 
-def bias_in_effect(layer: nn.Module) -> Tensor | None:
+def bias_in_effect(layer: nn.Module, adapters: Adapters) -> Tensor | None:
     """Return b + Σ s c, rounded once to the dtype of b, or of W if there is no b."""
-    merged, in_effect, bias = adapters_of(layer, "weight").in_effect
-    return bias_with_updates(layer, in_effect) if merged is None else bias
+    merged, active, bias = adapters.in_effect
+    return bias_with_updates(layer, active) if merged is None else bias
 
 
 def bias_with_updates(layer: nn.Module, adapters: tuple[Adapter, ...]) -> Tensor | None:
@@ -331,10 +330,11 @@ def take_away(layer: nn.Module, name: str) -> None:
     left = tuple((parameter, kind) for parameter, kind in layer.lora_kinds if adapters_of(layer, parameter).names())
     adds_bias = any(adapters_of(layer, parameter).have_bias for parameter, _ in left)
     if left != layer.lora_kinds or adds_bias != ("bias" in layer.lora_read):
-        for parameter, _ in layer.lora_kinds:
-            if parameter not in dict(left):
-                del layer._modules[child_name(parameter)]
+        empty = [child_name(parameter) for parameter, _ in layer.lora_kinds if parameter not in dict(left)]
+        # The class first, for the sake of other threads.
         _become(layer, adapted_class(layer.lora_plain, left, adds_bias) if left else layer.lora_plain)
+        for name in empty:
+            del layer._modules[name]
 
 
 def restore(layer: nn.Module) -> None:
@@ -360,7 +360,8 @@ def bare(module: nn.Module) -> Iterator[nn.Module]:
     their effect.
 
     A forward pass within the context, also of another thread, is that of the base. The state dict has no adapters.
-    Contexts may overlap, and the last one to end brings the adapters back.
+    Contexts may overlap, and the last one to end brings the adapters back. No other thread may be inside an
+    `nn.Sequential` with a bypass while a context begins or ends.
 
     Raises:
         RuntimeError: If the class of a layer was replaced after `attach`, as `fully_shard` does.
@@ -522,17 +523,25 @@ def _called_forward(kind: CalledKind[nn.Module]) -> Forward:
     """Return the forward pass of layers whose adapter has a path of its own."""
 
     def forward(self: nn.Module, input: Tensor) -> Tensor:
-        adapters = self._modules["lora_weight"]
-        assert isinstance(adapters, Adapters)
-        merged, in_effect, _ = adapters.in_effect
+        # The lines of `adapters_of` and `stored`, since each call costs part of a microsecond.
+        adapters = self._modules.get("lora_weight")
+        if not isinstance(adapters, Adapters):
+            return _plain_forward(self, input)
+        merged, active, _ = adapters.in_effect
         if merged is not None:
             return kind.base(self, merged, input)
         weight = self._parameters.get("weight")
-        if isinstance(input, Proxy) and in_effect:
+        if isinstance(input, Proxy) and active:
             raise RuntimeError(_is_traced(self))
-        return kind.adapted(self, stored(self, "weight") if weight is None else weight, input, in_effect)
+        return kind.adapted(self, stored(self, "weight") if weight is None else weight, input, active)
 
     return forward
+
+
+def _plain_forward(layer: nn.Module, input: Tensor) -> Tensor:
+    """Return the output of a layer that became plain after a forward pass began, since a thread entered `bare`."""
+    output: Tensor = layer.forward(input)
+    return output
 
 
 def _become(layer: nn.Module, cls: type[nn.Module]) -> None:
@@ -558,16 +567,20 @@ def set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def _weight_in_effect(parameter: str) -> property:
+    child = child_name(parameter)
+
     def read(self: nn.Module) -> Tensor:
         if is_fx_symbolic_tracing():
             raise RuntimeError(
                 f"torch.fx traces into this {type(self).__name__} and would keep the {parameter!r} in effect as a "
                 "constant. Merge the adapters first, or trace a module that contains this one."
             )
-        weight = self._parameters.get(parameter)
-        if weight is not None and not _can_be_added(weight, adapters_of(self, parameter)):
+        weight, adapters = self._parameters.get(parameter), self._modules.get(child)
+        if not isinstance(adapters, Adapters):  # another thread has entered `bare`
+            return stored(self, parameter)
+        if weight is not None and not _can_be_added(weight, adapters):
             return weight
-        return effective(self, parameter)
+        return effective(self, adapters)
 
     def write(self: Adapted, value: Tensor) -> None:  # a Parameter is registered instead
         if "parametrizations" in self._modules:
@@ -583,10 +596,12 @@ def _weight_in_effect(parameter: str) -> property:
 
 
 def _read_bias(layer: nn.Module) -> Tensor | None:
-    bias = layer._parameters.get("bias")
-    if bias is not None and not _can_be_added(bias, adapters_of(layer, "weight")):
+    bias, adapters = layer._parameters.get("bias"), layer._modules.get("lora_weight")
+    if not isinstance(adapters, Adapters):  # another thread has entered `bare`
+        return stored_bias(layer)
+    if bias is not None and not _can_be_added(bias, adapters):
         return bias
-    return bias_in_effect(layer)
+    return bias_in_effect(layer, adapters)
 
 
 def _refuse_bias(layer: Adapted, value: object) -> None:

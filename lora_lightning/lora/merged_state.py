@@ -40,22 +40,22 @@ def require_mergeable(module: nn.Module) -> None:
 def merged_weights(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights and biases with the active adapters by state-dict key, for these values of the adapters."""
     with with_values(module, values):
-        found = {weight.key: effective(weight.layer, weight.parameter) for weight in adapted_weights(module)}
-        biases = {key: bias_in_effect(layer) for key, layer in _with_biases(module)}
+        found = {weight.key: effective(weight.layer, weight.adapters) for weight in adapted_weights(module)}
+        biases = {key: bias_in_effect(weight.layer, weight.adapters) for key, weight in _with_biases(module)}
     return found | {key: bias for key, bias in biases.items() if bias is not None}
 
 
 def base_weights(module: nn.Module) -> dict[str, Tensor]:
     """Return the adapted weights, and biases that adapters add to, without adapters by state-dict key."""
     found = {weight.key: stored(weight.layer, weight.parameter).detach() for weight in adapted_weights(module)}
-    biases = {key: stored_bias(layer) for key, layer in _with_biases(module)}
+    biases = {key: stored_bias(weight.layer) for key, weight in _with_biases(module)}
     return found | {key: bias.detach() for key, bias in biases.items() if bias is not None}
 
 
-def _with_biases(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the layers whose active adapters have a bias, by the key of the bias of the layer."""
+def _with_biases(module: nn.Module) -> list[tuple[str, AdaptedWeight]]:
+    """Return the weights whose active adapters have a bias, by the key of the bias of the layer."""
     return [
-        (f"{weight.layer_name}.bias".lstrip("."), weight.layer)
+        (f"{weight.layer_name}.bias".lstrip("."), weight)
         for weight in adapted_weights(module)
         if weight.adapter.config.lora_bias
     ]

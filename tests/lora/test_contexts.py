@@ -114,11 +114,8 @@ def test_contexts_of_two_threads_leave_nothing(context: Context, x: Tensor) -> N
 
     def work() -> None:
         for _ in range(25):
-            try:
-                with context(net), torch.no_grad():
-                    net.first(x)
-            except KeyError:  # a forward pass while another thread begins or ends `bare`
-                assert context is bare
+            with context(net), torch.no_grad():
+                net.first(x)
 
     try:
         threads = [threading.Thread(target=work) for _ in range(3)]
@@ -130,6 +127,33 @@ def test_contexts_of_two_threads_leave_nothing(context: Context, x: Tensor) -> N
         sys.setswitchinterval(switch)
     assert torch.equal(net(x), want)
     assert same(whole(net), before)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv", "gru", "bypass"])
+def test_a_forward_pass_goes_on_when_another_thread_enters_bare(name: str, x: Tensor) -> None:
+    layers = {"linear": nn.Linear(8, 6), "conv": nn.Conv1d(8, 6, 1), "gru": nn.GRU(8, 6), "bypass": Net()}
+    net = layers[name] if name == "bypass" else nn.Sequential(layers[name])
+    around = {"target_modules": [], "bypass": (8, 4)} if name == "bypass" else {}
+    attach(net, LoRAConfig(rank=2, **around))
+    stir(net)
+    layer, x = layers[name], x[..., None] if name == "conv" else x
+    begun = layer.forward
+    with bare(net):
+        assert same(begun(x), layer(x))
+
+
+def test_a_forward_pass_that_has_its_adapters_ends_when_another_thread_enters_bare(x: Tensor) -> None:
+    net = adapted()
+    (kind, adapters), want = (net.first.lora_weight.kind, net.first.lora_weight.in_effect.adapters), net.first(x)
+    with bare(net):
+        assert torch.equal(kind.adapted(net.first, net.first.weight, x, adapters), want)
+
+
+def test_a_weight_that_is_being_read_is_that_of_the_base_when_another_thread_enters_bare() -> None:
+    net = adapted()
+    read = type(net.rnn).weight_ih_l0.fget
+    with bare(net):
+        assert read(net.rnn) is net.rnn.weight_ih_l0
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
