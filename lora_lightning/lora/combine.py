@@ -91,8 +91,8 @@ def _sum_of_biases(target: Target, weights: Mapping[str, float]) -> Tensor:
     total = torch.zeros(target.shape[0])
     for name, factor in weights.items():
         if name in adapters.names() and adapters.adapter(name).config.lora_bias:
-            update = adapters.adapter(name).bias_update()
-            total = total.to(update) + factor * update
+            update = adapters.adapter(name).own_bias() * (factor * adapters.adapter(name).scaling)
+            total = total.to(update) + update
     return total
 
 
