@@ -7,7 +7,7 @@ called with remembers what was trainable before, and the modules that are traine
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -418,7 +418,7 @@ def merge(module: nn.Module, check_finite: bool = True) -> None:
 
     Args:
         module: The module that `attach` was called with.
-        check_finite: Whether to refuse adapters that contain NaN or infinity.
+        check_finite: Whether to refuse adapters that bring NaN or infinity into the weights.
 
     Raises:
         ValueError: If `module` is not adapted, another layer shares an adapted weight, a weight is computed from
@@ -444,12 +444,12 @@ def merge(module: nn.Module, check_finite: bool = True) -> None:
             )
     new, biases = [_merged_weight(weight) for weight in found], [_merged_bias(weight) for weight in found]
     if check_finite:
-        bad = [
-            weight.name for weight, *values in zip(found, new, biases, strict=True) if not _is_finite(weight, values)
-        ]
+        merged_values = zip(found, new, biases, strict=True)
+        bad = [weight.name for weight, value, bias in merged_values if not _is_finite(weight, value, bias)]
         if bad:
             raise ValueError(
-                f"The adapters of {some_of(map(repr, bad))} contain NaN or infinity: merging would destroy the base."
+                f"The adapters of {some_of(map(repr, bad))} contain NaN or infinity, or their sum with the base is too "
+                "large for its dtype: merging would destroy the base."
             )
     packed = [
         weight for weight in found if weight.kind.is_packed or is_quantized(stored(weight.layer, weight.parameter))
@@ -656,9 +656,13 @@ def _adds_bias(weight: AdaptedWeight) -> bool:
     return any(weight.adapters.adapter(name).config.lora_bias for name in weight.adapters.active)
 
 
-def _is_finite(weight: AdaptedWeight, values: Iterable[Tensor | None]) -> bool:
-    """Return whether an update is finite. A base that was not finite before is not the fault of the adapter."""
-    if all(value is None or bool(value.isfinite().all()) for value in values):
+def _is_finite(weight: AdaptedWeight, merged: Tensor, bias: Tensor | None) -> bool:
+    """Return whether W' and its bias are finite where W and b are. The rest is not the fault of the adapters."""
+    if merged.isfinite().all() and (bias is None or bias.isfinite().all()):
         return True
-    chosen = map(weight.adapters.adapter, weight.adapters.active)
-    return all(bool(value.isfinite().all()) for adapter in chosen for value in adapter.parameters())
+    pairs = [(merged, weight.dense_weight()), (bias, stored_bias(weight.layer))]
+    return all(
+        bool((after.isfinite() | ~before.isfinite()).all())
+        for after, before in pairs
+        if after is not None and before is not None
+    )
