@@ -78,7 +78,8 @@ def attach(module: nn.Module, config: LoRAConfig, name: str = "default") -> list
     Raises:
         ValueError: If the name exists or cannot be that of a module, a pattern matches nothing, a layer cannot be
             adapted, or `init="eva"` needs batches. `module` is then unchanged.
-        RuntimeError: Within `bare`, `disabled` or `merged`.
+        RuntimeError: Within `bare`, `disabled` or `merged`, or if the class of an adapted layer was replaced, as by
+            `fully_shard`.
     """
     if config.init == "eva":
         raise ValueError(
@@ -105,6 +106,8 @@ def attach_to(module: nn.Module, selected: list[Target], config: LoRAConfig, nam
     """Attach adapters to weights that were selected, as `attach` does."""
     check_name(module, selected, name)
     require_no_context(module, "attach adapters")
+    for target in selected:
+        require_own_class(target.layer)
     biases = bias_keys(module, selected, config)
     made = [_make(target, config) for target in selected]  # nothing has changed so far
     attachment = vars(module).get("_lora_attachment") or Attachment.of(module)
@@ -151,6 +154,21 @@ def active_names(module: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for adapters in _containers(module) for name in adapters.active))
 
 
+def require_active_names(module: nn.Module) -> list[str]:
+    """Return the names of the active adapters.
+
+    Raises:
+        ValueError: If there are none, as within `bare`, or after it where all adapted layers were replaced.
+    """
+    names = active_names(module)
+    if not names:
+        raise ValueError(
+            f"This {type(module).__name__} has no adapters now: ask outside of bare(net), or attach new ones if their "
+            "layers were replaced."
+        )
+    return names
+
+
 def trained_names(module: nn.Module) -> list[str]:
     """Return the names of the adapters that are trained.
 
@@ -165,9 +183,9 @@ def the_active_name(module: nn.Module) -> str:
     """Return the name of the active adapters, if they have a single one.
 
     Raises:
-        ValueError: If several are active.
+        ValueError: If several are active, or none.
     """
-    names = active_names(module)
+    names = require_active_names(module)
     if len(names) > 1:
         raise ValueError(
             f"The adapters {', '.join(map(repr, names))} of this {type(module).__name__} are active: say which of them "
@@ -306,12 +324,15 @@ def delete_adapter(module: nn.Module, name: str) -> None:
 
     Raises:
         ValueError: If there are no adapters with this name.
-        RuntimeError: Within `bare`, and within `merged` if they are active.
+        RuntimeError: Within `bare`, within `merged` if they are active and not the last, or if the class of a layer was
+            replaced after `attach`, as `fully_shard` does.
     """
     module = unwrapped(module)
     attachment_of(module)
     require_no_bare_layers(module)
-    _check_names(module, [name])
+    _require_name(module, name)
+    for layer in _layers(module):
+        require_own_class(layer)
     others = [other for other in _names(module) if other != name]
     if not others:
         detach(module)
@@ -508,7 +529,7 @@ def config_of(module: nn.Module, name: str | None = None) -> LoRAConfig:
         ValueError: If there are none.
     """
     attachment_of(module)
-    chosen = name or next(iter([*trained_names(module), *active_names(module)]))
+    chosen = name or [*trained_names(module), *require_active_names(module)][0]
     found = adapted_weights(module, chosen)
     if not found:
         raise ValueError(

@@ -11,6 +11,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +38,7 @@ from lora_lightning.lora import (
     scaled,
     set_adapter,
 )
+from lora_lightning.lora.adaptation import config_of
 from tests.helpers import same, state, stir
 
 Context = Callable[[nn.Module], AbstractContextManager[object]]
@@ -298,6 +301,14 @@ def test_a_file_saved_within_disabled_has_its_adapters_on(x: Tensor) -> None:
         torch.save(net, file)
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=False)(x), want)
+
+
+def test_a_question_for_the_active_adapters_within_bare_is_answered_with_a_way_out(tmp_path: Path) -> None:
+    net = adapted()
+    with bare(net):
+        for ask in (partial(save_adapter, net, tmp_path), partial(config_of, net)):
+            with pytest.raises(ValueError, match=r"no adapters now: .* outside of bare"):
+                ask()
 
 
 def test_a_copy_within_bare_is_plain(x: Tensor) -> None:
