@@ -7,17 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adaptation import (
-    adapted_weights,
-    adapter_names,
-    attach_to,
-    attachment_of,
-    config_of,
-    unwrapped,
-)
+from lora_lightning.lora.adaptation import attach_to
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.layers import adapters_of
 from lora_lightning.lora.matching import exactly, literally
+from lora_lightning.lora.record import adapted_weights, adapter_names, attachment_of, config_of, unwrapped
 from lora_lightning.lora.selection import check, layers_of
 from lora_lightning.lora.targets import AdaptedWeight, Target
 

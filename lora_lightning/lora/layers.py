@@ -333,8 +333,8 @@ def take_away(layer: nn.Module, name: str) -> None:
         empty = [child_name(parameter) for parameter, _ in layer.lora_kinds if parameter not in dict(left)]
         # The class first, for the sake of other threads.
         _become(layer, adapted_class(layer.lora_plain, left, adds_bias) if left else layer.lora_plain)
-        for name in empty:
-            del layer._modules[name]
+        for child in empty:
+            del layer._modules[child]
 
 
 def restore(layer: nn.Module) -> None:

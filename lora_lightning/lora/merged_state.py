@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adaptation import adapted_weights, unwrapped
 from lora_lightning.lora.adapter import is_quantized
 from lora_lightning.lora.layers import bias_in_effect, effective, is_computed, stored, stored_bias
 from lora_lightning.lora.modules_to_save import shared_memory
+from lora_lightning.lora.record import adapted_weights, unwrapped
 from lora_lightning.lora.state import with_values
 from lora_lightning.lora.targets import AdaptedWeight
 from lora_lightning.wording import some_of

@@ -87,7 +87,10 @@ def keep_packing(module: nn.Module) -> None:
 
 
 def become_linear(layer: nn.Module, weight: Tensor) -> None:
-    """Convert a quantized layer without adapters in place to `nn.Linear` with this weight. Hooks of its passes are kept."""
+    """Convert a quantized layer without adapters in place to `nn.Linear` with this weight, and keep its hooks.
+
+    Those of the state dict are left out, since they are those of bitsandbytes.
+    """
     out_features, in_features = weight.shape
     plain = nn.Linear(in_features, out_features, bias=False, device="meta")
     plain.train(layer.training)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from lora_lightning.lora.adaptation import adapted_weights
+from lora_lightning.lora.record import adapted_weights
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

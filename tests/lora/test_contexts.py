@@ -38,7 +38,7 @@ from lora_lightning.lora import (
     scaled,
     set_adapter,
 )
-from lora_lightning.lora.adaptation import config_of
+from lora_lightning.lora.record import config_of
 from tests.helpers import same, state, stir
 
 Context = Callable[[nn.Module], AbstractContextManager[object]]
