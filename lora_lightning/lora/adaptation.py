@@ -15,7 +15,7 @@ from torch import nn
 from lora_lightning.lora.adapter import Adapter, drop_gradients, is_sharded
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.freeze import freeze, keep_frozen, unfreeze_statistics
-from lora_lightning.lora.layers import computing_without_updates, place, require_own_class, restore, take_away
+from lora_lightning.lora.layers import place, require_own_class, restore, take_away, without_power_iteration
 from lora_lightning.lora.modules_to_save import SavedModules, choose
 from lora_lightning.lora.packed import keep_packing
 from lora_lightning.lora.record import (
@@ -41,7 +41,9 @@ from lora_lightning.wording import some_of
 
 
 def attach(module: nn.Module, config: LoRAConfig, name: str = "default") -> list[str]:
-    """Freeze `module`, adapt the matching layers in place, and return their dotted names (`""` for `module` itself).
+    """Freeze `module`, adapt the matching layers in place, and return the names of all adapted layers.
+
+    The name of `module` itself is `""`. For a module that reads its weights, these are the names of the weights.
 
     Gradients of what is frozen are dropped, so that an optimizer of before does not move it.
 
@@ -73,13 +75,13 @@ def attach_as_configured(module: nn.Module, config: LoRAConfig, name: str) -> li
             f"{[found.name for found in adapted_weights(module, name)]}. Call detach(module) or merge(module) first, "
             "or give the new adapters another name."
         )
-    with computing_without_updates(module):
+    with without_power_iteration(module):
         return attach_to(module, select(module, config), config, name)
 
 
 def attach_to(module: nn.Module, selected: list[Target], config: LoRAConfig, name: str) -> list[str]:
     """Attach adapters to weights that were selected, as `attach` does."""
-    check_name(module, selected, name)
+    check_name(selected, name)
     require_no_context(module, "attach adapters")
     for target in selected:
         require_own_class(target.layer)
@@ -210,8 +212,8 @@ def delete_adapter(module: nn.Module, name: str) -> None:
 
     Raises:
         ValueError: If there are no adapters with this name.
-        RuntimeError: Within `bare`, within `merged` if they are active and not the last, or if the class of a layer was
-            replaced after `attach`, as `fully_shard` does.
+        RuntimeError: Within `bare`, or if the class of a layer was replaced after `attach`, as `fully_shard` does. If
+            they are active and others are left, for the reasons of `set_adapter` as well.
     """
     module = unwrapped(module)
     attachment_of(module)
@@ -237,11 +239,12 @@ def delete_adapter(module: nn.Module, name: str) -> None:
 def detach(module: nn.Module) -> None:
     """Remove all adapters and restore `module` bitwise, including `requires_grad`.
 
-    It has to be the module that `attach` was called with.
+    It has to be the module that `attach` was called with. Gradients that `attach` dropped do not come back, and the
+    4-bit layers of bitsandbytes keep their packing.
 
     Raises:
         ValueError: If `module` has no adapters of its own.
-        RuntimeError: If the class of a layer was replaced after `attach`, as `fully_shard` does.
+        RuntimeError: Within `bare`, or if the class of a layer was replaced after `attach`, as `fully_shard` does.
     """
     module = unwrapped(module)
     attachment_of(module)

@@ -26,6 +26,8 @@ from lora_lightning.lora.config import LoRAConfig
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from lora_lightning.lora.layers import CalledKind
+
 L = TypeVar("L", bound=nn.Module)
 Forward = Callable[..., Tensor]
 _lock = RLock()
@@ -68,7 +70,7 @@ class Kind(Generic[L]):
         is_reader: Whether the module reads the weight in effect, W + ΔW. Otherwise the adapter has a path of its own.
         is_packed: Whether only the layer itself can compute with the stored weight.
         is_leaf: Whether torch.fx takes the layer as it is, since the module is one layer and not a network.
-        sizes: Attributes of the layer that state the shape of the weight.
+        sizes: Attributes of the layer that state the shape of the weight. They are read-only while it has adapters.
         mixin: Further methods of the class of adapted layers, if any.
     """
 
@@ -98,43 +100,13 @@ class Kind(Generic[L]):
         """Return the shape of W as a plain tensor."""
         return weight.shape
 
-    def forward(self, plain: type[nn.Module]) -> Forward | None:
-        """Return the forward pass for adapted layers of the class `plain`. `None` keeps that of `plain`."""
-        return None
+    def forward(self, plain: type[nn.Module]) -> Forward:
+        """Return the forward pass for adapted layers of the class `plain`."""
+        raise NotImplementedError
 
 
 AnyKind: TypeAlias = Kind[Any]
 """A kind of whatever type of layer. It is `Any` since a list of kinds has no common type of layer."""
-
-
-class CalledKind(Kind[L]):
-    """Describes one type of layer that is called, where the adapter has a path of its own: y = W x + b + s B A x."""
-
-    is_reader = False
-
-    def base(self, layer: L, weight: Tensor, input: Tensor) -> Tensor:
-        """Return W x + b."""
-        raise NotImplementedError
-
-    def low_rank(self, layer: L, input: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Return B A x, computed as the layer computes W x."""
-        raise NotImplementedError
-
-    def bias(self, layer: L) -> Tensor | None:
-        """Return b, if the layer has one."""
-        found: Tensor | None = getattr(layer, "bias", None)
-        return found
-
-    def per_output(self, layer: L, values: Tensor) -> Tensor:
-        """Reshape a vector of shape (out,) such that it multiplies an output of the layer."""
-        return values
-
-    def adapted(self, layer: L, weight: Tensor, input: Tensor, adapters: tuple[Adapter, ...]) -> Tensor:
-        """Return the output of the layer with these adapters, W x + b + Σ s B A x."""
-        base = output = self.base(layer, weight, input)
-        for adapter in adapters:
-            output = output + adapter.change(self, layer, weight, input, base).to(output.dtype)
-        return output
 
 
 class Adapter(nn.Module):
@@ -209,8 +181,8 @@ class Adapter(nn.Module):
         if self.lora_bias is not None:
             self.lora_bias.zero_()
 
-    def load_base(self, weight: Tensor) -> None:
-        """Take note of a W that was loaded. The adapter of this class does not depend on it."""
+    def base_changed(self, weight: Tensor) -> None:
+        """Take note of a W that was loaded or written. The adapter of this class does not depend on it."""
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the A and B of the product, as matrices of shape (r, in) and (out, r) with the experts in front."""
@@ -362,7 +334,6 @@ class Adapters(nn.Module):
 
     Args:
         kind: The kind of the layer, as far as this weight is concerned.
-        layout: The layout of the weight.
         parameter: Name of the weight in its layer; `""` for a bypass, which has no weight.
 
     Attributes:
@@ -374,9 +345,9 @@ class Adapters(nn.Module):
             normalization.
     """
 
-    def __init__(self, kind: AnyKind, layout: Layout, parameter: str) -> None:
+    def __init__(self, kind: AnyKind, parameter: str) -> None:
         super().__init__()
-        self.kind, self.layout, self.parameter = kind, layout, parameter
+        self.kind, self.parameter = kind, parameter
         self.active: tuple[str, ...] = ()
         self.trained: tuple[str, ...] = ()
         self.in_effect = InEffect(None, ())
@@ -407,8 +378,6 @@ class Adapters(nn.Module):
             adapter.requires_grad_(name in self.trained)
             for fixed in adapter.fixed:
                 adapter.get_parameter(fixed).requires_grad_(False)
-            if name not in self.trained:
-                drop_gradients(adapter)
         self.update()
 
     def pause(self, key: object, names: Collection[str] | None = None) -> None:

@@ -1,10 +1,9 @@
 """Adapted layers. Each is the original object, whose class is replaced with a subclass of its own class.
 
 The base keeps its parameters under their names, so plain checkpoints load, and hooks and references survive. The
-subclass adds a forward pass with adapters, or none where the module reads its weight itself. In both, reading an
-adapted parameter returns the weight in effect, W + ΔW, and nothing can be assigned to it: whoever assigns has usually
-read it before, and the update would count twice. `bare` gives the plain layers to whatever writes into them or wraps
-them.
+subclass adds a forward pass, with adapters or around the plain one. Reading an adapted parameter returns the weight in
+effect, W + ΔW, and nothing can be assigned to it: whoever assigns has usually read it before, and the update would
+count twice. `bare` gives the plain layers to whatever writes into them or wraps them.
 
 The adapters of a parameter are a child of the layer, `layer.lora_<parameter>`. W itself is `stored(layer, parameter)`.
 """
@@ -30,8 +29,9 @@ from lora_lightning.lora.adapter import (
     Adapter,
     Adapters,
     AnyKind,
-    CalledKind,
     Forward,
+    Kind,
+    L,
     Layout,
     is_sharded,
     this_thread,
@@ -42,6 +42,54 @@ from lora_lightning.lora.fused import fused_linear
 Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Kinds: TypeAlias = tuple[tuple[str, AnyKind], ...]
 """The adapted parameters of a layer and their kinds."""
+
+
+class CalledKind(Kind[L]):
+    """Describes one type of layer that is called, where the adapter has a path of its own: y = W x + b + s B A x."""
+
+    is_reader = False
+
+    def base(self, layer: L, weight: Tensor, input: Tensor) -> Tensor:
+        """Return W x + b. `weight` is W as it is stored, or a plain W' within `merged`."""
+        raise NotImplementedError
+
+    def low_rank(self, layer: L, input: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Return B A x, computed as the layer computes W x."""
+        raise NotImplementedError
+
+    def bias(self, layer: L) -> Tensor | None:
+        """Return b, if the layer has one."""
+        found: Tensor | None = getattr(layer, "bias", None)
+        return found
+
+    def per_output(self, layer: L, values: Tensor) -> Tensor:
+        """Reshape a vector of shape (out,) such that it multiplies an output of the layer."""
+        return values
+
+    def adapted(self, layer: L, weight: Tensor, input: Tensor, adapters: tuple[Adapter, ...]) -> Tensor:
+        """Return the output of the layer with these adapters, W x + b + Σ s B A x."""
+        base = output = self.base(layer, weight, input)
+        for adapter in adapters:
+            output = output + adapter.change(self, layer, weight, input, base).to(output.dtype)
+        return output
+
+    def forward(self, plain: type[nn.Module]) -> Forward:
+        kind = self
+
+        def forward(self: L, input: Tensor) -> Tensor:
+            # These are the lines of `adapters_of` and `stored`, since each call costs part of a microsecond.
+            adapters = self._modules.get("lora_weight")
+            if not isinstance(adapters, Adapters):
+                return _plain_forward(self, input)
+            merged, active, _ = adapters.in_effect
+            if merged is not None:
+                return kind.base(self, merged, input)
+            weight = self._parameters.get("weight")
+            if isinstance(input, Proxy) and active:
+                raise RuntimeError(_is_traced(self))
+            return kind.adapted(self, stored(self, "weight") if weight is None else weight, input, active)
+
+        return forward
 
 
 class LinearKind(CalledKind[nn.Linear]):
@@ -121,16 +169,14 @@ class Adapted(nn.Module):
         lora_plain: The class of the layer without adapters.
         lora_kinds: The adapted parameters and their kinds.
         lora_read: The parameters that return the weight in effect, and `bias` if adapters add to it.
-        lora_sizes: Attributes that state the shape of a weight.
     """
 
     lora_plain: ClassVar[type[nn.Module]]
     lora_kinds: ClassVar[Kinds]
     lora_read: ClassVar[tuple[str, ...]]
-    lora_sizes: ClassVar[tuple[str, ...]]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        parameter = name.removesuffix("_orig")
+        parameter = name.removesuffix("_orig")  # pruning and hooks of the old kind keep W under such a name
         may_write = vars(self).get("lora_is_loading") or _is_distributed(param, self._parameters.get(name))
         if parameter not in self.lora_read:
             super().register_parameter(name, param)
@@ -159,7 +205,7 @@ class Adapted(nn.Module):
             del vars(self)["lora_is_loading"]
         for parameter, _ in self.lora_kinds:
             if prefix + parameter in state_dict:
-                load_base(self, parameter)
+                base_changed(self, parameter)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         if self.lora_plain.__reduce_ex__ is object.__reduce_ex__ and self.lora_plain.__reduce__ is object.__reduce__:
@@ -188,7 +234,7 @@ class ReadOnlyParametrizations(nn.ModuleDict):
 
 
 @contextmanager
-def computing_without_updates(module: nn.Module) -> Iterator[None]:
+def without_power_iteration(module: nn.Module) -> Iterator[None]:
     """Read computed weights without changing buffers. In training, spectral norm updates its estimate at each read."""
     lists = [child for child in module.modules() if isinstance(child, ParametrizationList)]
     training = [child for found in lists for child in found.modules() if child.training]
@@ -280,14 +326,14 @@ def stored_bias(layer: nn.Module) -> Tensor | None:
     return vars(layer).get("bias") if found is None else found
 
 
-def load_base(layer: nn.Module, parameter: str) -> None:
-    """Tell the adapters of a parameter that its values were loaded."""
+def base_changed(layer: nn.Module, parameter: str) -> None:
+    """Tell the adapters of a parameter that its values were loaded or written."""
     adapters = adapters_of(layer, parameter)
     found = [adapter for name in adapters.names() if (adapter := adapters.adapter(name)).reads_weight]
     if found:
         weight = adapters.kind.dense(layer, stored(layer, parameter))
         for adapter in found:
-            adapter.load_base(weight)
+            adapter.base_changed(weight)
 
 
 def place(layer: nn.Module, parameter: str, kind: AnyKind, name: str, adapter: Adapter) -> None:
@@ -297,7 +343,7 @@ def place(layer: nn.Module, parameter: str, kind: AnyKind, name: str, adapter: A
     if parameter not in dict(kinds):
         plain = layer.lora_plain if isinstance(layer, Adapted) else type(layer)
         cls = adapted_class(plain, (*kinds, (parameter, kind)), had_bias)
-        adapters = Adapters(kind, kind.layout(layer, parameter), parameter).train(layer.training)
+        adapters = Adapters(kind, parameter).train(layer.training)
         adapters.is_computed = is_computed(layer, parameter)
         layer.add_module(child_name(parameter), adapters)
         _become(layer, cls)
@@ -372,22 +418,22 @@ def bare(module: nn.Module) -> Iterator[nn.Module]:
             torch.nn.utils.parametrizations.weight_norm(net.linear1)
     """
     key = object()
-    with _lock, computing_without_updates(module):
+    with _lock, without_power_iteration(module):
         held = [
             bare_layers[layer] if layer in bare_layers else _Held(name, layer)
             for name, layer in module.named_modules()
             if isinstance(layer, Adapted) or layer in bare_layers
         ]
-        for layer in held:
-            require_own_class(layer.layer)
-        for layer in held:
-            layer.set_aside(key)
+        for each in held:
+            require_own_class(each.layer)
+        for each in held:
+            each.set_aside(key)
     try:
         yield module
     finally:
-        with _lock, computing_without_updates(module):
+        with _lock, without_power_iteration(module):
             modules = set(module.modules())
-            lost = [layer.name for layer in held if not layer.put_back(key, layer.layer in modules)]
+            lost = [each.name for each in held if not each.put_back(key, each.layer in modules)]
         if lost:
             warnings.warn(
                 "These layers were replaced or resized inside bare(net), and the new ones have no adapters: "
@@ -430,7 +476,7 @@ class _Held:
         adds_bias = any(adapters.have_bias for adapters in self.children.values())
         _become(layer, adapted_class(type(layer), self.kinds, adds_bias))
         for parameter, _ in self.kinds:
-            load_base(layer, parameter)
+            base_changed(layer, parameter)
         if self._is_distributed() and not self.was_distributed:  # by parallelize_module
             self._replicate()
         return True
@@ -486,16 +532,13 @@ def adapted_class(plain: type[nn.Module], kinds: Kinds, adds_bias: bool = False)
 def _make_class(plain: type[nn.Module], kinds: Kinds, adds_bias: bool) -> type[nn.Module]:
     weights = tuple(name for name, kind in kinds if name and not kind.is_packed)
     read = (*weights, "bias") if adds_bias else weights
-    sizes = tuple(dict.fromkeys(size for _, kind in kinds for size in kind.sizes))
-    members: dict[str, object] = {"lora_plain": plain, "lora_kinds": kinds, "lora_read": read, "lora_sizes": sizes}
+    members: dict[str, object] = {"lora_plain": plain, "lora_kinds": kinds, "lora_read": read}
     members |= {name: _weight_in_effect(name) for name in weights}
     members |= {"bias": property(_read_bias, _refuse_bias)} if adds_bias else {}
-    members |= {name: _fixed_size(name) for name in sizes if not hasattr(plain, name)}
+    members |= {name: _fixed_size(name) for _, kind in kinds for name in kind.sizes if not hasattr(plain, name)}
     members |= {name: _reset(name) for name in ("reset_parameters", "_reset_parameters") if hasattr(plain, name)}
     for _, kind in kinds:
-        forward = _called_forward(kind) if isinstance(kind, CalledKind) else kind.forward(plain)
-        if forward is not None:
-            members["forward"] = forward
+        members["forward"] = kind.forward(plain)
     # torch.fx takes layers of torch.nn as they are. From others it would copy the weights that it reads, W + ΔW.
     is_leaf = any(kind.is_leaf for _, kind in kinds) and not plain.__module__.startswith("torch.nn")
     members["__module__"] = "torch.nn" if is_leaf else plain.__module__
@@ -517,25 +560,6 @@ def subclass(
 
     made: type[nn.Module] = new_class(name, (first, *mixins, plain), exec_body=fill)
     return made
-
-
-def _called_forward(kind: CalledKind[nn.Module]) -> Forward:
-    """Return the forward pass of layers whose adapter has a path of its own."""
-
-    def forward(self: nn.Module, input: Tensor) -> Tensor:
-        # The lines of `adapters_of` and `stored`, since each call costs part of a microsecond.
-        adapters = self._modules.get("lora_weight")
-        if not isinstance(adapters, Adapters):
-            return _plain_forward(self, input)
-        merged, active, _ = adapters.in_effect
-        if merged is not None:
-            return kind.base(self, merged, input)
-        weight = self._parameters.get("weight")
-        if isinstance(input, Proxy) and active:
-            raise RuntimeError(_is_traced(self))
-        return kind.adapted(self, stored(self, "weight") if weight is None else weight, input, active)
-
-    return forward
 
 
 def _plain_forward(layer: nn.Module, input: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from lora_lightning.lora.adaptation import leave_plain
 from lora_lightning.lora.adapter import is_quantized
 from lora_lightning.lora.layers import (
     bias_with_updates,
-    computing_without_updates,
     is_computed,
     require_own_class,
     stored,
     stored_bias,
     with_updates,
+    without_power_iteration,
 )
 from lora_lightning.lora.modules_to_save import shared_memory
 from lora_lightning.lora.packed import become_linear
@@ -158,7 +158,7 @@ def _merged_weight(weight: AdaptedWeight) -> Tensor:
     if merged is not None:
         return merged
     chosen = tuple(map(weight.adapters.adapter, weight.adapters.active))
-    with computing_without_updates(weight.layer):
+    with without_power_iteration(weight.layer):
         return with_updates(weight.layer, weight.adapters, chosen)
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.adapter import Adapters, CalledKind, Layout
-from lora_lightning.lora.layers import Adapted, EmbeddingKind, FusedLinearKind, LinearKind, stored
+from lora_lightning.lora.adapter import Adapters, Layout
+from lora_lightning.lora.layers import Adapted, CalledKind, EmbeddingKind, FusedLinearKind, LinearKind, stored
 
 
 class TransposedLinearKind(CalledKind[nn.Linear]):

@@ -41,7 +41,7 @@ class ReaderKind(Kind[L]):
                 return "has sparse gradients, which cannot flow to an adapter: use sparse=False"
         return None
 
-    def forward(self, plain: type[nn.Module]) -> Forward | None:
+    def forward(self, plain: type[nn.Module]) -> Forward:
         plain_forward = plain.forward
 
         @wraps(plain_forward)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adapter import Adapter, CalledKind, L, Layout, parameter_of, without_autocast
+from lora_lightning.lora.adapter import Adapter, L, Layout, parameter_of, without_autocast
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.low_rank import low_rank_factors
+
+if TYPE_CHECKING:
+    from lora_lightning.lora.layers import CalledKind
 
 
 class PiSSAAdapter(Adapter):
@@ -96,8 +101,8 @@ class MiCAAdapter(Adapter):
         """Set A to zero."""
         self.lora_A.zero_()
 
-    def load_base(self, weight: Tensor) -> None:
-        """Start from a W that was loaded, if the adapter is untrained."""
+    def base_changed(self, weight: Tensor) -> None:
+        """Start from a W that was loaded or written, if the adapter is untrained."""
         if self.is_zero():
             self.start(weight)
 
@@ -135,8 +140,8 @@ class DoRAAdapter(Adapter):
             self.lora_magnitude_vector = nn.Parameter(norms)
 
     @torch.no_grad()
-    def load_base(self, weight: Tensor) -> None:
-        """Take the norms of a W that was loaded, if the adapter is untrained."""
+    def base_changed(self, weight: Tensor) -> None:
+        """Take the norms of a W that was loaded or written, if the adapter is untrained."""
         if self.is_zero():
             self.lora_magnitude_vector.copy_(self._norms(weight, self.scaling))
 

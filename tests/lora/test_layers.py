@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lightning.lora import LoRAConfig, adapted_weights, attach, disabled, merge
-from lora_lightning.lora.adapter import CalledKind
 from lora_lightning.lora.fused import _dropout, _dropout_again
+from lora_lightning.lora.layers import CalledKind
 from lora_lightning.lora.other_layers import ScaledEmbeddingKind
 from lora_lightning.lora.registry import kind_of
 from tests.helpers import stir
