@@ -72,6 +72,7 @@ SHARED = {
         "lora.record.active_names",
         "lora.record.trained_names",
         "lora.record.unwrapped",
+        "lora.adapter.is_distributed",
         "lora.adapter.is_quantized",
         "lora.fingerprint.base_tensors",
         "lora.freeze.FrozenStatistics",
@@ -80,7 +81,6 @@ SHARED = {
         "lora.sharding.distribute_adapters",
         "lora.sharding.full",
         "lora.selection.can_be_name",
-        "lora.sharding.is_distributed",
     },
     "names in folders and in the callback are matched as in LoRAConfig": {
         "lora.matching.Names",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import RLock, get_ident
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from lora_lightning.lora.config import LoRAConfig
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
     from lora_lightning.lora.layers import CalledKind
 
@@ -484,9 +485,14 @@ def is_quantized(weight: Tensor) -> bool:
     return type(weight).__module__.startswith("torchao.")
 
 
+def is_distributed(value: Tensor | None) -> TypeGuard[DTensor]:
+    """Return whether a tensor is a `DTensor`."""
+    return hasattr(value, "full_tensor")
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether each process holds a part of a tensor."""
-    return any(not placement.is_replicate() for placement in getattr(tensor, "placements", ()))
+    return is_distributed(tensor) and any(not placement.is_replicate() for placement in tensor.placements)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:

@@ -33,6 +33,7 @@ from lora_lightning.lora.adapter import (
     Kind,
     L,
     Layout,
+    is_distributed,
     is_sharded,
     this_thread,
 )
@@ -177,10 +178,11 @@ class Adapted(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         parameter = name.removesuffix("_orig")  # pruning and hooks of the old kind keep W under such a name
-        may_write = vars(self).get("lora_is_loading") or _is_distributed(param, self._parameters.get(name))
+        # `fully_shard` puts distributed tensors into place and takes them out.
+        is_sharding = is_distributed(param) or is_distributed(self._parameters.get(name))
         if parameter not in self.lora_read:
             super().register_parameter(name, param)
-        elif may_write:
+        elif is_sharding or vars(self).get("lora_is_loading"):
             self._parameters[name] = param
         else:
             raise RuntimeError(_is_read_only(self, parameter))
@@ -482,14 +484,14 @@ class _Held:
         return True
 
     def _is_distributed(self) -> bool:
-        return any(hasattr(stored(self.layer, name), "device_mesh") for name, _ in self.kinds if name)
+        return any(is_distributed(stored(self.layer, name)) for name, _ in self.kinds if name)
 
     def _replicate(self) -> None:
         for adapters in self.children.values():
-            mesh = getattr(stored(self.layer, adapters.parameter), "device_mesh", None) if adapters.parameter else None
-            if mesh is not None:
+            weight = stored(self.layer, adapters.parameter) if adapters.parameter else None
+            if is_distributed(weight):
                 for name in adapters.names():
-                    adapters.adapter(name).replicate(mesh)
+                    adapters.adapter(name).replicate(weight.device_mesh)
 
     def _shapes(self) -> list[torch.Size]:
         found = []
@@ -637,11 +639,10 @@ def _can_be_added(weight: Tensor, adapters: Adapters) -> bool:
 
     `fully_shard` reads the shard that it owns, and must get that.
     """
-    mesh = getattr(weight, "device_mesh", None)
-    if mesh is None:
+    if not is_distributed(weight):
         return True
-    factors = [adapter.lora_A for adapter in adapters.in_effect.adapters]
-    return all(getattr(factor, "device_mesh", None) == mesh and not is_sharded(factor) for factor in factors)
+    mesh, factors = weight.device_mesh, [adapter.lora_A for adapter in adapters.in_effect.adapters]
+    return all(is_distributed(a) and a.device_mesh == mesh and not is_sharded(a) for a in factors)
 
 
 def _start_again(layer: nn.Module, parameter: str, weight: Tensor) -> None:
@@ -698,11 +699,6 @@ def _is_traced(layer: nn.Module) -> str:
         f"torch.fx cannot trace into this {type(layer).__name__}, which has adapters. Trace a module that contains it "
         "and keeps it as a leaf, trace inside lora.merged(net), or merge the adapters first."
     )
-
-
-def _is_distributed(*parameters: Tensor | None) -> bool:
-    """Return whether any of these is a distributed tensor, which `fully_shard` puts into place and takes out."""
-    return any(hasattr(parameter, "device_mesh") for parameter in parameters)
 
 
 def _is_read_only(layer: Adapted, parameter: str) -> str:

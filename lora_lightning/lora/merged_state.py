@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adapter import is_quantized
+from lora_lightning.lora.adapter import is_distributed, is_quantized
 from lora_lightning.lora.layers import bias_in_effect, effective, is_computed, stored, stored_bias
 from lora_lightning.lora.modules_to_save import shared_memory
 from lora_lightning.lora.record import adapted_weights, unwrapped
@@ -74,4 +74,4 @@ def _why_not(weight: AdaptedWeight, memory: Mapping[int, list[str]]) -> str:
         return "without a bias for that of its adapter"
     if weight.kind.is_packed or is_quantized(tensor):
         return "quantized"
-    return "distributed over processes" if hasattr(tensor, "device_mesh") else ""
+    return "distributed over processes" if is_distributed(tensor) else ""
