@@ -41,9 +41,9 @@ from lora_lightning.wording import some_of
 
 
 def attach(module: nn.Module, config: LoRAConfig, name: str = "default") -> list[str]:
-    """Freeze `module`, adapt the matching layers in place, and return the names of all adapted layers.
+    """Freeze `module`, adapt the matching layers in place, and return their dotted names (`""` for `module` itself).
 
-    The name of `module` itself is `""`. For a module that reads its weights, these are the names of the weights.
+    For a module that reads its weights, these are the names of the weights, for example `lstm.weight_ih_l0`.
 
     Gradients of what is frozen are dropped, so that an optimizer of before does not move it.
 
