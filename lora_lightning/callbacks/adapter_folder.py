@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lora_lightning.callbacks.summary import stage_metrics
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import adapter_names
-from lora_lightning.lora.adaptation import active_names, trained_names
 from lora_lightning.lora.fingerprint import BaseDigests
+from lora_lightning.lora.record import active_names, trained_names
 from lora_lightning.peft_format.differences import unknown_to_peft
 from lora_lightning.peft_format.folder import AdapterFolder
 from lora_lightning.report.files import free_name, write_to

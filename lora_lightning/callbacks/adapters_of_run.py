@@ -17,8 +17,8 @@ from lora_lightning.checkpoints import newest_adapter
 from lora_lightning.checkpoints.checkpoints import choice_in_words
 from lora_lightning.checkpoints.random_state import own_random_numbers
 from lora_lightning.lora import LoRAConfig, adapted_weights, attach, backbone_of, set_adapter
-from lora_lightning.lora.adaptation import config_of, unwrapped
 from lora_lightning.lora.matching import Names
+from lora_lightning.lora.record import config_of, record_of, unwrapped
 from lora_lightning.lora.selection import can_be_name
 from lora_lightning.peft_format import load_adapter
 from lora_lightning.wording import some_of
@@ -115,7 +115,7 @@ def check_present_adapters(pl_module: LightningModule, config: LoRAConfig, sourc
     adapted = backbone_of(pl_module)
     modules = {f"model.{name}".rstrip("."): child for name, child in pl_module.named_modules()}
     path, owner = next(
-        ((name, child) for name, child in modules.items() if "_lora_attachment" in vars(child)), ("outer_module", None)
+        ((name, child) for name, child in modules.items() if record_of(child) is not None), ("outer_module", None)
     )
     expected, _ = _complete(config, pl_module, adapted)
     if owner is None:
@@ -153,8 +153,8 @@ def _complete(config: LoRAConfig, pl_module: LightningModule, adapted: nn.Module
     config = relative_names(config, pl_module, adapted)
     facts, saved = backbone_facts(adapted), config.modules_to_save
     new_head = () if facts is None else facts.new_head
-    present = vars(adapted).get("_lora_attachment")
-    trained = {name for values in present.saved.values() for name in values.names} if present else set()
+    record = record_of(adapted)
+    trained = set() if record is None else {name for values in record.saved.values() for name in values.names}
     missing = [name for name in new_head if name not in trained and not Names(saved).match(name)]
     new = missing if isinstance(saved, list) else []
     return (replace(config, modules_to_save=[*saved, *new]) if new else config), new

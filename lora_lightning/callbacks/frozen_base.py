@@ -7,11 +7,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.lora import adapter_state_dict
-from lora_lightning.lora.adaptation import active_names, attachment_of, trained_names
-from lora_lightning.lora.adapter import is_quantized
+from lora_lightning.lora.adapter import is_distributed, is_quantized
 from lora_lightning.lora.fingerprint import BaseDigests, base_tensors, digests
 from lora_lightning.lora.freeze import FrozenStatistics
-from lora_lightning.lora.sharding import full, is_distributed
+from lora_lightning.lora.record import active_names, attachment_of, trained_names
+from lora_lightning.lora.sharding import full
 from lora_lightning.wording import some_of
 
 

@@ -15,7 +15,7 @@ from lora_lightning.callbacks.lora_finetuning import LoRAFinetuning
 from lora_lightning.evaluation import Confusion, Report
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import backbone_of, is_adapted
-from lora_lightning.lora.adaptation import config_of
+from lora_lightning.lora.record import config_of
 from lora_lightning.report.loggers import log_figure
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import

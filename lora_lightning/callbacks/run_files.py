@@ -28,7 +28,7 @@ from lora_lightning.callbacks.merging import finetuning_of
 from lora_lightning.callbacks.summary import trained_and_total
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import backbone_of, is_adapted
-from lora_lightning.lora.adaptation import active_names, attachment_of
+from lora_lightning.lora.record import active_names, attachment_of
 from lora_lightning.report import write_page
 from lora_lightning.report.figure import write_png
 from lora_lightning.report.files import free_name, write_to

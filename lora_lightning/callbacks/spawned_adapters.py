@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import LoRAConfig, adapter_state_dict
-from lora_lightning.lora.adaptation import config_of
+from lora_lightning.lora.record import config_of
 
 
 class SpawnedAdapters:

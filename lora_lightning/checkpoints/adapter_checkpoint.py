@@ -16,9 +16,9 @@ from typing_extensions import override
 from lora_lightning.checkpoints.checkpoints import ADAPTER_KEY
 from lora_lightning.checkpoints.packed_layers import packed_keys
 from lora_lightning.lora import AdaptedWeight, adapted_weights, adapter_names, is_adapted
-from lora_lightning.lora.adaptation import active_names, config_of, trained_names
 from lora_lightning.lora.fingerprint import digests
 from lora_lightning.lora.merged_state import base_weights, merged_weights, require_mergeable
+from lora_lightning.lora.record import active_names, config_of, trained_names
 from lora_lightning.lora.sharding import local
 from lora_lightning.lora.state import adapter_keys, saved_keys
 from lora_lightning.wording import some_of

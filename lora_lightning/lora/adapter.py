@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import RLock, get_ident
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from lora_lightning.lora.config import LoRAConfig
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+    from lora_lightning.lora.layers import CalledKind
 
 L = TypeVar("L", bound=nn.Module)
 Forward = Callable[..., Tensor]
@@ -68,7 +71,7 @@ class Kind(Generic[L]):
         is_reader: Whether the module reads the weight in effect, W + ΔW. Otherwise the adapter has a path of its own.
         is_packed: Whether only the layer itself can compute with the stored weight.
         is_leaf: Whether torch.fx takes the layer as it is, since the module is one layer and not a network.
-        sizes: Attributes of the layer that state the shape of the weight.
+        sizes: Attributes of the layer that state the shape of the weight. They are read-only while it has adapters.
         mixin: Further methods of the class of adapted layers, if any.
     """
 
@@ -98,43 +101,13 @@ class Kind(Generic[L]):
         """Return the shape of W as a plain tensor."""
         return weight.shape
 
-    def forward(self, plain: type[nn.Module]) -> Forward | None:
-        """Return the forward pass for adapted layers of the class `plain`. `None` keeps that of `plain`."""
-        return None
+    def forward(self, plain: type[nn.Module]) -> Forward:
+        """Return the forward pass for adapted layers of the class `plain`."""
+        raise NotImplementedError
 
 
 AnyKind: TypeAlias = Kind[Any]
 """A kind of whatever type of layer. It is `Any` since a list of kinds has no common type of layer."""
-
-
-class CalledKind(Kind[L]):
-    """Describes one type of layer that is called, where the adapter has a path of its own: y = W x + b + s B A x."""
-
-    is_reader = False
-
-    def base(self, layer: L, weight: Tensor, input: Tensor) -> Tensor:
-        """Return W x + b."""
-        raise NotImplementedError
-
-    def low_rank(self, layer: L, input: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Return B A x, computed as the layer computes W x."""
-        raise NotImplementedError
-
-    def bias(self, layer: L) -> Tensor | None:
-        """Return b, if the layer has one."""
-        found: Tensor | None = getattr(layer, "bias", None)
-        return found
-
-    def per_output(self, layer: L, values: Tensor) -> Tensor:
-        """Reshape a vector of shape (out,) such that it multiplies an output of the layer."""
-        return values
-
-    def adapted(self, layer: L, weight: Tensor, input: Tensor, adapters: tuple[Adapter, ...]) -> Tensor:
-        """Return the output of the layer with these adapters, W x + b + Σ s B A x."""
-        base = output = self.base(layer, weight, input)
-        for adapter in adapters:
-            output = output + adapter.change(self, layer, weight, input, base).to(output.dtype)
-        return output
 
 
 class Adapter(nn.Module):
@@ -195,19 +168,22 @@ class Adapter(nn.Module):
         return None
 
     def start(self, weight: Tensor) -> None:
-        """Give the adapter its initial values, for a W that is new or got new values."""
-        self.reset_parameters()
+        """Give the factors their initial values, for a W that is new or got new values. The bias of B is kept."""
+        self._draw()
+
+    def reset_parameters(self) -> None:
+        """Draw A, and set B and its bias to zero. A seed gives the same values on every device."""
+        self._draw()
+        self.reset_bias()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw A and set B to zero. A is drawn on the CPU, so a seed gives the same values on every device."""
-        self.lora_A.copy_(self._drawn()) if type(self.lora_A.data) is Tensor else self._draw_in_place()
-        self.lora_B.zero_()
+    def reset_bias(self) -> None:
+        """Set the bias of B to zero, if there is one."""
         if self.lora_bias is not None:
             self.lora_bias.zero_()
 
-    def load_base(self, weight: Tensor) -> None:
-        """Take note of a W that was loaded. The adapter of this class does not depend on it."""
+    def base_changed(self, weight: Tensor) -> None:
+        """Take note of a W that was loaded or written. The adapter of this class does not depend on it."""
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the A and B of the product, as matrices of shape (r, in) and (out, r) with the experts in front."""
@@ -225,13 +201,20 @@ class Adapter(nn.Module):
         """Return the rank r of B A."""
         return len(self.lora_A)
 
+    def own_bias(self) -> Tensor:
+        """Return the c of the update, for an adapter with a bias."""
+        return parameter_of(self, "lora_bias")
+
     def bias_update(self) -> Tensor:
         """Return λ s c of an adapter with a bias, which the layer adds to its own."""
-        return parameter_of(self, "lora_bias") * (self.scaling * self.strength)
+        return self.own_bias() * (self.scaling * self.strength)
 
     def is_zero(self) -> bool:
-        """Return whether the adapter has no effect yet."""
-        return not bool(self.product().any()) and not (self.config.lora_bias and bool(self.bias_update().any()))
+        """Return whether the adapter is untrained, so that it has no effect at any λ."""
+        a, b = self.factors()
+        with without_autocast(a):
+            changes = [b @ a] if self.lora_bias is None else [b @ a, self.own_bias()]
+        return not any(bool(change.any()) for change in changes)
 
     def product(self) -> Tensor:
         """Return λ s B A as a matrix of shape (out, in), in the dtype of the adapter."""
@@ -311,8 +294,18 @@ class Adapter(nn.Module):
         super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _drawn(self) -> Tensor:
-        a = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype, device="cpu")
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """Draw A and set B to zero."""
+        if type(self.lora_A.data) is Tensor:  # A is drawn on the CPU, whose random numbers are the same everywhere
+            a = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype, device="cpu")
+            self._fill(a)
+            self.lora_A.copy_(a)
+        else:  # A is distributed, and PyTorch keeps its values consistent over the processes
+            self._fill(self.lora_A)
+        self.lora_B.zero_()
+
+    def _fill(self, a: Tensor) -> None:
         if self.config.init == "gaussian":
             nn.init.normal_(a, std=1 / self.rank)
         elif self.layout.one_hot:
@@ -321,15 +314,6 @@ class Adapter(nn.Module):
             nn.init.kaiming_uniform_(a.view(-1, a.shape[-1]), a=math.sqrt(5))  # uniform within 1 / sqrt(in)
         if self.layout.zero_column is not None:
             a[..., self.layout.zero_column] = 0
-        return a
-
-    def _draw_in_place(self) -> None:
-        """Draw a distributed A, whose values PyTorch keeps consistent over the processes."""
-        if self.config.init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.rank)
-        else:
-            bound = 1 / math.sqrt(self.lora_A.shape[-1])
-            nn.init.uniform_(self.lora_A, -bound, bound)
 
 
 class InEffect(NamedTuple):
@@ -351,7 +335,6 @@ class Adapters(nn.Module):
 
     Args:
         kind: The kind of the layer, as far as this weight is concerned.
-        layout: The layout of the weight.
         parameter: Name of the weight in its layer; `""` for a bypass, which has no weight.
 
     Attributes:
@@ -363,9 +346,9 @@ class Adapters(nn.Module):
             normalization.
     """
 
-    def __init__(self, kind: AnyKind, layout: Layout, parameter: str) -> None:
+    def __init__(self, kind: AnyKind, parameter: str) -> None:
         super().__init__()
-        self.kind, self.layout, self.parameter = kind, layout, parameter
+        self.kind, self.parameter = kind, parameter
         self.active: tuple[str, ...] = ()
         self.trained: tuple[str, ...] = ()
         self.in_effect = InEffect(None, ())
@@ -396,8 +379,6 @@ class Adapters(nn.Module):
             adapter.requires_grad_(name in self.trained)
             for fixed in adapter.fixed:
                 adapter.get_parameter(fixed).requires_grad_(False)
-            if name not in self.trained:
-                drop_gradients(adapter)
         self.update()
 
     def pause(self, key: object, names: Collection[str] | None = None) -> None:
@@ -504,9 +485,14 @@ def is_quantized(weight: Tensor) -> bool:
     return type(weight).__module__.startswith("torchao.")
 
 
+def is_distributed(value: Tensor | None) -> TypeGuard[DTensor]:
+    """Return whether a tensor is a `DTensor`."""
+    return hasattr(value, "full_tensor")
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether each process holds a part of a tensor."""
-    return any(not placement.is_replicate() for placement in getattr(tensor, "placements", ()))
+    return is_distributed(tensor) and any(not placement.is_replicate() for placement in tensor.placements)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:

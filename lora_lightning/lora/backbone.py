@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lora_lightning.lora.adaptation import unwrapped
+from lora_lightning.lora.record import unwrapped
 
 
 def backbone_of(module: nn.Module) -> nn.Module:

@@ -8,9 +8,9 @@ from functools import wraps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.adapter import Forward, Kind
+from lora_lightning.lora.adapter import Adapters, Forward, Kind
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.layers import adapters_of, child_name
+from lora_lightning.lora.layers import child_name
 from lora_lightning.lora.registry import kind_of
 from lora_lightning.lora.targets import Target
 
@@ -39,8 +39,11 @@ class BypassKind(Kind[nn.Module]):
 
         @wraps(plain_forward)
         def forward(self: nn.Module, *arguments: object, **keywords: object) -> Tensor:
+            adapters = self._modules.get(child_name(""))
             output: Tensor = plain_forward(self, *arguments, **keywords)
-            for adapter in adapters_of(self, "").in_effect.adapters:
+            if not isinstance(adapters, Adapters):  # another thread has entered `bare`
+                return output
+            for adapter in adapters.in_effect.adapters:
                 input = arguments[0] if arguments else next(iter(keywords.values()))
                 assert isinstance(input, Tensor)
                 a, b = adapter.factors()

@@ -7,17 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adaptation import (
-    adapted_weights,
-    adapter_names,
-    attach_to,
-    attachment_of,
-    config_of,
-    unwrapped,
-)
+from lora_lightning.lora.adaptation import attach_to
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.layers import adapters_of
 from lora_lightning.lora.matching import exactly, literally
+from lora_lightning.lora.record import adapted_weights, adapter_names, attachment_of, config_of, unwrapped
 from lora_lightning.lora.selection import check, layers_of
 from lora_lightning.lora.targets import AdaptedWeight, Target
 
@@ -91,8 +85,8 @@ def _sum_of_biases(target: Target, weights: Mapping[str, float]) -> Tensor:
     total = torch.zeros(target.shape[0])
     for name, factor in weights.items():
         if name in adapters.names() and adapters.adapter(name).config.lora_bias:
-            update = adapters.adapter(name).bias_update()
-            total = total.to(update) + factor * update
+            update = adapters.adapter(name).own_bias() * (factor * adapters.adapter(name).scaling)
+            total = total.to(update) + update
     return total
 
 

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_lightning.lora.adaptation import adapted_weights, attach_as_configured, unwrapped
+from lora_lightning.lora.adaptation import attach_as_configured
 from lora_lightning.lora.adapter import without_autocast
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.layers import LinearKind
 from lora_lightning.lora.matching import exactly, pattern_of
 from lora_lightning.lora.other_layers import TransposedLinearKind
+from lora_lightning.lora.record import adapted_weights, unwrapped
 from lora_lightning.lora.selection import candidates, select
 from lora_lightning.lora.targets import Target
 from lora_lightning.wording import some_of

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lora_lightning.lora.adaptation import adapted_weights, attach
+from lora_lightning.lora.adaptation import attach
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.low_rank import low_rank_factors
+from lora_lightning.lora.record import adapted_weights
 
 
 def extract_adapter(base: nn.Module, tuned: nn.Module, config: LoRAConfig) -> dict[str, float]:

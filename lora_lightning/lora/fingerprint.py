@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adaptation import unwrapped
-from lora_lightning.lora.adapter import dense, is_quantized
-from lora_lightning.lora.sharding import full, is_distributed
+from lora_lightning.lora.adapter import dense, is_distributed, is_quantized
+from lora_lightning.lora.record import unwrapped
+from lora_lightning.lora.sharding import full
 from lora_lightning.lora.state import adapter_keys, saved_keys
 
 _TENSORS, _VALUES = 256, 4

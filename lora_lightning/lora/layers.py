@@ -1,10 +1,9 @@
 """Adapted layers. Each is the original object, whose class is replaced with a subclass of its own class.
 
 The base keeps its parameters under their names, so plain checkpoints load, and hooks and references survive. The
-subclass adds a forward pass with adapters, or none where the module reads its weight itself. In both, reading an
-adapted parameter returns the weight in effect, W + ΔW, and nothing can be assigned to it: whoever assigns has usually
-read it before, and the update would count twice. `bare` gives the plain layers to whatever writes into them or wraps
-them.
+subclass adds a forward pass, with adapters or around the plain one. Reading an adapted parameter returns the weight in
+effect, W + ΔW, and nothing can be assigned to it: whoever assigns has usually read it before, and the update would
+count twice. `bare` gives the plain layers to whatever writes into them or wraps them.
 
 The adapters of a parameter are a child of the layer, `layer.lora_<parameter>`. W itself is `stored(layer, parameter)`.
 """
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import RLock
 from types import MethodType, new_class
 from typing import ClassVar, SupportsIndex, TypeAlias
@@ -30,9 +29,11 @@ from lora_lightning.lora.adapter import (
     Adapter,
     Adapters,
     AnyKind,
-    CalledKind,
     Forward,
+    Kind,
+    L,
     Layout,
+    is_distributed,
     is_sharded,
     this_thread,
 )
@@ -42,6 +43,54 @@ from lora_lightning.lora.fused import fused_linear
 Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Kinds: TypeAlias = tuple[tuple[str, AnyKind], ...]
 """The adapted parameters of a layer and their kinds."""
+
+
+class CalledKind(Kind[L]):
+    """Describes one type of layer that is called, where the adapter has a path of its own: y = W x + b + s B A x."""
+
+    is_reader = False
+
+    def base(self, layer: L, weight: Tensor, input: Tensor) -> Tensor:
+        """Return W x + b. `weight` is W as it is stored, or a plain W' within `merged`."""
+        raise NotImplementedError
+
+    def low_rank(self, layer: L, input: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Return B A x, computed as the layer computes W x."""
+        raise NotImplementedError
+
+    def bias(self, layer: L) -> Tensor | None:
+        """Return b, if the layer has one."""
+        found: Tensor | None = getattr(layer, "bias", None)
+        return found
+
+    def per_output(self, layer: L, values: Tensor) -> Tensor:
+        """Reshape a vector of shape (out,) such that it multiplies an output of the layer."""
+        return values
+
+    def adapted(self, layer: L, weight: Tensor, input: Tensor, adapters: tuple[Adapter, ...]) -> Tensor:
+        """Return the output of the layer with these adapters, W x + b + Σ s B A x."""
+        base = output = self.base(layer, weight, input)
+        for adapter in adapters:
+            output = output + adapter.change(self, layer, weight, input, base).to(output.dtype)
+        return output
+
+    def forward(self, plain: type[nn.Module]) -> Forward:
+        kind = self
+
+        def forward(self: L, input: Tensor) -> Tensor:
+            # These are the lines of `adapters_of` and `stored`, since each call costs part of a microsecond.
+            adapters = self._modules.get("lora_weight")
+            if not isinstance(adapters, Adapters):
+                return _plain_forward(self, input)
+            merged, active, _ = adapters.in_effect
+            if merged is not None:
+                return kind.base(self, merged, input)
+            weight = self._parameters.get("weight")
+            if isinstance(input, Proxy) and active:
+                raise RuntimeError(_is_traced(self))
+            return kind.adapted(self, stored(self, "weight") if weight is None else weight, input, active)
+
+        return forward
 
 
 class LinearKind(CalledKind[nn.Linear]):
@@ -61,11 +110,11 @@ class FusedLinearKind(LinearKind):
 
     def adapted(self, layer: nn.Linear, weight: Tensor, input: Tensor, adapters: tuple[Adapter, ...]) -> Tensor:
         if len(adapters) == 1:
-            parameters = layer._parameters
-            # The second is slower, and for a bias that is computed, or that adapters add to.
-            read: tuple[str, ...] = layer.lora_read  # type: ignore[assignment]
-            bias = parameters["bias"] if "bias" in parameters and "bias" not in read else layer.bias
-            output = fused_linear(adapters[0], input, weight, bias)
+            (adapter,), parameters = adapters, layer._parameters
+            # `layer.bias` is slower, and needed where a hook computes the bias or the adapter adds to it.
+            is_stored = "bias" in parameters and not adapter.config.lora_bias
+            bias = parameters["bias"] if is_stored else layer.bias
+            output = fused_linear(adapter, input, weight, bias)
             if output is not None:
                 return output
         return super().adapted(layer, weight, input, adapters)
@@ -121,20 +170,19 @@ class Adapted(nn.Module):
         lora_plain: The class of the layer without adapters.
         lora_kinds: The adapted parameters and their kinds.
         lora_read: The parameters that return the weight in effect, and `bias` if adapters add to it.
-        lora_sizes: Attributes that state the shape of a weight.
     """
 
     lora_plain: ClassVar[type[nn.Module]]
     lora_kinds: ClassVar[Kinds]
     lora_read: ClassVar[tuple[str, ...]]
-    lora_sizes: ClassVar[tuple[str, ...]]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        parameter = name.removesuffix("_orig")
-        may_write = vars(self).get("lora_is_loading") or _is_distributed(param, self._parameters.get(name))
+        parameter = name.removesuffix("_orig")  # pruning and hooks of the old kind keep W under such a name
+        # `fully_shard` puts distributed tensors into place and takes them out.
+        is_sharding = is_distributed(param) or is_distributed(self._parameters.get(name))
         if parameter not in self.lora_read:
             super().register_parameter(name, param)
-        elif may_write:
+        elif is_sharding or vars(self).get("lora_is_loading"):
             self._parameters[name] = param
         else:
             raise RuntimeError(_is_read_only(self, parameter))
@@ -159,7 +207,7 @@ class Adapted(nn.Module):
             del vars(self)["lora_is_loading"]
         for parameter, _ in self.lora_kinds:
             if prefix + parameter in state_dict:
-                load_base(self, parameter)
+                base_changed(self, parameter)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         if self.lora_plain.__reduce_ex__ is object.__reduce_ex__ and self.lora_plain.__reduce__ is object.__reduce__:
@@ -188,7 +236,7 @@ class ReadOnlyParametrizations(nn.ModuleDict):
 
 
 @contextmanager
-def computing_without_updates(module: nn.Module) -> Iterator[None]:
+def without_power_iteration(module: nn.Module) -> Iterator[None]:
     """Read computed weights without changing buffers. In training, spectral norm updates its estimate at each read."""
     lists = [child for child in module.modules() if isinstance(child, ParametrizationList)]
     training = [child for found in lists for child in found.modules() if child.training]
@@ -238,31 +286,30 @@ def is_computed(layer: nn.Module, parameter: str) -> bool:
     return bool(parameter) and layer._parameters.get(parameter) is None
 
 
-def effective(layer: nn.Module, parameter: str) -> Tensor:
+def effective(layer: nn.Module, adapters: Adapters) -> Tensor:
     """Return W + Σ ΔW, computed in the dtype of the adapters and rounded once to the dtype of W."""
-    adapters = adapters_of(layer, parameter)
     formed = adapters.formed.get(this_thread()) if adapters.formed else None
     if formed is not None and (formed.requires_grad or not torch.is_grad_enabled()):
         return formed
-    merged, in_effect, _ = adapters.in_effect
+    merged, active, _ = adapters.in_effect
     if merged is not None:
         return merged
-    return with_updates(layer, parameter, in_effect) if in_effect else stored(layer, parameter)
+    return with_updates(layer, adapters, active) if active else stored(layer, adapters.parameter)
 
 
-def with_updates(layer: nn.Module, parameter: str, adapters: tuple[Adapter, ...]) -> Tensor:
-    """Return W + Σ ΔW for these adapters, as a plain tensor."""
-    plain = total = adapters_of(layer, parameter).kind.dense(layer, stored(layer, parameter))
-    for adapter in adapters:
+def with_updates(layer: nn.Module, adapters: Adapters, chosen: tuple[Adapter, ...]) -> Tensor:
+    """Return W + Σ ΔW for some of the adapters of a weight, as a plain tensor."""
+    plain = total = adapters.kind.dense(layer, stored(layer, adapters.parameter))
+    for adapter in chosen:
         delta = adapter.delta_weight(plain)
         total = total.to(delta.dtype) + delta
     return total.to(plain.dtype)
 
 
-def bias_in_effect(layer: nn.Module) -> Tensor | None:
+def bias_in_effect(layer: nn.Module, adapters: Adapters) -> Tensor | None:
     """Return b + Σ s c, rounded once to the dtype of b, or of W if there is no b."""
-    merged, in_effect, bias = adapters_of(layer, "weight").in_effect
-    return bias_with_updates(layer, in_effect) if merged is None else bias
+    merged, active, bias = adapters.in_effect
+    return bias_with_updates(layer, active) if merged is None else bias
 
 
 def bias_with_updates(layer: nn.Module, adapters: tuple[Adapter, ...]) -> Tensor | None:
@@ -281,14 +328,14 @@ def stored_bias(layer: nn.Module) -> Tensor | None:
     return vars(layer).get("bias") if found is None else found
 
 
-def load_base(layer: nn.Module, parameter: str) -> None:
-    """Tell the adapters of a parameter that its values were loaded."""
+def base_changed(layer: nn.Module, parameter: str) -> None:
+    """Tell the adapters of a parameter that its values were loaded or written."""
     adapters = adapters_of(layer, parameter)
     found = [adapter for name in adapters.names() if (adapter := adapters.adapter(name)).reads_weight]
     if found:
         weight = adapters.kind.dense(layer, stored(layer, parameter))
         for adapter in found:
-            adapter.load_base(weight)
+            adapter.base_changed(weight)
 
 
 def place(layer: nn.Module, parameter: str, kind: AnyKind, name: str, adapter: Adapter) -> None:
@@ -298,7 +345,7 @@ def place(layer: nn.Module, parameter: str, kind: AnyKind, name: str, adapter: A
     if parameter not in dict(kinds):
         plain = layer.lora_plain if isinstance(layer, Adapted) else type(layer)
         cls = adapted_class(plain, (*kinds, (parameter, kind)), had_bias)
-        adapters = Adapters(kind, kind.layout(layer, parameter), parameter).train(layer.training)
+        adapters = Adapters(kind, parameter).train(layer.training)
         adapters.is_computed = is_computed(layer, parameter)
         layer.add_module(child_name(parameter), adapters)
         _become(layer, cls)
@@ -331,10 +378,11 @@ def take_away(layer: nn.Module, name: str) -> None:
     left = tuple((parameter, kind) for parameter, kind in layer.lora_kinds if adapters_of(layer, parameter).names())
     adds_bias = any(adapters_of(layer, parameter).have_bias for parameter, _ in left)
     if left != layer.lora_kinds or adds_bias != ("bias" in layer.lora_read):
-        for parameter, _ in layer.lora_kinds:
-            if parameter not in dict(left):
-                del layer._modules[child_name(parameter)]
+        empty = [child_name(parameter) for parameter, _ in layer.lora_kinds if parameter not in dict(left)]
+        # The class first, for the sake of other threads.
         _become(layer, adapted_class(layer.lora_plain, left, adds_bias) if left else layer.lora_plain)
+        for child in empty:
+            del layer._modules[child]
 
 
 def restore(layer: nn.Module) -> None:
@@ -360,7 +408,8 @@ def bare(module: nn.Module) -> Iterator[nn.Module]:
     their effect.
 
     A forward pass within the context, also of another thread, is that of the base. The state dict has no adapters.
-    Contexts may overlap, and the last one to end brings the adapters back.
+    Contexts may overlap, and the last one to end brings the adapters back. No other thread may be inside an
+    `nn.Sequential` with a bypass while a context begins or ends.
 
     Raises:
         RuntimeError: If the class of a layer was replaced after `attach`, as `fully_shard` does.
@@ -371,22 +420,22 @@ def bare(module: nn.Module) -> Iterator[nn.Module]:
             torch.nn.utils.parametrizations.weight_norm(net.linear1)
     """
     key = object()
-    with _lock, computing_without_updates(module):
+    with _lock, without_power_iteration(module):
         held = [
             bare_layers[layer] if layer in bare_layers else _Held(name, layer)
             for name, layer in module.named_modules()
             if isinstance(layer, Adapted) or layer in bare_layers
         ]
-        for layer in held:
-            require_own_class(layer.layer)
-        for layer in held:
-            layer.set_aside(key)
+        for each in held:
+            require_own_class(each.layer)
+        for each in held:
+            each.set_aside(key)
     try:
         yield module
     finally:
-        with _lock, computing_without_updates(module):
+        with _lock, without_power_iteration(module):
             modules = set(module.modules())
-            lost = [layer.name for layer in held if not layer.put_back(key, layer.layer in modules)]
+            lost = [each.name for each in held if not each.put_back(key, each.layer in modules)]
         if lost:
             warnings.warn(
                 "These layers were replaced or resized inside bare(net), and the new ones have no adapters: "
@@ -429,20 +478,20 @@ class _Held:
         adds_bias = any(adapters.have_bias for adapters in self.children.values())
         _become(layer, adapted_class(type(layer), self.kinds, adds_bias))
         for parameter, _ in self.kinds:
-            load_base(layer, parameter)
+            base_changed(layer, parameter)
         if self._is_distributed() and not self.was_distributed:  # by parallelize_module
             self._replicate()
         return True
 
     def _is_distributed(self) -> bool:
-        return any(hasattr(stored(self.layer, name), "device_mesh") for name, _ in self.kinds if name)
+        return any(is_distributed(stored(self.layer, name)) for name, _ in self.kinds if name)
 
     def _replicate(self) -> None:
         for adapters in self.children.values():
-            mesh = getattr(stored(self.layer, adapters.parameter), "device_mesh", None) if adapters.parameter else None
-            if mesh is not None:
+            weight = stored(self.layer, adapters.parameter) if adapters.parameter else None
+            if is_distributed(weight):
                 for name in adapters.names():
-                    adapters.adapter(name).replicate(mesh)
+                    adapters.adapter(name).replicate(weight.device_mesh)
 
     def _shapes(self) -> list[torch.Size]:
         found = []
@@ -485,16 +534,13 @@ def adapted_class(plain: type[nn.Module], kinds: Kinds, adds_bias: bool = False)
 def _make_class(plain: type[nn.Module], kinds: Kinds, adds_bias: bool) -> type[nn.Module]:
     weights = tuple(name for name, kind in kinds if name and not kind.is_packed)
     read = (*weights, "bias") if adds_bias else weights
-    sizes = tuple(dict.fromkeys(size for _, kind in kinds for size in kind.sizes))
-    members: dict[str, object] = {"lora_plain": plain, "lora_kinds": kinds, "lora_read": read, "lora_sizes": sizes}
+    members: dict[str, object] = {"lora_plain": plain, "lora_kinds": kinds, "lora_read": read}
     members |= {name: _weight_in_effect(name) for name in weights}
     members |= {"bias": property(_read_bias, _refuse_bias)} if adds_bias else {}
-    members |= {name: _fixed_size(name) for name in sizes if not hasattr(plain, name)}
+    members |= {name: _fixed_size(name) for _, kind in kinds for name in kind.sizes if not hasattr(plain, name)}
     members |= {name: _reset(name) for name in ("reset_parameters", "_reset_parameters") if hasattr(plain, name)}
     for _, kind in kinds:
-        forward = _called_forward(kind) if isinstance(kind, CalledKind) else kind.forward(plain)
-        if forward is not None:
-            members["forward"] = forward
+        members["forward"] = kind.forward(plain)
     # torch.fx takes layers of torch.nn as they are. From others it would copy the weights that it reads, W + ΔW.
     is_leaf = any(kind.is_leaf for _, kind in kinds) and not plain.__module__.startswith("torch.nn")
     members["__module__"] = "torch.nn" if is_leaf else plain.__module__
@@ -518,21 +564,10 @@ def subclass(
     return made
 
 
-def _called_forward(kind: CalledKind[nn.Module]) -> Forward:
-    """Return the forward pass of layers whose adapter has a path of its own."""
-
-    def forward(self: nn.Module, input: Tensor) -> Tensor:
-        adapters = self._modules["lora_weight"]
-        assert isinstance(adapters, Adapters)
-        merged, in_effect, _ = adapters.in_effect
-        if merged is not None:
-            return kind.base(self, merged, input)
-        weight = self._parameters.get("weight")
-        if isinstance(input, Proxy) and in_effect:
-            raise RuntimeError(_is_traced(self))
-        return kind.adapted(self, stored(self, "weight") if weight is None else weight, input, in_effect)
-
-    return forward
+def _plain_forward(layer: nn.Module, input: Tensor) -> Tensor:
+    """Return the output of a layer that became plain after a forward pass began, since a thread entered `bare`."""
+    output: Tensor = layer.forward(input)
+    return output
 
 
 def _become(layer: nn.Module, cls: type[nn.Module]) -> None:
@@ -558,16 +593,20 @@ def set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def _weight_in_effect(parameter: str) -> property:
+    child = child_name(parameter)
+
     def read(self: nn.Module) -> Tensor:
         if is_fx_symbolic_tracing():
             raise RuntimeError(
                 f"torch.fx traces into this {type(self).__name__} and would keep the {parameter!r} in effect as a "
                 "constant. Merge the adapters first, or trace a module that contains this one."
             )
-        weight = self._parameters.get(parameter)
-        if weight is not None and not _can_be_added(weight, adapters_of(self, parameter)):
+        weight, adapters = self._parameters.get(parameter), self._modules.get(child)
+        if not isinstance(adapters, Adapters):  # another thread has entered `bare`
+            return stored(self, parameter)
+        if weight is not None and not _can_be_added(weight, adapters):
             return weight
-        return effective(self, parameter)
+        return effective(self, adapters)
 
     def write(self: Adapted, value: Tensor) -> None:  # a Parameter is registered instead
         if "parametrizations" in self._modules:
@@ -583,10 +622,12 @@ def _weight_in_effect(parameter: str) -> property:
 
 
 def _read_bias(layer: nn.Module) -> Tensor | None:
-    bias = layer._parameters.get("bias")
-    if bias is not None and not _can_be_added(bias, adapters_of(layer, "weight")):
+    bias, adapters = layer._parameters.get("bias"), layer._modules.get("lora_weight")
+    if not isinstance(adapters, Adapters):  # another thread has entered `bare`
+        return stored_bias(layer)
+    if bias is not None and not _can_be_added(bias, adapters):
         return bias
-    return bias_in_effect(layer)
+    return bias_in_effect(layer, adapters)
 
 
 def _refuse_bias(layer: Adapted, value: object) -> None:
@@ -598,23 +639,24 @@ def _can_be_added(weight: Tensor, adapters: Adapters) -> bool:
 
     `fully_shard` reads the shard that it owns, and must get that.
     """
-    mesh = getattr(weight, "device_mesh", None)
-    if mesh is None:
+    if not is_distributed(weight):
         return True
-    factors = [adapter.lora_A for adapter in adapters.in_effect.adapters]
-    return all(getattr(factor, "device_mesh", None) == mesh and not is_sharded(factor) for factor in factors)
+    mesh, factors = weight.device_mesh, [adapter.lora_A for adapter in adapters.in_effect.adapters]
+    return all(is_distributed(a) and a.device_mesh == mesh and not is_sharded(a) for a in factors)
 
 
 def _start_again(layer: nn.Module, parameter: str, weight: Tensor) -> None:
     """Give adapters whose update became a part of the base new initial values, so that it does not count twice."""
     adapters = adapters_of(layer, parameter)
-    trained = [name for name in adapters.active if bool(adapters.adapter(name).product().any())]
-    for name in trained:
+    merged, active, _ = adapters.in_effect
+    read = [name for name in adapters.active if merged is not None or adapters.adapter(name) in active]
+    counted = [name for name in read if bool(adapters.adapter(name).product().any())]
+    for name in counted:
         adapters.adapter(name).start(weight.detach())
-    if trained:
+    if counted:
         warnings.warn(
             f"{parameter!r} of a {type(layer).__name__} was reparametrized outside bare(net). The update of the "
-            f"adapters {', '.join(trained)} is now a part of the base, and the adapters start again.",
+            f"adapters {', '.join(counted)} is now a part of the base, and the adapters start again.",
             stacklevel=4,
         )
 
@@ -638,12 +680,15 @@ def _reset(method: str) -> Callable[..., None]:
     """Return a method that gives a layer and its adapters new initial values."""
 
     def reset(self: Adapted, *arguments: object, **keywords: object) -> None:
-        with bare(self) as plain:
-            getattr(plain, method)(*arguments, **keywords)
+        reset_plain, adapts_a_weight = getattr(self.lora_plain, method), any(name for name, _ in self.lora_kinds)
+        with bare(self) if adapts_a_weight else nullcontext():  # a bypass leaves the layers inside to their own resets
+            reset_plain(self, *arguments, **keywords)
         for parameter, kind in self.lora_kinds:
+            weight = kind.dense(self, stored(self, parameter)) if parameter else no_weight(self)
             adapters = adapters_of(self, parameter)
             for name in adapters.names():
-                adapters.adapter(name).start(kind.dense(self, stored(self, parameter)))
+                adapters.adapter(name).start(weight)
+                adapters.adapter(name).reset_bias()
 
     return reset
 
@@ -654,11 +699,6 @@ def _is_traced(layer: nn.Module) -> str:
         f"torch.fx cannot trace into this {type(layer).__name__}, which has adapters. Trace a module that contains it "
         "and keeps it as a leaf, trace inside lora.merged(net), or merge the adapters first."
     )
-
-
-def _is_distributed(*parameters: Tensor | None) -> bool:
-    """Return whether any of these is a distributed tensor, which `fully_shard` puts into place and takes out."""
-    return any(hasattr(parameter, "device_mesh") for parameter in parameters)
 
 
 def _is_read_only(layer: Adapted, parameter: str) -> str:

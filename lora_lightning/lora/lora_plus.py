@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning.lora.adaptation import adapted_weights
+from lora_lightning.lora.record import adapted_weights
 from lora_lightning.lora.state import adapter_parameters
 
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adaptation import adapted_weights, unwrapped
-from lora_lightning.lora.adapter import is_quantized
+from lora_lightning.lora.adapter import is_distributed, is_quantized
 from lora_lightning.lora.layers import bias_in_effect, effective, is_computed, stored, stored_bias
 from lora_lightning.lora.modules_to_save import shared_memory
+from lora_lightning.lora.record import adapted_weights, unwrapped
 from lora_lightning.lora.state import with_values
 from lora_lightning.lora.targets import AdaptedWeight
 from lora_lightning.wording import some_of
@@ -40,22 +40,22 @@ def require_mergeable(module: nn.Module) -> None:
 def merged_weights(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights and biases with the active adapters by state-dict key, for these values of the adapters."""
     with with_values(module, values):
-        found = {weight.key: effective(weight.layer, weight.parameter) for weight in adapted_weights(module)}
-        biases = {key: bias_in_effect(layer) for key, layer in _with_biases(module)}
+        found = {weight.key: effective(weight.layer, weight.adapters) for weight in adapted_weights(module)}
+        biases = {key: bias_in_effect(weight.layer, weight.adapters) for key, weight in _with_biases(module)}
     return found | {key: bias for key, bias in biases.items() if bias is not None}
 
 
 def base_weights(module: nn.Module) -> dict[str, Tensor]:
     """Return the adapted weights, and biases that adapters add to, without adapters by state-dict key."""
     found = {weight.key: stored(weight.layer, weight.parameter).detach() for weight in adapted_weights(module)}
-    biases = {key: stored_bias(layer) for key, layer in _with_biases(module)}
+    biases = {key: stored_bias(weight.layer) for key, weight in _with_biases(module)}
     return found | {key: bias.detach() for key, bias in biases.items() if bias is not None}
 
 
-def _with_biases(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the layers whose active adapters have a bias, by the key of the bias of the layer."""
+def _with_biases(module: nn.Module) -> list[tuple[str, AdaptedWeight]]:
+    """Return the weights whose active adapters have a bias, by the key of the bias of the layer."""
     return [
-        (f"{weight.layer_name}.bias".lstrip("."), weight.layer)
+        (f"{weight.layer_name}.bias".lstrip("."), weight)
         for weight in adapted_weights(module)
         if weight.adapter.config.lora_bias
     ]
@@ -74,4 +74,4 @@ def _why_not(weight: AdaptedWeight, memory: Mapping[int, list[str]]) -> str:
         return "without a bias for that of its adapter"
     if weight.kind.is_packed or is_quantized(tensor):
         return "quantized"
-    return "distributed over processes" if hasattr(tensor, "device_mesh") else ""
+    return "distributed over processes" if is_distributed(tensor) else ""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from threading import RLock
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -167,6 +168,26 @@ class SavedModules:
             module._parameters[name] = value
         else:
             module._buffers[name] = value
+
+
+@contextmanager
+def alone(saved: Mapping[str, SavedModules], name: str) -> Iterator[None]:
+    """Give the modules that are trained in full the values that go with the adapters of one name, within this context.
+
+    Those that other adapters train have their original values. The adapters themselves stay as they are.
+    """
+    chosen = {other: values.is_chosen for other, values in saved.items()}
+    try:
+        choose(saved, {other: other == name for other in chosen})
+        yield
+    finally:
+        choose(saved, chosen)
+
+
+def choose(saved: Mapping[str, SavedModules], chosen: Mapping[str, bool]) -> None:
+    """Put the values of some adapters into the modules that are trained in full, after those of others are out."""
+    for name in sorted(chosen, key=chosen.__getitem__):
+        saved[name].choose(chosen[name])
 
 
 def shared_memory(module: nn.Module) -> dict[int, list[str]]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.adapter import CalledKind, Layout
-from lora_lightning.lora.layers import EmbeddingKind, FusedLinearKind, LinearKind, stored
+from lora_lightning.lora.adapter import Adapters, Layout
+from lora_lightning.lora.layers import Adapted, CalledKind, EmbeddingKind, FusedLinearKind, LinearKind, stored
 
 
 class TransposedLinearKind(CalledKind[nn.Linear]):
@@ -55,10 +55,11 @@ def _scale(layer: nn.Embedding, weight: Tensor) -> Tensor | float:
 
 def multiplies_by_scale(layer: nn.Module) -> bool:
     """Return whether a layer returns rows of its weight times `embed_scale`, for a small weight and a scale of 3."""
-    cls, plain = type(layer), nn.Embedding
+    cls, plain = layer.lora_plain if isinstance(layer, Adapted) else type(layer), nn.Embedding
     if not isinstance(layer, plain) or not hasattr(layer, "embed_scale") or "forward" in layer.__dict__:
         return False
-    if cls._save_to_state_dict is not plain._save_to_state_dict or layer._modules:
+    has_children = any(not isinstance(child, Adapters) for child in layer._modules.values())
+    if cls._save_to_state_dict is not plain._save_to_state_dict or has_children:
         return False
     if layer._parameters.keys() != {"weight"} or not layer._buffers.keys() <= {"embed_scale"}:
         return False  # it may replace some of the rows

@@ -87,14 +87,17 @@ def keep_packing(module: nn.Module) -> None:
 
 
 def become_linear(layer: nn.Module, weight: Tensor) -> None:
-    """Convert a quantized layer without adapters in place to `nn.Linear` with this weight. Forward hooks are kept."""
+    """Convert a quantized layer without adapters in place to `nn.Linear` with this weight, and keep its hooks.
+
+    Those of the state dict are left out, since they are those of bitsandbytes.
+    """
     out_features, in_features = weight.shape
     plain = nn.Linear(in_features, out_features, bias=False, device="meta")
     plain.train(layer.training)
     plain.weight = nn.Parameter(weight, requires_grad=False)
     bias = layer._parameters.get("bias")
     if bias is not None:
-        plain.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-    hooks = {key: value for key, value in vars(layer).items() if key.endswith("forward_hooks")}
-    layer.__dict__ = vars(plain) | hooks
+        plain.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=bias.requires_grad)
+    of_both_passes = [key for key in vars(plain) if "hook" in key and "state_dict" not in key]
+    layer.__dict__ = vars(plain) | {key: vars(layer)[key] for key in of_both_passes}
     object.__setattr__(layer, "__class__", nn.Linear)

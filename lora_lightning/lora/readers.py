@@ -41,12 +41,12 @@ class ReaderKind(Kind[L]):
                 return "has sparse gradients, which cannot flow to an adapter: use sparse=False"
         return None
 
-    def forward(self, plain: type[nn.Module]) -> Forward | None:
+    def forward(self, plain: type[nn.Module]) -> Forward:
         plain_forward = plain.forward
 
         @wraps(plain_forward)
         def forward(self: nn.Module, *arguments: object, **keywords: object) -> Tensor:
-            children = [child for child in self._modules.values() if isinstance(child, Adapters)]
+            children = [child for child in list(self._modules.values()) if isinstance(child, Adapters)]
             thread = this_thread()
             reading = [child for child in children if child.in_effect.adapters and thread not in child.formed]
             for child in reading:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lora_lightning.lora.adaptation import adapted_weights, attachment_of
+from lora_lightning.lora.record import adapted_weights, attachment_of
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lora_lightning.lora.adapter import Adapter, Adapters, Layout
+from lora_lightning.lora.adapter import Adapter, Adapters
 from lora_lightning.lora.bypass import bypass_target
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.layers import Adapted, bare_layers, child_name, stored
+from lora_lightning.lora.layers import Adapted, child_name, stored
 from lora_lightning.lora.matching import Names
 from lora_lightning.lora.registry import BY_NAME, KINDS_OF_OTHERS, kind_of
 from lora_lightning.lora.targets import Target
@@ -23,7 +23,7 @@ from lora_lightning.lora.variants import adapter_class
 from lora_lightning.wording import some_of
 
 _log = logging.getLogger("lora_lightning.lora")
-_TAKEN = frozenset(dir(Adapters(BY_NAME, Layout(), "")))
+_TAKEN = frozenset(dir(Adapters(BY_NAME, "")))
 """Names of attributes, which cannot be those of adapters."""
 
 
@@ -96,20 +96,17 @@ def can_be_name(name: str) -> bool:
     return bool(name) and "." not in name and name not in _TAKEN
 
 
-def check_name(module: nn.Module, selected: Iterable[Target], name: str) -> None:
+def check_name(selected: Iterable[Target], name: str) -> None:
     """Check that adapters with this name can be added.
 
     Raises:
-        ValueError: If the name cannot be that of a module, or is in use.
+        ValueError: If the name cannot be that of a module, or a layer has an attribute with the name of its adapters.
     """
     if not can_be_name(name):
         raise ValueError(
             f"{name!r} cannot be the name of adapters, since these are modules with this name: use letters, digits and "
             "underscores, for example 'digit_9'."
         )
-    bare = [layer_name for layer_name, layer in module.named_modules() if layer in bare_layers]
-    if bare:
-        raise RuntimeError(f"The adapters of {some_of(map(repr, bare))} are set aside: attach others after bare(net).")
     for target in selected:
         child = child_name(target.parameter)
         own = isinstance(target.layer, Adapted) and target.parameter in dict(target.layer.lora_kinds)
@@ -201,6 +198,10 @@ def _weights_of(layer: nn.Module) -> list[str]:
 def _refusal(target: Target, config: LoRAConfig) -> str | None:
     if not target.parameter:
         return target.kind.refusal(target.layer, "", target.outline(), config)
+    known = dict(target.layer.lora_kinds).get(target.parameter) if isinstance(target.layer, Adapted) else None
+    if known is not None and type(known) is not type(target.kind):  # all adapters of a weight have one layout
+        before, now = ("target_parameters", "a layer") if known.is_reader else ("target_modules", "a parameter")
+        return f"has adapters from {before} already and cannot be adapted as {now} as well: use {before} again"
     weight = stored(target.layer, target.parameter)
     if is_lazy(weight):
         return "has no weight yet: run a batch through the model first"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from lora_lightning.lora.adaptation import adapted_weights
+from lora_lightning.lora.adapter import is_distributed
+from lora_lightning.lora.record import adapted_weights
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
 def full(value: Tensor) -> Tensor:
     """Gather a distributed tensor, and return any other tensor as it is. All processes have to call this."""
     return value.full_tensor() if is_distributed(value) else value
-
-
-def is_distributed(value: Tensor | None) -> TypeGuard[DTensor]:
-    """Return whether a tensor is a `DTensor`."""
-    return hasattr(value, "full_tensor")
 
 
 def local(value: Tensor) -> Tensor:

@@ -8,15 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adaptation import (
-    Attachment,
-    adapted_weights,
-    attachment_of,
-    is_adapted,
-    trained_names,
-    unwrapped,
-)
 from lora_lightning.lora.adapter import Adapters
+from lora_lightning.lora.record import adapted_weights, attachment_of, is_adapted, record_of, trained_names, unwrapped
 
 
 def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -113,8 +106,8 @@ def _saved_keys(module: nn.Module, only_trained: bool) -> set[str]:
     """Return the state-dict keys of the modules trained in full with the active adapters, or with the trained ones."""
     found = set()
     for prefix, child in module.named_modules():
-        attachment = vars(child).get("_lora_attachment")
-        if isinstance(attachment, Attachment) and attachment.saved:
+        attachment = record_of(child)
+        if attachment is not None and attachment.saved:
             trained = trained_names(child)
             found |= {
                 f"{prefix}.{key}".lstrip(".")

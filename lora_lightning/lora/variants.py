@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adapter import Adapter, CalledKind, L, Layout, parameter_of, without_autocast
+from lora_lightning.lora.adapter import Adapter, L, Layout, parameter_of, without_autocast
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.low_rank import low_rank_factors
+
+if TYPE_CHECKING:
+    from lora_lightning.lora.layers import CalledKind
 
 
 class PiSSAAdapter(Adapter):
@@ -52,8 +57,7 @@ class PiSSAAdapter(Adapter):
         """Return to the initial values."""
         self.lora_A.copy_(self.lora_A_initial)
         self.lora_B.copy_(self.lora_B_initial)
-        if self.lora_bias is not None:
-            self.lora_bias.zero_()
+        self.reset_bias()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return factors of rank 2 r for B A - B0 A0 = (B - B0) A + B0 (A - A0), which is exactly zero initially."""
@@ -97,8 +101,8 @@ class MiCAAdapter(Adapter):
         """Set A to zero."""
         self.lora_A.zero_()
 
-    def load_base(self, weight: Tensor) -> None:
-        """Start from a W that was loaded, if the adapter is untrained."""
+    def base_changed(self, weight: Tensor) -> None:
+        """Start from a W that was loaded or written, if the adapter is untrained."""
         if self.is_zero():
             self.start(weight)
 
@@ -136,9 +140,9 @@ class DoRAAdapter(Adapter):
             self.lora_magnitude_vector = nn.Parameter(norms)
 
     @torch.no_grad()
-    def load_base(self, weight: Tensor) -> None:
-        """Take the norms of a W that was loaded, if the adapter is untrained."""
-        if not self.product().any():
+    def base_changed(self, weight: Tensor) -> None:
+        """Take the norms of a W that was loaded or written, if the adapter is untrained."""
+        if self.is_zero():
             self.lora_magnitude_vector.copy_(self._norms(weight, self.scaling))
 
     def delta_weight(self, weight: Tensor) -> Tensor:
@@ -209,8 +213,8 @@ class QKVAdapter(Adapter):
         sizes = " of " + " + ".join(map(str, self.config.qkv_sizes)) if self.config.qkv_sizes else ""
         return f"{super().in_words()}, {self.config.qkv}{sizes} alone"
 
-    def bias_update(self) -> Tensor:
-        return self._kept(super().bias_update())
+    def own_bias(self) -> Tensor:
+        return self._kept(super().own_bias())
 
     def _kept(self, values: Tensor) -> Tensor:
         """Return values with a row for each output. Those of the parts that are not adapted are zero."""

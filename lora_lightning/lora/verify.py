@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adaptation import adapted_weights
+from lora_lightning.lora.record import adapted_weights
 from lora_lightning.lora.state import adapter_parameters, adapter_state_dict
 from lora_lightning.lora.targets import AdaptedWeight
 

@@ -20,18 +20,20 @@ from lora_lightning.lora import (
     is_adapted,
     set_adapter,
 )
-from lora_lightning.lora.adaptation import (
-    active_names,
-    alone,
-    attach_to,
-    config_of,
-    the_active_name,
-    trained_names,
-    unwrapped,
-)
+from lora_lightning.lora.adaptation import attach_to
 from lora_lightning.lora.bypass import bypass_target
 from lora_lightning.lora.fingerprint import BaseDigests
 from lora_lightning.lora.matching import Names
+from lora_lightning.lora.modules_to_save import alone
+from lora_lightning.lora.record import (
+    active_names,
+    attachment_of,
+    config_of,
+    record_of,
+    require_active_names,
+    trained_names,
+    unwrapped,
+)
 from lora_lightning.lora.selection import bias_keys, candidates, check, layers_of
 from lora_lightning.lora.state import adapter_keys, with_values
 from lora_lightning.lora.targets import Target
@@ -111,11 +113,11 @@ class AdapterFolder:
         base: BaseDigests | None = None,
     ) -> None:
         module = unwrapped(module)
-        chosen = the_active_name(module) if name is None else name
+        chosen = _the_active_name(module) if name is None else name
         with with_values(module, values or {}, chosen):
             description = describe(module, chosen)
             tensors = exported(module, chosen, to_peft=description["peft_type"] != OWN_TYPE)
-        with alone(module, chosen):
+        with alone(attachment_of(module).saved, chosen):
             self._files = description, tensors, base_metadata(module, base)
         size = sum(tensor.numel() for tensor in tensors.values())
         frozen = [other for other in active_names(module) if other not in trained_names(module)]
@@ -171,7 +173,8 @@ def load_adapter(
     content = read_content(weights_file(folder), description, module)
     config, selected = _config_and_weights(module, folder, description, content)
     _check_shapes(module, folder, config, selected, content)
-    with alone(module, name):
+    record = record_of(module)
+    with alone({} if record is None else record.saved, name):
         other_base = check_base(module, folder, read_metadata(folder), content.base, content.saved, strict)
     if is_adapted(module) and name in adapter_names(module):
         _activate_if_equal(module, config, selected, folder, name)
@@ -196,6 +199,21 @@ def load_adapter(
 def trained_on(folder: str | os.PathLike[str]) -> str | None:
     """Return the fingerprint of the base of the adapters in a folder, or `None` if PEFT wrote the folder."""
     return base_of(read_metadata(Path(folder)))
+
+
+def _the_active_name(module: nn.Module) -> str:
+    """Return the name of the active adapters, if they have a single one.
+
+    Raises:
+        ValueError: If several are active, or none.
+    """
+    names = require_active_names(module)
+    if len(names) > 1:
+        raise ValueError(
+            f"The adapters {', '.join(map(repr, names))} of this {type(module).__name__} are active: say which of them "
+            f"is meant, for example name={names[-1]!r}."
+        )
+    return names[0]
 
 
 def _config_and_weights(

@@ -18,7 +18,8 @@ from lora_lightning.lora import (
     base_fingerprint,
     delete_adapter,
 )
-from lora_lightning.lora.adaptation import attach_as_configured, unwrapped
+from lora_lightning.lora.adaptation import attach_as_configured
+from lora_lightning.lora.record import unwrapped
 
 
 def load_from_checkpoint(module: nn.Module, path: Path, name: str, strict: bool) -> list[str]:

@@ -25,6 +25,7 @@ from lora_lightning.lora import (
     detach,
     disabled,
     is_adapted,
+    is_untrained,
     merge,
     merged,
     set_adapter,
@@ -118,14 +119,23 @@ def test_what_writes_outside_bare_is_refused_and_nothing_changes(write: Callable
     assert torch.equal(net(x), want)
 
 
-def test_an_old_weight_norm_outside_bare_is_noticed_and_the_update_counts_once() -> None:
-    net, x = adapted(nn.Linear(6, 4)).eval(), torch.randn(5, 6)
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_an_old_weight_norm_outside_bare_is_noticed_and_the_update_counts_once(lora_bias: bool) -> None:
+    net, x = adapted(nn.Linear(6, 4), config=LoRAConfig(rank=2, lora_bias=lora_bias)).eval(), torch.randn(5, 6)
     want = net(x)
     with pytest.warns(UserWarning, match=r"'weight' of a .*Linear was reparametrized outside bare\(net\)"):
         norm_with_a_hook(net[0])
     assert torch.allclose(net(x), want, atol=1e-6)
     net(x).sum().backward()
     assert all(parameter.grad is not None for parameter in adapter_parameters(net))
+
+
+def test_an_old_weight_norm_within_disabled_leaves_trained_adapters_alone() -> None:
+    net, x = adapted(nn.Linear(6, 4)).eval(), torch.randn(5, 6)
+    want = net(x)
+    with disabled(net):
+        norm_with_a_hook(net[0])
+    assert torch.allclose(net(x), want, atol=1e-6)
 
 
 @pytest.mark.parametrize("write", [double, norm, spectral])
@@ -375,14 +385,51 @@ def test_an_adapted_attention_on_meta_is_treated_as_a_plain_one() -> None:
         assert torch.equal(output, net[0](x, x, x)[0])
 
 
-def test_resetting_a_trained_layer_gives_a_fresh_base_and_a_fresh_adapter() -> None:
-    net, x = adapted(nn.Linear(6, 4), config=LoRAConfig(rank=2, use_dora=True)), torch.randn(5, 6)
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoRAConfig(rank=2, use_dora=True),
+        LoRAConfig(rank=2, lora_bias=True),
+        LoRAConfig(rank=2, lora_bias=True, init="pissa"),
+    ],
+    ids=["dora", "bias", "pissa with a bias"],
+)
+def test_resetting_a_trained_layer_gives_a_fresh_base_and_a_fresh_adapter(config: LoRAConfig) -> None:
+    net, x = adapted(nn.Linear(6, 4), config=config), torch.randn(5, 6)
     before = stored(net[0], "weight").clone()
     net[0].reset_parameters()
     assert not torch.equal(stored(net[0], "weight"), before)
+    assert is_untrained(net)
     output = net(x)
     with disabled(net):
         assert torch.allclose(output, net(x), atol=1e-6)
+
+
+class Resettable(nn.Module):
+    """A network that gives its layers new values itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def reset_parameters(self) -> None:
+        self.layer.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x)
+        return output
+
+
+def test_resetting_a_network_with_a_bypass_gives_a_fresh_base_and_fresh_adapters() -> None:
+    net, x = Resettable(), torch.randn(5, 4)
+    attach(net, LoRAConfig(rank=2, bypass=(4, 4)))
+    stir(net, 0.5)
+    before = stored(net.layer, "weight").clone()
+    net.reset_parameters()
+    assert not torch.equal(stored(net.layer, "weight"), before)
+    output = net(x)
+    with disabled(net):
+        assert torch.equal(output, net(x))
 
 
 def test_initialization_by_apply_inside_bare_leaves_the_adapters_alone() -> None:

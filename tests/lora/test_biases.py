@@ -213,6 +213,18 @@ class TestBiasOfB:
         assert torch.equal(net(x), y)
         assert type(net.inner) is nn.Linear
 
+    def test_a_sum_that_is_made_within_a_scale_is_that_of_outside(self, net: Net) -> None:
+        for name in ("a", "b"):
+            attach(net, self.CONFIG, name)
+            stir(net, 0.3)
+        add_weighted_adapter(net, {"a": 0.7, "b": -0.4}, "outside")
+        set_adapter(net, ["a", "b"])
+        with scaled(net, 0.5):
+            add_weighted_adapter(net, {"a": 0.7, "b": -0.4}, "inside")
+        for outside, inside in zip(adapted_weights(net, "outside"), adapted_weights(net, "inside"), strict=True):
+            for one, other in zip(outside.adapter.parameters(), inside.adapter.parameters(), strict=True):
+                assert torch.equal(one, other)
+
     def test_a_layer_without_bias_gets_one_that_cannot_be_merged(self, x: Tensor) -> None:
         layer = nn.Linear(4, 3, bias=False)
         attach(layer, LoRAConfig(rank=1, lora_bias=True))

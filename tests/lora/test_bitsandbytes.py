@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,26 @@ def test_biases_are_trained_in_full_and_a_bias_of_b_is_refused(base: nn.Module, 
     detach(base)
     assert torch.equal(base[0].bias, original)
     assert torch.equal(base(x), y)
+
+
+def test_merging_keeps_hooks_of_every_kind_and_what_was_trainable(base: nn.Module) -> None:
+    layer, calls = base[0], list[str]()
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(*arguments: object) -> None:
+            calls.append(f"{name} {len(arguments)}")
+
+        return hook
+
+    layer.bias.requires_grad_(True)
+    attach(base, LoRAConfig(rank=2))
+    layer.register_forward_pre_hook(note("before"))
+    layer.register_forward_pre_hook(note("before with keywords"), with_kwargs=True)
+    layer.register_forward_hook(note("after"))
+    layer.register_forward_hook(note("after with keywords"), with_kwargs=True)
+    layer.register_full_backward_hook(note("backward"))
+    with pytest.warns(UserWarning, match="were quantized and are dense"):
+        merge(base)
+    assert layer.bias.requires_grad
+    base(torch.randn(3, 64, requires_grad=True)).sum().backward()
+    assert calls == ["before 2", "before with keywords 3", "after 3", "after with keywords 4", "backward 3"]

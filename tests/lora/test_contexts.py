@@ -11,6 +11,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +38,7 @@ from lora_lightning.lora import (
     scaled,
     set_adapter,
 )
+from lora_lightning.lora.record import config_of
 from tests.helpers import same, state, stir
 
 Context = Callable[[nn.Module], AbstractContextManager[object]]
@@ -114,11 +117,8 @@ def test_contexts_of_two_threads_leave_nothing(context: Context, x: Tensor) -> N
 
     def work() -> None:
         for _ in range(25):
-            try:
-                with context(net), torch.no_grad():
-                    net.first(x)
-            except KeyError:  # a forward pass while another thread begins or ends `bare`
-                assert context is bare
+            with context(net), torch.no_grad():
+                net.first(x)
 
     try:
         threads = [threading.Thread(target=work) for _ in range(3)]
@@ -130,6 +130,33 @@ def test_contexts_of_two_threads_leave_nothing(context: Context, x: Tensor) -> N
         sys.setswitchinterval(switch)
     assert torch.equal(net(x), want)
     assert same(whole(net), before)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv", "gru", "bypass"])
+def test_a_forward_pass_goes_on_when_another_thread_enters_bare(name: str, x: Tensor) -> None:
+    layers = {"linear": nn.Linear(8, 6), "conv": nn.Conv1d(8, 6, 1), "gru": nn.GRU(8, 6), "bypass": Net()}
+    net = layers[name] if name == "bypass" else nn.Sequential(layers[name])
+    around = {"target_modules": [], "bypass": (8, 4)} if name == "bypass" else {}
+    attach(net, LoRAConfig(rank=2, **around))
+    stir(net)
+    layer, x = layers[name], x[..., None] if name == "conv" else x
+    begun = layer.forward
+    with bare(net):
+        assert same(begun(x), layer(x))
+
+
+def test_a_forward_pass_that_has_its_adapters_ends_when_another_thread_enters_bare(x: Tensor) -> None:
+    net = adapted()
+    (kind, adapters), want = (net.first.lora_weight.kind, net.first.lora_weight.in_effect.adapters), net.first(x)
+    with bare(net):
+        assert torch.equal(kind.adapted(net.first, net.first.weight, x, adapters), want)
+
+
+def test_a_weight_that_is_being_read_is_that_of_the_base_when_another_thread_enters_bare() -> None:
+    net = adapted()
+    read = type(net.rnn).weight_ih_l0.fget
+    with bare(net):
+        assert read(net.rnn) is net.rnn.weight_ih_l0
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -274,6 +301,14 @@ def test_a_file_saved_within_disabled_has_its_adapters_on(x: Tensor) -> None:
         torch.save(net, file)
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=False)(x), want)
+
+
+def test_a_question_for_the_active_adapters_within_bare_is_answered_with_a_way_out(tmp_path: Path) -> None:
+    net = adapted()
+    with bare(net):
+        for ask in (partial(save_adapter, net, tmp_path), partial(config_of, net)):
+            with pytest.raises(ValueError, match=r"no adapters now: .* outside of bare"):
+                ask()
 
 
 def test_a_copy_within_bare_is_plain(x: Tensor) -> None:

@@ -25,7 +25,8 @@ def done_after(first, package):
         empty.__path__ = [folder]  # so that no __init__.py runs
         sys.modules[name] = empty
     importlib.import_module("lora_lightning.lora." + first)
-    from lora_lightning.lora.adaptation import adapted_weights, attach
+    from lora_lightning.lora.adaptation import attach
+    from lora_lightning.lora.record import adapted_weights
     from lora_lightning.lora.config import LoRAConfig
     net = nn.ModuleDict({
         "linear": nn.Linear(8, 6), "conv": nn.Conv2d(3, 4, 3), "lstm": nn.LSTM(4, 5), "norm": nn.BatchNorm1d(6),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.func import functional_call
 
 from lora_lightning import LoRAConfig
@@ -25,6 +26,7 @@ from lora_lightning.lora import (
     merge,
     merged,
 )
+from lora_lightning.lora.sharding import full
 from tests.helpers import stir
 
 F64 = torch.float64
@@ -175,6 +177,26 @@ def test_the_padding_vector_of_an_embedding_stays_while_the_others_train() -> No
         after = layer(torch.arange(7))
         assert torch.equal(after[2], before[2])
         assert all((after[row] != before[row]).any() for row in range(7) if row != 2)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support on cpu")
+def test_distributed_adapters_of_an_embedding_are_drawn_as_others_and_leave_the_padding_alone(mesh: DeviceMesh) -> None:
+    layer = nn.Embedding(200, 4, padding_idx=2)
+    attach(layer, LoRAConfig(rank=2))
+    (found,) = adapted_weights(layer)
+    found.adapter.replicate(mesh)
+    found.adapter.reset_parameters()
+    a = full(found.adapter.lora_A)
+    assert a[:, 2].eq(0).all()
+    assert 0.9 < a.abs().max() <= 1
 
 
 @settings(deadline=None, max_examples=20)

@@ -396,15 +396,43 @@ class TestMergeRefuses:
         merge(net, check_finite=False)
         assert not is_adapted(net)
 
+    @pytest.mark.parametrize("config", [LoRAConfig(rank=2), LoRAConfig(rank=2, lora_bias=True)], ids=["weight", "bias"])
+    def test_an_update_that_overflows_the_dtype_of_the_base(self, config: LoRAConfig) -> None:
+        net = nn.Sequential(nn.Linear(4, 3)).half()
+        attach(net, config)
+        with torch.no_grad():
+            adapter_parameters(net)[-1].fill_(1e6)
+        before = state(net)
+        with pytest.raises(ValueError, match=r"adapters of '0' contain NaN or infinity, or .* too large for its dtype"):
+            merge(net)
+        assert same(state(net), before)
+
+    def test_a_base_that_is_not_finite_itself_is_merged(self) -> None:
+        net = nn.Sequential(nn.Linear(4, 3))
+        with torch.no_grad():
+            net[0].weight[0, 0] = float("inf")
+        attach(net, LoRAConfig(rank=2))
+        stir(net)
+        merge(net)
+        assert net[0].weight.isfinite().sum() == 11
+
     def test_a_class_that_was_replaced_after_ours(self) -> None:
+        def attach_another(net: nn.Module) -> None:
+            attach(net, LoRAConfig(rank=2, lora_bias=True, exclude_modules=["body.2"]), "another")
+
+        def delete_one(net: nn.Module) -> None:
+            delete_adapter(net, "biased")
+
         net = Net()
+        attach(net, LoRAConfig(rank=2, lora_bias=True, target_modules=["head"]), "biased")
         attach(net, LoRAConfig(rank=2))
         stir(net)
         before, own = state(net), type(net.head)
         net.head.__class__ = type("Wrapped", (own,), {})
-        for call in (merge, detach):
+        for call in (merge, detach, attach_another, delete_one):
             with pytest.raises(RuntimeError, match=r"class of this Linear was replaced with Wrapped after attach"):
                 call(net)
+            assert type(net.head).__name__ == "Wrapped"
         assert same(state(net), before)
         net.head.__class__ = own
         merge(net)

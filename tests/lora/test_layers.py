@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora import LoRAConfig, attach, disabled, merge
-from lora_lightning.lora.adapter import CalledKind
+from lora_lightning.lora import LoRAConfig, adapted_weights, attach, disabled, merge
 from lora_lightning.lora.fused import _dropout, _dropout_again
+from lora_lightning.lora.layers import CalledKind
 from lora_lightning.lora.other_layers import ScaledEmbeddingKind
 from lora_lightning.lora.registry import kind_of
 from tests.helpers import stir
@@ -315,5 +315,16 @@ def test_a_scaled_embedding_is_known_by_what_it_computes(cls: type[nn.Embedding]
     stir(net)
     adapted = net(ids)
     assert not torch.allclose(adapted, base)
+    merge(net)
+    torch.testing.assert_close(net(ids), adapted)
+
+
+def test_second_adapters_of_a_scaled_embedding_are_like_the_first() -> None:
+    net, ids = nn.Sequential(ScaledRows(10, 4)), torch.arange(10)
+    attach(net, LoRAConfig(rank=2), name="first")
+    attach(net, LoRAConfig(rank=2), name="second")
+    assert adapted_weights(net, "second")[0].factors[0].shape == adapted_weights(net, "first")[0].factors[0].shape
+    stir(net)
+    adapted = net(ids)
     merge(net)
     torch.testing.assert_close(net(ids), adapted)

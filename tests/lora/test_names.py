@@ -120,7 +120,7 @@ def test_a_layer_that_has_our_name_is_refused_before_anything_changes(attribute:
     assert attach(net, LoRAConfig(rank=2, exclude_modules=["1"])) == ["0"]
 
 
-@pytest.mark.parametrize("name", ["", "v1.0", "train", "forward", "active", "layout", "names", "training", "in_effect"])
+@pytest.mark.parametrize("name", ["", "v1.0", "train", "forward", "active", "kind", "names", "training", "in_effect"])
 def test_what_cannot_be_the_name_of_adapters_is_refused_before_anything_changes(name: str) -> None:
     net = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
     with pytest.raises(ValueError, match=r"cannot be the name of adapters.*use letters, digits and underscores"):

@@ -37,7 +37,7 @@ from lora_lightning.lora import (
     set_adapter,
     verify_adapters,
 )
-from lora_lightning.lora.adaptation import config_of
+from lora_lightning.lora.record import config_of
 from tests.helpers import stir
 
 WIDTH = 16

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, load_adapter, save_adapter
-from lora_lightning.lora import attach, disabled, merge, scale_adapter, scaled
-from tests.helpers import stir
+from lora_lightning.lora import adapter_state_dict, attach, bare, disabled, merge, scale_adapter, scaled
+from tests.helpers import same, state, stir
 
 CONFIGS = {
     "lora": LoRAConfig(rank=2, alpha=3),
@@ -35,6 +35,17 @@ def test_a_factor_of_one_changes_nothing_and_none_is_kept(config: LoRAConfig) ->
     with scaled(net, 0.5):
         assert not torch.allclose(net(x), expected)
     assert torch.equal(net(x), expected)
+
+
+@pytest.mark.parametrize("config", [LoRAConfig(rank=2, init="mica"), CONFIGS["dora"]], ids=["mica", "dora"])
+def test_training_is_kept_where_the_base_is_written_within_a_factor_of_zero(config: LoRAConfig) -> None:
+    net = adapted(config)
+    trained = {key: value.clone() for key, value in adapter_state_dict(net).items()}
+    with scaled(net, 0):
+        with bare(net):
+            pass
+        net.load_state_dict(state(net))
+    assert same(dict(adapter_state_dict(net)), trained)
 
 
 def test_half_of_an_adapter_is_half_of_its_change_of_each_weight() -> None:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora import LoRAConfig, adapter_parameters, attach, detach, disabled, is_adapted, set_adapter
-from tests.helpers import stir
+from lora_lightning.lora import (
+    LoRAConfig,
+    adapter_names,
+    adapter_parameters,
+    attach,
+    detach,
+    disabled,
+    is_adapted,
+    set_adapter,
+)
+from tests.helpers import same, state, stir
 
 
 class OwnNorm(nn.Module):
@@ -91,6 +101,30 @@ def test_a_weight_of_one_dimension_by_name_is_refused_with_a_way_out(net: Net) -
     with pytest.raises(ValueError, match=r"'product.weight' is of shape \(16,\).*modules_to_save"):
         attach(net, LoRAConfig(rank=2, target_parameters=["product.weight"]))
     assert not is_adapted(net)
+
+
+BY_LAYER, BY_NAME = LoRAConfig(rank=2), LoRAConfig(rank=2, target_modules=[], target_parameters=["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("layer", "first", "second", "message"),
+    [
+        (nn.Linear(4, 4), BY_NAME, replace(BY_LAYER, dropout=0.5), "'0' has adapters .* target_parameters"),
+        (nn.Embedding(5, 4), BY_LAYER, BY_NAME, r"'0\.weight' has adapters .* target_modules"),
+    ],
+    ids=["as a parameter first", "as a layer first"],
+)
+def test_a_weight_that_is_adapted_as_a_layer_and_as_a_parameter_is_refused_before_anything_changes(
+    layer: nn.Module, first: LoRAConfig, second: LoRAConfig, message: str
+) -> None:
+    net = nn.Sequential(layer)
+    attach(net, first, name="first")
+    before = state(net)
+    with pytest.raises(ValueError, match=message):
+        attach(net, second, name="second")
+    assert same(state(net), before)
+    attach(net, first, name="second")
+    assert adapter_names(net) == ["second", "first"]
 
 
 def test_nothing_is_said_where_all_reaches_everything(caplog: pytest.LogCaptureFixture) -> None:
