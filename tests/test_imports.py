@@ -107,7 +107,7 @@ SHARED = {
         "lora.selection.bias_keys",
         "lora.selection.candidates",
         "lora.selection.check",
-        "lora.selection.layers_of",
+        "lora.adapter.layers_of",
     },
     "a folder says which base it belongs to": {
         "lora.fingerprint.BaseDigests",

@@ -11,7 +11,7 @@ type of layer; a type of layer is a `Kind` and knows no variant. `Adapters` hold
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import RLock, get_ident
@@ -530,3 +530,17 @@ def parameter_of(module: nn.Module, name: str) -> Tensor:
     if found is None:  # in a replica of `nn.DataParallel`, which has attributes instead
         found = vars(module)[name]
     return found
+
+
+def layers_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules by name in the order of `named_modules`, without adapters."""
+    seen: set[nn.Module] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", module)]
+    while waiting:
+        name, layer = waiting.pop()
+        if layer in seen or isinstance(layer, Adapters):
+            continue
+        seen.add(layer)
+        yield name, layer
+        start = f"{name}." if name else ""
+        waiting += [(start + key, child) for key, child in reversed(layer._modules.items()) if child is not None]

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.adaptation import attach_to
+from lora_lightning.lora.adapter import layers_of
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.layers import adapters_of
 from lora_lightning.lora.matching import exactly, literally
 from lora_lightning.lora.record import adapted_weights, adapter_names, attachment_of, config_of, unwrapped
-from lora_lightning.lora.selection import check, layers_of
+from lora_lightning.lora.selection import check
 from lora_lightning.lora.targets import AdaptedWeight, Target
 
 

@@ -215,6 +215,7 @@ def _extent(value: Tensor) -> tuple[int, int]:
     """Return the start and end of a tensor in its storage, in bytes."""
     if not value.numel():
         return 0, 0
-    begin, steps = int(value.storage_offset()), zip(value.shape, value.stride(), strict=True)
-    end = begin + sum((size - 1) * int(stride) for size, stride in steps) + 1
-    return begin * value.element_size(), end * value.element_size()
+    begin, length = int(value.storage_offset()), value.numel()
+    if not value.is_contiguous():
+        length = sum((size - 1) * int(stride) for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
+    return begin * value.element_size(), (begin + length) * value.element_size()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lora_lightning.lora.adapter import Adapters
+from lora_lightning.lora.adapter import Adapters, layers_of
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.layers import Adapted, adapters_of, bare_layers
 from lora_lightning.lora.modules_to_save import SavedModules
@@ -60,7 +60,7 @@ def attachment_of(module: nn.Module) -> Attachment:
     found = record_of(module)
     if found is not None:
         return found
-    inner = [name for name, child in module.named_modules() if record_of(child) is not None]
+    inner = [name for name, child in layers_of(module) if record_of(child) is not None]
     hint = f"Its submodule {inner[0]!r} has adapters: pass that one." if inner else "Call attach(module, config) first."
     raise ValueError(f"This {type(module).__name__} has no adapters of its own. {hint}")
 
@@ -73,12 +73,12 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def is_adapted(module: nn.Module) -> bool:
     """Return whether any layer of `module` has an adapter."""
-    return any(isinstance(layer, Adapted) for layer in module.modules())
+    return any(isinstance(layer, Adapted) for _, layer in layers_of(module))
 
 
 def adapted_layers(module: nn.Module) -> list[Adapted]:
     """Return the layers that have adapters."""
-    return [layer for layer in module.modules() if isinstance(layer, Adapted)]
+    return [layer for _, layer in layers_of(module) if isinstance(layer, Adapted)]
 
 
 def adapters_in(module: nn.Module) -> list[Adapters]:
@@ -89,14 +89,14 @@ def adapters_in(module: nn.Module) -> list[Adapters]:
 
 def saved_in(module: nn.Module) -> list[tuple[str, SavedModules]]:
     """Return what is trained in full, with the names of the adapters that it belongs to."""
-    records = [record_of(child) for child in unwrapped(module).modules()]
+    records = [record_of(child) for _, child in layers_of(unwrapped(module))]
     return [item for record in records if record is not None for item in record.saved.items()]
 
 
 def adapted_weights(module: nn.Module, name: str | None = None) -> list[AdaptedWeight]:
     """Return the adapted weights in the order of `module`, with the active adapters, or with those of a given name."""
     found = []
-    for layer_name, layer in unwrapped(module).named_modules():
+    for layer_name, layer in layers_of(unwrapped(module)):
         if not isinstance(layer, Adapted):
             continue
         for parameter, kind in layer.lora_kinds:
@@ -218,6 +218,6 @@ def require_no_bare_layers(module: nn.Module) -> None:
     Raises:
         RuntimeError: If it is within it.
     """
-    names = [name for name, layer in module.named_modules() if layer in bare_layers]
+    names = [name for name, layer in layers_of(module) if layer in bare_layers]
     if names:
         raise RuntimeError(f"The adapters of {some_of(map(repr, names))} are set aside: do this outside of bare(net).")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lora_lightning.lora.adapter import Adapter, Adapters
+from lora_lightning.lora.adapter import Adapter, Adapters, layers_of
 from lora_lightning.lora.bypass import bypass_target
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.layers import Adapted, child_name, stored
@@ -178,12 +178,6 @@ def limit_ranks(selected: list[Target]) -> list[Target]:
         )
         _log.warning("Ranks are limited by the size of the layers: %s.", listed)
     return [replace(target, rank=min(target.rank, *target.shape)) for target in selected]
-
-
-def layers_of(module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """Yield the modules by name, without adapters."""
-    adapters = {child for layer in module.modules() if isinstance(layer, Adapters) for child in layer.modules()}
-    return ((name, layer) for name, layer in module.named_modules() if layer not in adapters)
 
 
 def _weights_of(layer: nn.Module) -> list[str]:

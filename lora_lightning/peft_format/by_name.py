@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from lora_lightning.lora import AdaptedWeight, adapted_weights
+from lora_lightning.lora.adapter import layers_of
 from lora_lightning.lora.readers import ParameterKind
-from lora_lightning.lora.selection import layers_of
 from lora_lightning.lora.targets import Target
 
 _INSIDE = ".base_layer"

@@ -21,6 +21,7 @@ from lora_lightning.lora import (
     set_adapter,
 )
 from lora_lightning.lora.adaptation import attach_to
+from lora_lightning.lora.adapter import layers_of
 from lora_lightning.lora.bypass import bypass_target
 from lora_lightning.lora.fingerprint import BaseDigests
 from lora_lightning.lora.matching import Names
@@ -34,7 +35,7 @@ from lora_lightning.lora.record import (
     trained_names,
     unwrapped,
 )
-from lora_lightning.lora.selection import bias_keys, candidates, check, layers_of
+from lora_lightning.lora.selection import bias_keys, candidates, check
 from lora_lightning.lora.state import adapter_keys, with_values
 from lora_lightning.lora.targets import Target
 from lora_lightning.peft_format.base_check import base_metadata, base_of, check_base

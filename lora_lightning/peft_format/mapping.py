@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora import AdaptedWeight, LoRAConfig, adapted_weights
+from lora_lightning.lora.adapter import layers_of
 from lora_lightning.lora.layers import ConvKind, EmbeddingKind
 from lora_lightning.lora.matching import exactly, pattern_of
 from lora_lightning.lora.other_layers import TransposedLinearKind
 from lora_lightning.lora.record import attachment_of, config_of
 from lora_lightning.lora.registry import kind_of
-from lora_lightning.lora.selection import layers_of
 from lora_lightning.lora.sharding import full
 from lora_lightning.lora.targets import Target
 from lora_lightning.peft_format.by_name import by_name_to_peft, is_by_name
