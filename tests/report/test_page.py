@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from lora_lightning.evaluation import (
     paired_bootstrap,
 )
 from lora_lightning.evaluation.changes import ChangedSample, Pairs, is_signal, small_image, small_signal
+from lora_lightning.evaluation.results import Compared
 from lora_lightning.lora import LoRAConfig, adapted_weights, attach
 from lora_lightning.report import write_page
 from lora_lightning.report.figure import report_figures
@@ -314,6 +316,14 @@ def test_a_new_head_is_marked_as_guessing(tmp_path: Path) -> None:
     assert "base, whose new head guesses" in page_of(tmp_path, report, head).text
     (tmp_path / "old").mkdir()
     assert "guesses" not in page_of(tmp_path / "old", two_classes(8, 1), head).text
+    (tmp_path / "none").mkdir()
+    assert "guesses" not in page_of(tmp_path / "none", report).text
+
+
+def test_the_metrics_of_the_user_stand_beside_those_of_the_base(tmp_path: Path) -> None:
+    report = replace(two_classes(3, 1), metrics={"f1": Compared(0.75, 0.5), "loss": Compared(2.5)})
+    text = re.sub(r"\s+", " ", page_of(tmp_path, report).text)
+    assert "metric value difference f1 0.5 → 0.75 +0.25 loss 2.5 –" in text
 
 
 def test_values_are_drawn_sample_by_sample(tmp_path: Path) -> None:
