@@ -37,6 +37,17 @@ def test_a_factor_of_one_changes_nothing_and_none_is_kept(config: LoRAConfig) ->
     assert torch.equal(net(x), expected)
 
 
+def test_a_bypass_is_scaled_like_a_layer() -> None:
+    net = adapted(LoRAConfig(rank=2, target_modules=[], bypass=(18, 3)))
+    x = torch.randn(7, 3, 6, dtype=torch.float64)
+    with disabled(net):
+        base = net(x)
+    change = net(x) - base
+    assert change.abs().max() > 0.1
+    with scaled(net, 0.25):
+        torch.testing.assert_close(net(x) - base, 0.25 * change)
+
+
 @pytest.mark.parametrize("config", [LoRAConfig(rank=2, init="mica"), CONFIGS["dora"]], ids=["mica", "dora"])
 def test_training_is_kept_where_the_base_is_written_within_a_factor_of_zero(config: LoRAConfig) -> None:
     net = adapted(config)

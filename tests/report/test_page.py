@@ -335,6 +335,8 @@ def test_values_are_drawn_sample_by_sample(tmp_path: Path) -> None:
     drawn = len(page.all("circle")) + len(page.all("rect"))
     assert (drawn, len(page.all("rect"))) == (60, int(improved[2]))
     assert page.text.index("Worsened most") < page.text.index("Improved most")
+    every = re.sub(r"\s+", " ", page.text.partition("All samples")[2])
+    assert "number value MAE 2.64 → 1.4 RMSE" in every
 
 
 def test_values_that_are_not_finite_cost_no_page(tmp_path: Path) -> None:
