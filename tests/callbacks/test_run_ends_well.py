@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from lora_lightning import LoRAConfig, LoRAFinetuning, load_adapter
 from lora_lightning.callbacks.adapter_folder import RunAdapters
 from lora_lightning.callbacks.base_of_run import is_as_created
 from lora_lightning.checkpoints import NotFiniteError
+from lora_lightning.checkpoints.atomic_checkpoint import write_atomically
 from lora_lightning.lora import (
     adapter_names,
     adapter_state_dict,
@@ -356,6 +359,24 @@ def test_a_base_with_objects_and_a_bare_state_dict_are_read_and_no_code_in_them_
     assert not Path("trapped").exists()
     module = start(base_checkpoint=path, weights_only=False)
     assert torch.equal(module.decoder._parameters["weight"], plain.decoder.weight)
+
+
+@pytest.mark.parametrize("place", ["disk", "url"])
+def test_objects_in_a_checkpoint_are_made_only_if_the_user_trusts_it(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = str(tmp_path / "trap.ckpt") if place == "disk" else "memory://trap.ckpt"
+    with fsspec.open(path, "wb") as file:
+        torch.save({"state_dict": {}, "object": Trap()}, file)
+    files = write_atomically(TorchCheckpointIO())
+    with pytest.raises(ValueError, match="pass weights_only=False to fit, test or LoRAFinetuning"):
+        files.load_checkpoint(path)
+    assert not Path("trapped").exists()
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.warns(UserWarning, match="TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected"):
+        files.load_checkpoint(path)
+    assert Path("trapped").exists()
 
 
 @pytest.mark.parametrize("source", ["log folder", "checkpoint", "adapter folder"])
