@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning import ConfusionReport, LoRAFinetuning
+from lora_lightning.callbacks.merging import load_merged
 from lora_lightning.checkpoints import NotFiniteError, newest_checkpoint
 from lora_lightning.lora import adapted_weights, adapter_parameters, adapter_state_dict, base_fingerprint, merge
 from tests.helpers import same, state
@@ -133,6 +134,17 @@ def test_layers_made_in_a_hook_are_adapted(
     again = Later(hook, all_layers)
     make_trainer(LoRAFinetuning(rank=2), precision=precision).test(again, data(), ckpt_path=checkpoint, verbose=False)
     assert same(dict(again.state_dict()), dict(module.state_dict()))
+
+
+@pytest.mark.parametrize("hook", ["setup", "configure_model"])
+def test_a_model_whose_layers_are_made_late_is_merged_from_a_checkpoint(make_trainer: MakeTrainer, hook: str) -> None:
+    module = Later(hook, all_layers=True)
+    trainer = make_trainer(LoRAFinetuning(rank=2), max_epochs=1)
+    trainer.fit(module, data())
+    merged = Later(hook, all_layers=True)
+    load_merged(make_trainer(LoRAFinetuning(rank=2)), merged, trainer.checkpoint_callback.best_model_path)
+    merge(module)
+    assert same(dict(merged.state_dict()), dict(module.state_dict()))
 
 
 def test_layers_made_in_configure_model_take_a_base_and_resume_bitwise(make_trainer: MakeTrainer) -> None:
