@@ -361,6 +361,7 @@ def test_a_training_is_summarized(tmp_path: Path) -> None:
     assert "Adapters with 10 parameters were trained, and val/loss improved: 0.8 → 0.4." in page.text
     assert "Best epoch 2 of 3" in page.text
     assert "validation, not a test" in page.text
+    assert "Training loss 1 → 0.0333" in re.sub(r"\s+", " ", page.text)
     first = next(each["aria-label"] for each in page.all("svg"))
     assert first.startswith("Curves of the training, loss: train/loss from 1 to 0.0333; val/loss from 0.8 to 0.6")
     assert page.text.index("How it was trained") < page.text.index("What the adapters changed in the weights")
