@@ -14,7 +14,7 @@ import fsspec
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import OmegaConf
@@ -125,6 +125,15 @@ def of_epoch(module: Module, epoch: int) -> dict[str, Tensor]:
 
 def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_folder_holds_the_averages_of_the_best_checkpoint(tmp_path: Path) -> None:
+    files = ModelCheckpoint(tmp_path / "files", monitor="score")
+    _, ours = fit(Module(), tmp_path, EMAWeightAveraging(decay=0.5), files)
+    checkpoint = torch.load(files.best_model_path, weights_only=True)
+    saved = {key.replace(".lora_weight.default.", "."): value for key, value in checkpoint["state_dict"].items()}
+    assert checkpoint["epoch"] == 1
+    assert equal(in_folder(ours.adapter_folder), {key: value for key, value in saved.items() if "lora_" in key})
 
 
 @pytest.mark.parametrize("weights_only", [False, True], ids=["full", "weights only"])

@@ -111,6 +111,7 @@ class TestMiCA:
         rest, ups = lora_plus_param_groups(net, 0.1, 16)
         assert len(rest["params"]) == 5
         assert ups["params"] == []
+        assert (rest["lr"], ups["lr"]) == (0.1, 1.6)
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
         net(ids).square().sum().backward()
         optimizer.step()
