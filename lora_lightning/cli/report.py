@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from lora_lightning.report import write_page
+from lora_lightning.report.files import free_path
 from lora_lightning.report.page import REPORTS, page_of
 from lora_lightning.report.terminal import show
 
@@ -32,10 +33,14 @@ def report(words: list[str]) -> int:
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="LOGDIR", help="the folder of a run, or a folder with runs"
     )
-    parser.add_argument("--output", type=Path, help="the file to write (default: report.html in the first folder)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the file to write (default: report.html in the folder of the run, or compare.html in the first folder)",
+    )
     options = parser.parse_args(words)
     runs = [newest_run(folder) for folder in options.folders]
-    path = options.output or page_of(runs[0])
+    path = options.output or (page_of(runs[0]) if len(runs) == 1 else free_path(runs[0] / "compare.html"))
     if options.output is not None and path.exists():
         raise FileExistsError(f"{path} exists: it is not overwritten. Choose another name with --output.")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -103,6 +103,16 @@ class Run:
         return []
 
     @property
+    def adapted(self) -> str:
+        """Return the adapted layers in words, `3 layers, rank 8`, or an empty string without adapters."""
+        ranks = sorted({layer["rank"] for layer in self.facts.get("layers") or []})
+        if not ranks:
+            return ""
+        count = len(self.facts["layers"])
+        rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        return f"{count:,} layer{'s' if count > 1 else ''}, rank {rank}"
+
+    @property
     def adapter(self) -> str:
         """Return the folder of the adapters, or an empty string."""
         repair = self.facts.get("repair") or {}

@@ -59,6 +59,11 @@ def test_a_page_is_made_again_and_of_several_runs_and_overwrites_nothing(tested:
     assert code == 0, text
     assert Path("logs/adapt/version_1/report.html").read_text() == "a page of my own"
     assert Path("logs/adapt/version_1/report-v1.html").read_text() == before
+    code, text = tested("report", "logs/adapt", "logs/pretrain")
+    assert code == 0, text
+    assert "logs/adapt/version_1/compare.html" in text
+    assert "3 layers, rank 1" in Path("logs/adapt/version_1/compare.html").read_text()
+    assert Path("logs/adapt/version_1/report-v1.html").read_text() == before
     code, text = tested("report", "logs/adapt", "logs/pretrain", "--output", "compare.html")
     assert code == 0, text
     assert "2 runs" in Path("compare.html").read_text()
