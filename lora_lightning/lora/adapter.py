@@ -313,7 +313,7 @@ class Adapter(nn.Module):
         else:
             nn.init.kaiming_uniform_(a.view(-1, a.shape[-1]), a=math.sqrt(5))  # uniform within 1 / sqrt(in)
         if self.layout.zero_column is not None:
-            a[..., self.layout.zero_column] = 0
+            a[..., self.layout.zero_column].zero_()
 
 
 class InEffect(NamedTuple):

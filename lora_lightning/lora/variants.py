@@ -48,7 +48,7 @@ class PiSSAAdapter(Adapter):
         self.lora_A.copy_(a / root)
         self.lora_B.copy_(b / root)
         if self.layout.zero_column is not None:
-            self.lora_A[..., self.layout.zero_column] = 0
+            self.lora_A[..., self.layout.zero_column].zero_()
         self.register_buffer("lora_A_initial", self.lora_A.detach().clone())
         self.register_buffer("lora_B_initial", self.lora_B.detach().clone())
 
