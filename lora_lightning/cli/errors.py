@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Sequence
-from inspect import signature
+from argparse import ArgumentError
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
 from lora_lightning.cli.init import how_to_get
-from lora_lightning.lora import LoRAConfig
 
 _NO_NAME = '"<unicode string>"'
 _UNION = "Does not validate against any of the Union subtypes"
@@ -63,21 +63,45 @@ def _with_settings(text: str) -> str:
             text += (
                 f" `lora-lightning fit --config {config}` creates it; base_checkpoint and --ckpt_path select another."
             )
-    if match := re.match(r"unrecognized arguments: --(\w+)\b", text):
-        text += (
-            f". Options have the name of their part in front (lora, model, data, trainer), for example "
-            f"--{_part_of(match[1])}.{match[1]}."
-        )
     if (match := re.search(r"File does not exist: '([^']+)'", text)) and (hint := how_to_get(match[1])):
         text += f". {hint}"
     return text
 
 
-def _part_of(option: str) -> str:
-    """Return the part that an option is likely to belong to."""
-    if option in LoRAConfig.__dataclass_fields__:
-        return "lora"
-    return "trainer" if option in signature(Trainer).parameters else "model"
+@contextmanager
+def unknown_options_explained(parser: ArgumentParser) -> Iterator[None]:
+    """Name the nearest option of a parser in the error for an option that does not exist."""
+    try:
+        yield
+    except ArgumentError as error:
+        if match := re.match(r"unrecognized arguments: --([\w.-]+)", str(error)):
+            raise ArgumentError(None, _unknown_option(match[1], parser)) from error
+        raise
+
+
+def _unknown_option(option: str, parser: ArgumentParser) -> str:
+    options = [name.removeprefix("--") for name in parser._option_string_actions if name.startswith("--")]
+    text = f"There is no option --{option}."
+    if nearest := _nearest(option, [name for name in options if not name.endswith("help")]):
+        return f"{text} Did you mean --{nearest}?"
+    if "." not in option and "model" in options:
+        text += f" Settings have the name of their part in front, for example --model.{option} or --data.{option}."
+    return text
+
+
+def _nearest(option: str, options: Collection[str]) -> str:
+    """Return the option that is meant, or an empty string: one of this name, a similar one, or one of another part."""
+    part, _, name = option.rpartition(".")
+    everywhere = {other.rpartition(".")[2]: other for other in options}
+    beside = {other.rpartition(".")[2]: other for other in options if other.rpartition(".")[0] == part}
+    if name in everywhere:
+        return everywhere[name]
+    for among, cutoff in ((beside, 0.6), (everywhere, 0.8)):
+        if alike := difflib.get_close_matches(name, among, n=1, cutoff=cutoff):
+            return among[alike[0]]
+    first, dot, rest = option.partition(".")
+    alike = difflib.get_close_matches(first, {other.partition(".")[0] for other in options}, n=1) if dot else []
+    return f"{alike[0]}.{rest}" if alike and alike[0] != first else ""
 
 
 def _with_file(text: str, words: Sequence[str]) -> str:
@@ -98,7 +122,8 @@ def _with_file(text: str, words: Sequence[str]) -> str:
 
 def _accepted_options(text: str) -> str:
     """Return the options of a class for an unknown option, sorted by similarity."""
-    if match := re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
+    unknown = r"class_path '([\w.]+)': (?:Option '|unrecognized arguments: --)([\w]+)"
+    if match := re.search(unknown, text):
         owner, option = named_class(match[1]), match[2]
     elif match := re.search(r"does not accept option 'trainer\.(\w+)'", text):
         owner, option = Trainer, match[1]

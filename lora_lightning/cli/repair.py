@@ -17,6 +17,7 @@ from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.checkpoints import newest_checkpoint
 from lora_lightning.cli.closing import as_typed, show_lines
 from lora_lightning.cli.configured_repair import Configured
+from lora_lightning.cli.errors import unknown_options_explained
 from lora_lightning.data.focus import check_share
 from lora_lightning.data.mnist_files import Source
 from lora_lightning.repair.choice import named_classes
@@ -43,7 +44,9 @@ _CONFIG_HELP = (
 def repair_command(words: list[str]) -> int:
     """Run `repair` with its arguments and return the exit code."""
     of_config, own = divide(words)
-    given = repair_parser().parse_args(own).as_dict()
+    parser = repair_parser()
+    with unknown_options_explained(parser):
+        given = parser.parse_args(own).as_dict()
     given.pop("config")  # which is only for the help
     return repair(**given, of_config=of_config)
 

@@ -121,6 +121,15 @@ class TestBadInput:
                 2,
                 "Option 'hidden_size_3' is not accepted. Did you mean 'hidden_size_",
             ),
+            (["--lora.rnk", "4"], 2, "There is no option --lora.rnk. Did you mean --lora.rank?\n"),
+            (["--lora.rnk=4"], 2, "There is no option --lora.rnk. Did you mean --lora.rank?\n"),
+            (["--rank", "4"], 2, "There is no option --rank. Did you mean --lora.rank?\n"),
+            (["--max_epoch", "4"], 2, "There is no option --max_epoch. Did you mean --trainer.max_epochs?\n"),
+            (["--confg", "a.yaml"], 2, "There is no option --confg. Did you mean --config?\n"),
+            (["--cktp_path", "last"], 2, "There is no option --cktp_path. Did you mean --ckpt_path?\n"),
+            (["--datta.digits", "[3]"], 2, "There is no option --datta.digits. Did you mean --data.digits?\n"),
+            (["--lr", "4"], 2, "There is no option --lr. Settings have the name of their part in front, for example"),
+            (["--model.optimzer.lr", "4"], 2, "unrecognized arguments: --optimzer.lr=4. Did you mean 'optimizer'? It"),
         ],
     )
     def test_on_the_command_line(self, run: Run, words: list[str], code: int, message: str) -> None:
@@ -130,6 +139,15 @@ class TestBadInput:
         assert "Traceback" not in text
         assert text.count("lora-lightning: error: ") == 1
         assert not Path("logs").exists()
+
+    @pytest.mark.parametrize(
+        ("words", "meant"),
+        [(("merge", "--ouput", "a.ckpt"), "--output"), (("repair", "--focuss", "4"), "--focus")],
+    )
+    def test_a_misspelt_option_of_a_single_command(self, run: Run, words: tuple[str, ...], meant: str) -> None:
+        code, text = run(*words)
+        assert code == 2
+        assert f"There is no option {words[1]}. Did you mean {meant}?\n" in text
 
     @pytest.mark.parametrize(
         ("config", "code", "message"),
