@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+import shlex
 from argparse import ArgumentError
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
+from lora_lightning.checkpoints.run_record import RunRecord
 from lora_lightning.cli.init import how_to_get
 
 _NO_NAME = '"<unicode string>"'
@@ -63,9 +65,21 @@ def _with_settings(text: str) -> str:
             text += (
                 f" `lora-lightning fit --config {config}` creates it; base_checkpoint and --ckpt_path select another."
             )
+    if (doubt := re.match(r"(.+?) contains adapters (?:that differ|of another base)", text)) and (
+        saved := _saved_config(doubt[1])
+    ):
+        text = re.sub(r"(Configure|Set base_checkpoint of) LoRAFinetuning.*", "", text)
+        text += f"The saved configuration fits: --config {saved}"
     if (match := re.search(r"File does not exist: '([^']+)'", text)) and (hint := how_to_get(match[1])):
         text += f". {hint}"
     return text
+
+
+def _saved_config(checkpoint: str) -> str:
+    """Return the configuration of the run that wrote a checkpoint, or an empty string if there is none."""
+    record = RunRecord.of(Path(checkpoint))
+    config = None if record is None else record.folder / "config.yaml"
+    return shlex.quote(str(config)) if config is not None and config.is_file() else ""
 
 
 @contextmanager
