@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
 from lora_lightning.checkpoints.run_record import RunRecord
+from lora_lightning.cli.closing import as_typed
 from lora_lightning.cli.init import how_to_get
 
 _NO_NAME = '"<unicode string>"'
@@ -70,9 +71,34 @@ def _with_settings(text: str) -> str:
     ):
         text = re.sub(r"(Configure|Set base_checkpoint of) LoRAFinetuning.*", "", text)
         text += f"The saved configuration fits: --config {saved}"
-    if (match := re.search(r"File does not exist: '([^']+)'", text)) and (hint := how_to_get(match[1])):
+    if (match := re.search(r"File does not exist: '([^']+)'", text)) and (hint := _file_meant(match[1])):
         text += f". {hint}"
+    return _with_spelling(text)
+
+
+def _with_spelling(text: str) -> str:
+    """Add how an argument is written."""
+    if re.match(r"the following arguments are required: (\w+\.)?model$", text):
+        return "There is no model. Name a configuration, --config FILE; `lora-lightning init` writes examples."
+    if match := re.match(r"unrecognized arguments: ([^-\s]\S*\.ya?ml)\b", text):
+        return f"{text}. Did you mean --config {match[1]}?"
+    if match := re.match(r"(.+) is a full checkpoint, but with LoRAFinetuning, ckpt_path is", text):
+        option = f"--lora.base_checkpoint {shlex.quote(match[1])}"
+        return f"{text} On the command line: {option}; or add --adapter none, which uses the base alone."
+    if match := re.search(r"Expected a <class '(?:tuple|list)'>. Got value: ([^\s\[\]]+)$", text):
+        return f'{text}. A list is written "[{match[1]}]".'
+    if match := re.search(r"\['([\w.]+(?:, ?[\w.]+)+)'\] match no ", text):
+        return f'{text} A list of names is written "[{match[1]}]".'
     return text
+
+
+def _file_meant(path: str) -> str:
+    """Return a sentence that names a YAML file of a similar name beside a missing one, or that says how to get it."""
+    missing = Path(path)
+    beside = {file.stem: file for file in sorted(missing.parent.glob("*.y*ml"))}
+    if alike := difflib.get_close_matches(missing.stem, beside, n=1, cutoff=0.75):
+        return f"Did you mean {as_typed(beside[alike[0]])}?"
+    return how_to_get(path)
 
 
 def _saved_config(checkpoint: str) -> str:

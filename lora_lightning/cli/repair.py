@@ -159,7 +159,12 @@ def repair(
                 named_classes(focus, task.names)
             settings = Settings(base_path, focus, ranks, shares, steps, number)
             one = Repair(settings, task, Runs(Path(log_dir), accelerator, task.log_every_n_steps))
-            outcome = one.run()
+            try:
+                outcome = one.run()
+            except (KeyboardInterrupt, SystemExit):  # Lightning exits on Ctrl-C
+                if base := sorted(one.runs.folder.glob("base/checkpoints/*.ckpt")):
+                    say(f"To go on with the trained base: --base_checkpoint {shlex.quote(as_typed(base[-1]))}")
+                raise
             if baselines:
                 compare(one, outcome)
             show_lines(_closing(one))

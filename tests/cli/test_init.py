@@ -35,7 +35,9 @@ def test_every_topic_writes_its_files_once_and_names_the_commands(
             assert f"fit  --config {name}" in printed.replace("fit     ", "fit  ").replace("fit --", "fit  --")
     Path(names[0]).write_text("mine")
     assert main(["init", topic]) == 2
-    assert names[0] in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{', '.join(names)} {'exist and are' if len(names) > 1 else 'exists and is'} not changed." in error
+    assert error.splitlines()[1:] == printed.splitlines()[1:]
     assert Path(names[0]).read_text() == "mine"
 
 
