@@ -69,8 +69,8 @@ def _with_settings(text: str) -> str:
     if (doubt := re.match(r"(.+?) contains adapters (?:that differ|of another base)", text)) and (
         saved := _saved_config(doubt[1])
     ):
-        text = re.sub(r"(Configure|Set base_checkpoint of) LoRAFinetuning.*", "", text)
-        text += f"The saved configuration fits: --config {saved}"
+        text = re.sub(r" (Configure|Set base_checkpoint of) LoRAFinetuning.*", "", text)
+        text += f" Use the configuration of that run: --config {saved}"
     if (match := re.search(r"File does not exist: '([^']+)'", text)) and (hint := _file_meant(match[1])):
         text += f". {hint}"
     return _with_spelling(text)

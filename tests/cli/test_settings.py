@@ -171,10 +171,16 @@ def test_a_configuration_that_does_not_fit_the_checkpoint_is_answered_with_the_o
     assert code == 1
     saved = "--config logs/adapt/version_0/config.yaml"
     assert "contains adapters that differ from those of the model. In the checkpoint: backbone.linear1 (rank 1" in text
-    assert f"The saved configuration fits: {saved}\n" in text
+    assert f" Use the configuration of that run: {saved}\n" in text
     assert "Configure LoRAFinetuning" not in text
     code, text = run("test", *saved.split(), *words)
     assert code == 0, text
+    code, text = run("fit", "--config", "configs/pretrain.yaml", *SMALL)
+    assert code == 0, text
+    code, text = run("test", "--config", "configs/adapt.yaml", *words)
+    assert code == 1
+    assert "contains adapters of another base" in text
+    assert f"). Use the configuration of that run: {saved}\n" in text
 
 
 @pytest.mark.parametrize(
