@@ -182,7 +182,10 @@ def how_a_library_saves(pl_module: LightningModule, checkpoints: str) -> str:
     """Return a sentence for models of other libraries, some of which save or reload them in their own way."""
     if checkpoints == "full" or type(pl_module).__module__.startswith("lora_lightning."):
         return ""
-    return " Before a library saves the whole model, call lora.merge, or train with checkpoints='full'."
+    return (
+        " Before a library saves the whole model, call lora.merge, or train with checkpoints='full': its file then has "
+        "the keys of the plain model, which it can load again."
+    )
 
 
 class _Folders:

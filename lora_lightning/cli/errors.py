@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Sequence
-from inspect import signature
+import shlex
+from argparse import ArgumentError
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
+from lora_lightning.checkpoints.run_record import RunRecord
+from lora_lightning.cli.closing import as_typed
 from lora_lightning.cli.init import how_to_get
-from lora_lightning.lora import LoRAConfig
 
 _NO_NAME = '"<unicode string>"'
 _UNION = "Does not validate against any of the Union subtypes"
@@ -63,21 +66,82 @@ def _with_settings(text: str) -> str:
             text += (
                 f" `lora-lightning fit --config {config}` creates it; base_checkpoint and --ckpt_path select another."
             )
-    if match := re.match(r"unrecognized arguments: --(\w+)\b", text):
-        text += (
-            f". Options have the name of their part in front (lora, model, data, trainer), for example "
-            f"--{_part_of(match[1])}.{match[1]}."
-        )
-    if (match := re.search(r"File does not exist: '([^']+)'", text)) and (hint := how_to_get(match[1])):
+    if (doubt := re.match(r"(.+?) contains adapters (?:that differ|of another base)", text)) and (
+        saved := _saved_config(doubt[1])
+    ):
+        text = re.sub(r" (Configure|Set base_checkpoint of) LoRAFinetuning.*", "", text)
+        text += f" Use the configuration of that run: --config {saved}"
+    if (match := re.search(r"File does not exist: '([^']+)'", text)) and (hint := _file_meant(match[1])):
         text += f". {hint}"
+    return _with_spelling(text)
+
+
+def _with_spelling(text: str) -> str:
+    """Add how an argument is written."""
+    if re.match(r"the following arguments are required: (\w+\.)?model$", text):
+        return "There is no model. Name a configuration, --config FILE; `lora-lightning init` writes examples."
+    if match := re.match(r"unrecognized arguments: ([^-\s]\S*\.ya?ml)\b", text):
+        return f"{text}. Did you mean --config {match[1]}?"
+    if match := re.match(r"(.+) is a full checkpoint, but with LoRAFinetuning, ckpt_path is", text):
+        option = f"--lora.base_checkpoint {shlex.quote(match[1])}"
+        return f"{text} On the command line: {option}; or add --adapter none, which uses the base alone."
+    if match := re.search(r"Expected a <class '(?:tuple|list)'>. Got value: ([^\s\[\]]+)$", text):
+        return f'{text}. A list is written "[{match[1]}]".'
+    if match := re.search(r"\['([\w.]+(?:, ?[\w.]+)+)'\] match no ", text):
+        return f'{text} A list of names is written "[{match[1]}]".'
     return text
 
 
-def _part_of(option: str) -> str:
-    """Return the part that an option is likely to belong to."""
-    if option in LoRAConfig.__dataclass_fields__:
-        return "lora"
-    return "trainer" if option in signature(Trainer).parameters else "model"
+def _file_meant(path: str) -> str:
+    """Return a sentence that names a YAML file of a similar name beside a missing one, or that says how to get it."""
+    missing = Path(path)
+    beside = {file.stem: file for file in sorted(missing.parent.glob("*.y*ml"))}
+    if alike := difflib.get_close_matches(missing.stem, beside, n=1, cutoff=0.75):
+        return f"Did you mean {as_typed(beside[alike[0]])}?"
+    return how_to_get(path)
+
+
+def _saved_config(checkpoint: str) -> str:
+    """Return the configuration of the run that wrote a checkpoint, or an empty string if there is none."""
+    record = RunRecord.of(Path(checkpoint))
+    config = None if record is None else record.folder / "config.yaml"
+    return shlex.quote(str(config)) if config is not None and config.is_file() else ""
+
+
+@contextmanager
+def unknown_options_explained(parser: ArgumentParser) -> Iterator[None]:
+    """Name the nearest option of a parser in the error for an option that does not exist."""
+    try:
+        yield
+    except ArgumentError as error:
+        if match := re.match(r"unrecognized arguments: --([\w.-]+)", str(error)):
+            raise ArgumentError(None, _unknown_option(match[1], parser)) from error
+        raise
+
+
+def _unknown_option(option: str, parser: ArgumentParser) -> str:
+    options = [name.removeprefix("--") for name in parser._option_string_actions if name.startswith("--")]
+    text = f"There is no option --{option}."
+    if nearest := _nearest(option, [name for name in options if not name.endswith("help")]):
+        return f"{text} Did you mean --{nearest}?"
+    if "." not in option and "model" in options:
+        text += f" Settings have the name of their part in front, for example --model.{option} or --data.{option}."
+    return text
+
+
+def _nearest(option: str, options: Collection[str]) -> str:
+    """Return the option that is meant, or an empty string: one of this name, a similar one, or one of another part."""
+    part, _, name = option.rpartition(".")
+    everywhere = {other.rpartition(".")[2]: other for other in options}
+    beside = {other.rpartition(".")[2]: other for other in options if other.rpartition(".")[0] == part}
+    if name in everywhere:
+        return everywhere[name]
+    for among, cutoff in ((beside, 0.6), (everywhere, 0.8)):
+        if alike := difflib.get_close_matches(name, among, n=1, cutoff=cutoff):
+            return among[alike[0]]
+    first, dot, rest = option.partition(".")
+    alike = difflib.get_close_matches(first, {other.partition(".")[0] for other in options}, n=1) if dot else []
+    return f"{alike[0]}.{rest}" if alike and alike[0] != first else ""
 
 
 def _with_file(text: str, words: Sequence[str]) -> str:
@@ -98,7 +162,8 @@ def _with_file(text: str, words: Sequence[str]) -> str:
 
 def _accepted_options(text: str) -> str:
     """Return the options of a class for an unknown option, sorted by similarity."""
-    if match := re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
+    unknown = r"class_path '([\w.]+)': (?:Option '|unrecognized arguments: --)([\w]+)"
+    if match := re.search(unknown, text):
         owner, option = named_class(match[1]), match[2]
     elif match := re.search(r"does not accept option 'trainer\.(\w+)'", text):
         owner, option = Trainer, match[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
@@ -50,15 +51,21 @@ def init(words: list[str]) -> int:
         return 0 if words in ([], ["--help"], ["-h"]) else 2
     _, names = TOPICS[words[0]]
     if there := [name for name in names if Path(name).exists()]:
-        print(f"lora-lightning: error: {', '.join(there)} already exists and is not changed.", file=sys.stderr)
+        verbs = "exist and are not changed" if len(there) > 1 else "exists and is not changed"
+        print(
+            f"lora-lightning: error: {', '.join(there)} {verbs}. Delete or rename to start again, or go on:",
+            file=sys.stderr,
+        )
+        print(_commands(names), file=sys.stderr)
         return 2
-    commands: list[str] = []
     for name in names:
-        source = shipped(name)
         Path(name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, name)
-        lines = source.read_text(encoding="utf-8").splitlines()
-        commands += [line[1:].strip() for line in lines if line.startswith("#   ")]
-    print(f"Written: {', '.join(names)}. Next:")
-    print("\n".join(f"  {command}" for command in commands))
+        shutil.copyfile(shipped(name), name)
+    print(f"Written: {', '.join(names)}. Next:\n{_commands(names)}")
     return 0
+
+
+def _commands(names: Iterable[str]) -> str:
+    """Return the commands in the first lines of shipped files."""
+    lines = [line for name in names for line in shipped(name).read_text(encoding="utf-8").splitlines()]
+    return "\n".join(f"  {line[1:].strip()}" for line in lines if line.startswith("#   "))

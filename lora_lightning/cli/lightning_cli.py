@@ -37,7 +37,7 @@ from lora_lightning.checkpoints.checkpoints import (
 from lora_lightning.checkpoints.started_from import StartedFrom
 from lora_lightning.checkpoints.stop_after_batch import StopAfterBatch
 from lora_lightning.cli.checkpoint_settings import only_configured_code
-from lora_lightning.cli.errors import named_class
+from lora_lightning.cli.errors import named_class, unknown_options_explained
 from lora_lightning.cli.export import export
 from lora_lightning.cli.find_lr import find_lr
 from lora_lightning.cli.head import size_head
@@ -207,7 +207,10 @@ class LoRALightningCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        super().parse_arguments(parser, args)
+        parsers = {} if self.function else self._subcommand_parsers
+        named = next((word for word in _words(args) if word in parsers), None)
+        with unknown_options_explained(parsers[named] if named else parser):
+            super().parse_arguments(parser, args)
         command, settings = self.config.get("subcommand"), self.settings
         path = settings.get("ckpt_path")
         adapts = any(map(is_lora_finetuning, configured_callbacks(settings.trainer)))
@@ -226,6 +229,11 @@ class LoRALightningCLI(LightningCLI):
         if settings.ckpt_path != str(path):
             chosen = Path(settings.ckpt_path)
             rank_zero_info(f"Checkpoint: {choice_in_words(chosen)} {doubt_about_choice(path, chosen)}".rstrip())
+
+
+def _words(args: ArgsType) -> list[str]:
+    """Return the command-line arguments, if that is what they are."""
+    return sys.argv[1:] if args is None else [str(word) for word in args] if isinstance(args, list) else []
 
 
 def _save_no_exceptions_of_one_device(trainer: Trainer) -> None:

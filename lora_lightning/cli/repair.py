@@ -17,6 +17,7 @@ from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.checkpoints import newest_checkpoint
 from lora_lightning.cli.closing import as_typed, show_lines
 from lora_lightning.cli.configured_repair import Configured
+from lora_lightning.cli.errors import unknown_options_explained
 from lora_lightning.data.focus import check_share
 from lora_lightning.data.mnist_files import Source
 from lora_lightning.repair.choice import named_classes
@@ -43,7 +44,9 @@ _CONFIG_HELP = (
 def repair_command(words: list[str]) -> int:
     """Run `repair` with its arguments and return the exit code."""
     of_config, own = divide(words)
-    given = repair_parser().parse_args(own).as_dict()
+    parser = repair_parser()
+    with unknown_options_explained(parser):
+        given = parser.parse_args(own).as_dict()
     given.pop("config")  # which is only for the help
     return repair(**given, of_config=of_config)
 
@@ -156,7 +159,12 @@ def repair(
                 named_classes(focus, task.names)
             settings = Settings(base_path, focus, ranks, shares, steps, number)
             one = Repair(settings, task, Runs(Path(log_dir), accelerator, task.log_every_n_steps))
-            outcome = one.run()
+            try:
+                outcome = one.run()
+            except (KeyboardInterrupt, SystemExit):  # Lightning exits on Ctrl-C
+                if base := sorted(one.runs.folder.glob("base/checkpoints/*.ckpt")):
+                    say(f"To go on with the trained base: --base_checkpoint {shlex.quote(as_typed(base[-1]))}")
+                raise
             if baselines:
                 compare(one, outcome)
             show_lines(_closing(one))

@@ -652,7 +652,10 @@ class TestFullCheckpoints:
 def test_how_a_library_saves_its_whole_model_is_said_once_where_it_matters(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    advice = "Before a library saves the whole model, call lora.merge"
+    advice = (
+        "Before a library saves the whole model, call lora.merge, or train with checkpoints='full': its file then has "
+        "the keys of the plain model"
+    )
     for checkpoints, said in (("full", 0), ("adapters", 1)):
         ours = LoRAFinetuning(rank=2, checkpoints=checkpoints)
         trainer = Trainer(

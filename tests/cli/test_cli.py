@@ -121,6 +121,20 @@ class TestBadInput:
                 2,
                 "Option 'hidden_size_3' is not accepted. Did you mean 'hidden_size_",
             ),
+            (["--lora.rnk", "4"], 2, "There is no option --lora.rnk. Did you mean --lora.rank?\n"),
+            (["--lora.rnk=4"], 2, "There is no option --lora.rnk. Did you mean --lora.rank?\n"),
+            (["--rank", "4"], 2, "There is no option --rank. Did you mean --lora.rank?\n"),
+            (["--max_epoch", "4"], 2, "There is no option --max_epoch. Did you mean --trainer.max_epochs?\n"),
+            (["--confg", "a.yaml"], 2, "There is no option --confg. Did you mean --config?\n"),
+            (["--cktp_path", "last"], 2, "There is no option --cktp_path. Did you mean --ckpt_path?\n"),
+            (["--datta.digits", "[3]"], 2, "There is no option --datta.digits. Did you mean --data.digits?\n"),
+            (["--lr", "4"], 2, "There is no option --lr. Settings have the name of their part in front, for example"),
+            (["configs/adapt.yaml"], 2, "arguments: configs/adapt.yaml. Did you mean --config configs/adapt.yaml?\n"),
+            (["-c", "configs/adapt.yml"], 2, "/configs/adapt.yml'. Did you mean configs/adapt.yaml?\n"),
+            (["--lora.target_modules", "linear1,linear2"], 1, 'A list of names is written "[linear1,linear2]".\n'),
+            (["--lora.modules_to_save", "linear1,linear2"], 1, 'A list of names is written "[linear1,linear2]".\n'),
+            (["--data.digits", "3,4"], 2, 'Got value: 3,4. A list is written "[3,4]".\n'),
+            (["--model.optimzer.lr", "4"], 2, "unrecognized arguments: --optimzer.lr=4. Did you mean 'optimizer'? It"),
         ],
     )
     def test_on_the_command_line(self, run: Run, words: list[str], code: int, message: str) -> None:
@@ -130,6 +144,15 @@ class TestBadInput:
         assert "Traceback" not in text
         assert text.count("lora-lightning: error: ") == 1
         assert not Path("logs").exists()
+
+    @pytest.mark.parametrize(
+        ("words", "meant"),
+        [(("merge", "--ouput", "a.ckpt"), "--output"), (("repair", "--focuss", "4"), "--focus")],
+    )
+    def test_a_misspelt_option_of_a_single_command(self, run: Run, words: tuple[str, ...], meant: str) -> None:
+        code, text = run(*words)
+        assert code == 2
+        assert f"There is no option {words[1]}. Did you mean {meant}?\n" in text
 
     @pytest.mark.parametrize(
         ("config", "code", "message"),
@@ -155,6 +178,26 @@ class TestBadInput:
         assert outcome == code
         assert message in text
         assert "Traceback" not in text
+
+    @pytest.mark.parametrize("command", ["fit", "test", "merge"])
+    def test_no_configuration(self, run: Run, command: str) -> None:
+        code, text = run(command)
+        assert code == 2
+        assert "There is no model. Name a configuration, --config FILE; `lora-lightning init` writes examples." in text
+
+    def test_rates_without_brackets(self, run: Run) -> None:
+        code, text = run("find-lr", "--config", "configs/adapt.yaml", "--rates", "0.1,1")
+        assert code == 2
+        assert 'Got value: 0.1,1. A list is written "[0.1,1]".\n' in text
+
+    def test_a_base_in_place_of_adapters(self, run: Run, pretrained: Path) -> None:
+        words = ("test", "-c", "configs/adapt.yaml", *SAMPLE, "--ckpt_path", "logs/pretrain")
+        code, text = run(*words)
+        assert code == 1
+        (base,) = Path("logs/pretrain").rglob("*.ckpt")
+        assert f"On the command line: --lora.base_checkpoint {base}; or add --adapter none" in text
+        code, text = run(*words, "--adapter", "none")
+        assert code == 0, text
 
     def test_a_key_of_the_trainer(self, run: Run) -> None:
         Path("bad.yaml").write_text("trainer: {max_epoch: 3}")
@@ -223,7 +266,8 @@ def test_ctrl_c_ends_it_with_a_line_and_a_code(workspace: Path) -> None:
     assert process.returncode == 1
     assert "lora-lightning: interrupted. All files written so far are kept." in text
     assert "Traceback" not in text
-    assert list(Path("logs").rglob("base/checkpoints/base.ckpt"))
+    (base,) = Path("logs").rglob("base/checkpoints/base.ckpt")
+    assert f"To go on with the trained base: --base_checkpoint {base}\n" in text
 
 
 @pytest.mark.parametrize("config", CONFIGS)

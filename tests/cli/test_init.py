@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -35,8 +36,19 @@ def test_every_topic_writes_its_files_once_and_names_the_commands(
             assert f"fit  --config {name}" in printed.replace("fit     ", "fit  ").replace("fit --", "fit  --")
     Path(names[0]).write_text("mine")
     assert main(["init", topic]) == 2
-    assert names[0] in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{', '.join(names)} {'exist and are' if len(names) > 1 else 'exists and is'} not changed." in error
+    assert error.splitlines()[1:] == printed.splitlines()[1:]
     assert Path(names[0]).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").rglob("*.yaml"))],
+    ids=lambda path: path.name,
+)  # fmt: skip
+def test_every_command_that_is_shown_can_be_pasted_into_every_shell(path: Path) -> None:
+    """A shell such as zsh takes brackets without quotes for a pattern, and answers "no matches found"."""
+    assert re.findall(r"--[\w.]+[ =]\[.*", path.read_text()) == []
 
 
 def test_the_topics_are_listed_without_pytorch() -> None:

@@ -163,6 +163,45 @@ def test_a_run_s_own_configuration_works_later_with_every_command(pretrained: Ru
     assert f"Base: {base}" in text
 
 
+def test_a_configuration_that_does_not_fit_the_checkpoint_is_answered_with_the_one_that_does(
+    run: Run, a_base_with_adapters: Path
+) -> None:
+    words = (*SMALL[:2], "--ckpt_path", "logs/adapt")
+    code, text = run("test", "--config", "configs/adapt.yaml", *words, "--lora.rank", "4")
+    assert code == 1
+    saved = "--config logs/adapt/version_0/config.yaml"
+    assert "contains adapters that differ from those of the model. In the checkpoint: backbone.linear1 (rank 1" in text
+    assert f" Use the configuration of that run: {saved}\n" in text
+    assert "Configure LoRAFinetuning" not in text
+    code, text = run("test", *saved.split(), *words)
+    assert code == 0, text
+    code, text = run("fit", "--config", "configs/pretrain.yaml", *SMALL)
+    assert code == 0, text
+    code, text = run("test", "--config", "configs/adapt.yaml", *words)
+    assert code == 1
+    assert "contains adapters of another base" in text
+    assert f"). Use the configuration of that run: {saved}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "20 of 20 steps, 1 of 1 epochs. To continue, raise --trainer.max_steps and --trainer.max_epochs."),
+        (("--trainer.max_epochs", "2"), "train: 20 of 20 steps. To continue, raise --trainer.max_steps."),
+        (("--trainer.max_steps", "21"), "train: 1 of 1 epochs. To continue, raise --trainer.max_epochs."),
+        (("--trainer.max_steps", "21", "--trainer.max_epochs", "2"), ""),
+    ],
+)
+def test_a_resumed_run_with_nothing_left_to_train_says_so(
+    run: Run, a_base_with_adapters: Path, words: tuple[str, ...], message: str
+) -> None:
+    config = ("--config", "logs/adapt/version_0/config.yaml", "--ckpt_path", "last")
+    code, text = run("fit", *config, *words)
+    assert code == 0, text
+    assert text.count("Nothing is left to train") == (1 if message else 0)
+    assert message in text
+
+
 def photographs(folder: Path, *names: str) -> None:
     for level, name in enumerate(names):
         (folder / name).mkdir(parents=True)
