@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from lora_lightning.callbacks.merging import finetuning_of
 from lora_lightning.callbacks.summary import stage_metrics
+from lora_lightning.lora import is_adapted, is_untrained
 from lora_lightning.report.terminal import show
 
 _FILES = ("*.csv", "confusion*.json", "*.png")
@@ -20,6 +21,8 @@ _INDENT = 11
 _CHARTS = "http://localhost:6006/#custom_scalars"
 """Page of TensorBoard with training and validation in one chart for each metric."""
 _WRAPPED = ("val", "test", "files", "base")
+_OF_TEST = ("--weights_only",)
+"""Options of `test` that `merge` does not have."""
 _STAGES = {"fit": "val", "validate": "val", "test": "test"}
 
 
@@ -54,6 +57,8 @@ def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
             lines["base"] = callback.base_in_words  # repeated, since a progress bar may overwrite it
         if lines["checkpoint"]:
             lines["next"] = shlex.join(_test_of(words, lines["checkpoint"]))
+    if command == "test" and words[0] == "test" and _has_trained_adapters(trainer):
+        lines["next"] = shlex.join(["lora-lightning", "merge", *_without_own_options(words[1:])])
     show_lines(lines)
 
 
@@ -78,6 +83,24 @@ def as_typed(path: str | Path) -> str:
         return str(path)
     whole = Path(path).absolute()
     return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(path)
+
+
+def _has_trained_adapters(trainer: Trainer) -> bool:
+    callback = finetuning_of(trainer)
+    if callback is None or callback.adapted is None:
+        return False
+    return is_adapted(callback.adapted) and not is_untrained(callback.adapted)
+
+
+def _without_own_options(words: list[str]) -> list[str]:
+    """Return arguments of `test` without those that `merge` does not have."""
+    kept, rest = [], iter(words)
+    for word in rest:
+        if word in _OF_TEST:
+            next(rest, None)
+        elif not word.startswith(tuple(f"{option}=" for option in _OF_TEST)):
+            kept.append(word)
+    return kept
 
 
 def _test_of(words: list[str], checkpoint: str) -> list[str]:
