@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isnan
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
+from lora_lightning.callbacks.finished_bar import finish_bar
 from lora_lightning.callbacks.log_folder import log_folder
 from lora_lightning.callbacks.logged_results import log_outcome_of_fit, log_report, log_settings, show_charts
 from lora_lightning.callbacks.merging import finetuning_of
@@ -23,6 +25,7 @@ from lora_lightning.report.figure import report_figures
 from lora_lightning.report.files import write_report
 from lora_lightning.report.terminal import show, show_sentence
 from lora_lightning.report.verdict import verdict_of
+from lora_lightning.wording import as_typed
 
 
 class ComparisonReport(Callback):
@@ -49,7 +52,7 @@ class ComparisonReport(Callback):
     Args:
         class_names: Names of the classes or labels. The default is `class_names` of the data module, `classes` of the
             data set, or numbers.
-        verbose: Whether to print the table, and below it the verdict of `report.html`.
+        verbose: Whether to print the table, below it the verdict of `report.html`, and the path of that file.
         target_key: Key or position of the targets in a batch, if it differs from the above.
         ignore_index: Target to ignore in addition to -100. The default is the hyper-parameter of this name of the
             module, if any.
@@ -94,6 +97,7 @@ class ComparisonReport(Callback):
         self.settings: dict[str, object] = {}
         self._validations = Validations()
         self._has_charts = False
+        self._page: Path | None = None
         self._evaluation = Evaluation(
             EvaluationSettings(
                 type(self).__name__,
@@ -123,6 +127,14 @@ class ComparisonReport(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         log_settings(trainer, pl_module)
+        self._page = None
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._page is not None and self.verbose:
+            finish_bar(trainer, pl_module)
+            rank_zero_info(f"Report: {as_typed(self._page)}")
+        self._page = None
 
     @override
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -224,7 +236,7 @@ class ComparisonReport(Callback):
             except Exception as error:  # noqa: BLE001 - a report must not cost the run
                 rank_zero_warn(f"The report could not be written: {type(error).__name__}: {error}")
         if folder is not None:
-            write_run_page(folder)
+            self._page = write_run_page(folder)
 
     def _write(
         self,

@@ -15,6 +15,7 @@ from lora_lightning.callbacks.merging import finetuning_of
 from lora_lightning.callbacks.summary import stage_metrics
 from lora_lightning.lora import is_adapted, is_untrained
 from lora_lightning.report.terminal import show
+from lora_lightning.wording import as_typed
 
 _FILES = ("*.csv", "confusion*.json", "*.png")
 _INDENT = 11
@@ -75,14 +76,6 @@ def show_lines(lines: Mapping[str, str]) -> None:
             shown = f"\n{' ' * _INDENT}".join(wrap(text, max(console.width - _INDENT, 20), break_on_hyphens=False))
         if text:
             show(f"{name:<{_INDENT}}{escape(shown)}", soft_wrap=True, highlight=False)
-
-
-def as_typed(path: str | Path) -> str:
-    """Return a path relative to the working directory, if it is below that. A URL stays as it is."""
-    if "://" in str(path):
-        return str(path)
-    whole = Path(path).absolute()
-    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(path)
 
 
 def _has_trained_adapters(trainer: Trainer) -> bool:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+import io
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import rich
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_lightning import Classifier, ComparisonReport, ConfusionReport, MNISTDataModule, RichBoyNet
+from lora_lightning import Classifier, ComparisonReport, ConfusionReport, LoRAFinetuning, MNISTDataModule, RichBoyNet
 from lora_lightning.lora import LoRAConfig, attach
 from lora_lightning.report.page import Run
 from tests.callbacks.test_comparison import Task
@@ -63,3 +67,40 @@ def test_a_test_without_a_log_folder_has_the_sentence_too(
 ) -> None:
     digits_tested(make_trainer(ConfusionReport(), logger=False))
     assert "errors" in below_the_table(capsys.readouterr().out)
+
+
+@pytest.fixture
+def terminal() -> Iterator[io.StringIO]:
+    """What a terminal of 80 columns gets: Rich's bar and, as for stderr, what Lightning logs."""
+    written = io.StringIO()
+    logger, handler = logging.getLogger("lightning.pytorch"), logging.StreamHandler(written)
+    logger.addHandler(handler)
+    yield written
+    logger.removeHandler(handler)
+    rich.reconfigure()
+
+
+def bar(terminal: io.StringIO) -> RichProgressBar:
+    return RichProgressBar(console_kwargs={"file": terminal, "force_terminal": True, "width": 80})
+
+
+def test_the_adapter_folder_stays_on_the_terminal_after_a_fit(make_trainer: MakeTrainer, terminal: io.StringIO) -> None:
+    callback = LoRAFinetuning(rank=2)
+    trainer = make_trainer(callback, bar(terminal), enable_progress_bar=True, max_epochs=1)
+    trainer.fit(Classifier(RichBoyNet(16, 8)), datamodule=MNISTDataModule(source="sample"))
+    before, found, after = terminal.getvalue().partition(f"Adapter: {callback.adapter_folder}")
+    assert "Epoch 0/0" in before
+    assert found
+    assert "\x1b[1A" not in after, "the bar goes up again and erases lines"
+
+
+def test_the_path_of_the_page_stays_on_the_terminal_after_a_test(
+    make_trainer: MakeTrainer, terminal: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    digits_tested(make_trainer(ConfusionReport(), bar(terminal), enable_progress_bar=True))
+    before, _, after = terminal.getvalue().partition("Report: ")
+    assert "Testing" in before
+    assert Path(after.split()[0]) == Path("logs/test/version_0/report.html")
+    assert Path(after.split()[0]).is_file()
+    assert "\x1b[1A" not in after, "the bar goes up again and erases lines"

@@ -70,6 +70,7 @@ def test_a_test_ends_with_the_command_that_merges_what_it_tested(run: Run) -> No
     status, text = run("test", *words, "--weights_only", "false")
     assert status == 0, text
     assert "The adapters " in text
+    assert text.count("report.html") == 1
     command, *following = shlex.split(closing(text)["next"])
     assert (command, following) == ("lora-lightning", ["merge", *words])
     status, text = run(*following)
