@@ -107,8 +107,15 @@ class RecordedMetrics:
 
 
 def facts_of_verdict(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """Return what a verdict needs to know of a run."""
-    return {"trained_in_full": _trained_in_full(pl_module)}
+    """Return what a verdict and the first number of a page need to know of a run."""
+    return {"trained_in_full": _trained_in_full(pl_module), "focus": _classes_in_focus(trainer)}
+
+
+def _classes_in_focus(trainer: Trainer) -> list[str]:
+    """Return the names of the classes that the data module has in focus."""
+    focus = getattr(getattr(trainer, "datamodule", None), "focus", None)
+    named = focus if isinstance(focus, list | tuple) else [focus]
+    return [str(each) for each in named if isinstance(each, int | str)]
 
 
 def write_facts(

@@ -130,8 +130,8 @@ class ClassView:
 
     @cached_property
     def _focus(self) -> list[int]:
-        """Return the classes that a repair had in focus."""
-        named = set((self._facts.get("repair") or {}).get("focus", []))
+        """Return the classes that a repair or the data module had in focus."""
+        named = set((self._facts.get("repair") or self._facts).get("focus") or [])
         return [index for index, name in enumerate(self._content["class_names"]) if name in named]
 
     def _called(self, index: int) -> str:
@@ -171,7 +171,7 @@ class ClassView:
                 f"Its weakest class is {self._called(worst)}: {model.errors[worst]:,} of {model.support[worst]:,} are "
                 "wrong.",
             )
-        if self._focus and (found := self._verdict_of_repair()) is not None:
+        if self._focus and self._facts.get("repair") and (found := self._verdict_of_repair()) is not None:
             return found
         adapters, _ = adapters_in_words(self._content)
         before, p, numbers = sum(base.errors), self._p, f"{sum(base.errors):,} → {errors:,}"

@@ -104,3 +104,18 @@ def test_the_path_of_the_page_stays_on_the_terminal_after_a_test(
     assert Path(after.split()[0]) == Path("logs/test/version_0/report.html")
     assert Path(after.split()[0]).is_file()
     assert "\x1b[1A" not in after, "the bar goes up again and erases lines"
+
+
+@pytest.mark.parametrize("focus", [[4], [4, 9], None])
+def test_a_page_begins_with_the_class_that_the_data_have_in_focus(
+    make_trainer: MakeTrainer, tmp_path: Path, focus: list[int] | None
+) -> None:
+    digits_tested(make_trainer(ConfusionReport()), MNISTDataModule(source="sample", focus=focus))
+    (page,) = tmp_path.rglob("report.html")
+    first = Run(page.parent).views[0].cards[0]
+    if focus is None:
+        assert "the class that changed most" in first.note
+    else:
+        assert first.title == "Errors on " + " and ".join(f"digit {each}" for each in focus)
+        assert "in focus" in first.note
+        assert first.title in html.unescape(page.read_text()).replace("\u00a0", " ")
