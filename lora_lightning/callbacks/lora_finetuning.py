@@ -353,7 +353,7 @@ class LoRAFinetuning(Callback):
         self._base = BaseDigests.of(self.adapted) if trainer.state.fn == "fit" else None
         digest = base_fingerprint(self.adapted) if self._base is None else self._base.fingerprint
         self.base_fingerprint = trainer.strategy.broadcast(digest) if trainer.world_size > 1 else digest
-        rank_zero_info(what_trains(self.adapted))
+        rank_zero_info(what_trains(self.adapted, trainer.state.fn == "fit"))
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare the run after the module is adapted."""

@@ -71,6 +71,8 @@ def test_a_test_ends_with_the_command_that_merges_what_it_tested(run: Run) -> No
     assert status == 0, text
     assert "The adapters " in text
     assert text.count("report.html") == 1
+    assert "Adapters: " in text
+    assert "Trained: " not in text, "nothing trains in a test"
     command, *following = shlex.split(closing(text)["next"])
     assert (command, following) == ("lora-lightning", ["merge", *words])
     status, text = run(*following)
