@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from textwrap import fill
 
 
 def some_of(words: Iterable[str], shown: int = 5) -> str:
@@ -18,6 +21,13 @@ def as_typed(path: str | Path) -> str:
         return str(path)
     whole = Path(path).absolute()
     return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(path)
+
+
+def for_log(text: str) -> str:
+    """Return a message wrapped between words, if standard error, which gets what is logged, is a terminal."""
+    if not sys.stderr.isatty():
+        return text
+    return fill(text, shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
 
 
 def one_line(name: str, longest: int) -> str:
