@@ -148,6 +148,8 @@ SHARED = {
         "report.loggers.log_figure",
         "report.page.REPORTS",
         "report.page.page_of",
+        "report.terminal.show_sentence",
+        "report.verdict.verdict_of",
     },
     "every command prints alike, and overwrites nothing": {
         "report.files.free_name",

@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isnan
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
+from lora_lightning.callbacks.finished_bar import finish_bar
 from lora_lightning.callbacks.log_folder import log_folder
 from lora_lightning.callbacks.logged_results import log_outcome_of_fit, log_report, log_settings, show_charts
 from lora_lightning.callbacks.merging import finetuning_of
-from lora_lightning.callbacks.run_files import RecordedMetrics, write_facts
+from lora_lightning.callbacks.run_files import RecordedMetrics, facts_of_verdict, write_facts, write_run_page
 from lora_lightning.callbacks.trained import TrainedModel
 from lora_lightning.callbacks.validations import Validations
 from lora_lightning.evaluation import TASKS, Confusion, Evaluation, EvaluationSettings, Report
 from lora_lightning.report import report_table
 from lora_lightning.report.figure import report_figures
 from lora_lightning.report.files import write_report
-from lora_lightning.report.terminal import show
+from lora_lightning.report.terminal import show, show_sentence
+from lora_lightning.report.verdict import verdict_of
+from lora_lightning.wording import as_typed
 
 
 class ComparisonReport(Callback):
     """Reports what a model gets right and wrong, for any task. If the model has adapters, it also reports its base.
 
-    In `test` and `validate`, one pass over the data produces a table in the terminal and files in the log folder of the
-    run. For classes, these are `confusion.json`, `confusion.csv`, images of the matrices, the samples that changed, and
-    `report.html`; for other tasks `comparison.json` and `comparison.csv`. Loggers other than TensorBoard receive the
-    numbers. During `fit`, each validation logs the recall of every class as `val/recall/<class>`, or for more than 20
-    classes their mean as `val/mean_recall`, or the numbers of another task. `metrics.csv`, `curves.png` and the report
-    are written at the end. For more than 20 classes, the table, the figures and the scalars contain the 20 with the
-    lowest recall; the number of classes is not limited. Counts are exact on any number of devices. Each data loader has
-    its own report.
+    In `test` and `validate`, one pass over the data produces a table and a verdict in the terminal, and files in the
+    log folder of the run. For classes, these are `confusion.json`, `confusion.csv`, images of the matrices, the samples
+    that changed, and `report.html`; for other tasks `comparison.json` and `comparison.csv`. Loggers other than
+    TensorBoard receive the numbers. During `fit`, each validation logs the recall of every class as
+    `val/recall/<class>`, or for more than 20 classes their mean as `val/mean_recall`, or the numbers of another task.
+    `metrics.csv`, `curves.png` and the report are written at the end. For more than 20 classes, the table, the figures
+    and the scalars contain the 20 with the lowest recall; the number of classes is not limited. Counts are exact on any
+    number of devices. Each data loader has its own report.
 
     The module does not need to return or log anything. The outputs are those of `forward` of the module in the step, or
     of one of its children: a tensor, or an object, mapping or tuple with a tensor. The outputs of the base come from
@@ -47,7 +52,7 @@ class ComparisonReport(Callback):
     Args:
         class_names: Names of the classes or labels. The default is `class_names` of the data module, `classes` of the
             data set, or numbers.
-        verbose: Whether to print the table.
+        verbose: Whether to print the table, below it the verdict of `report.html`, and the path of that file.
         target_key: Key or position of the targets in a batch, if it differs from the above.
         ignore_index: Target to ignore in addition to -100. The default is the hyper-parameter of this name of the
             module, if any.
@@ -92,6 +97,7 @@ class ComparisonReport(Callback):
         self.settings: dict[str, object] = {}
         self._validations = Validations()
         self._has_charts = False
+        self._page: Path | None = None
         self._evaluation = Evaluation(
             EvaluationSettings(
                 type(self).__name__,
@@ -121,6 +127,14 @@ class ComparisonReport(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         log_settings(trainer, pl_module)
+        self._page = None
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._page is not None and self.verbose:
+            finish_bar(trainer, pl_module)
+            rank_zero_info(f"Report: {as_typed(self._page)}")
+        self._page = None
 
     @override
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -211,15 +225,27 @@ class ComparisonReport(Callback):
         folder = log_folder(trainer)
         if not trainer.is_global_zero:
             return
+        if not self.reports:
+            return
+        facts = facts_of_verdict(trainer, pl_module)
+        if folder is not None:
+            facts = write_facts(trainer, pl_module, folder)
         for report in self.reports:
             try:
-                self._write(trainer, pl_module, report, folder)
+                self._write(trainer, pl_module, report, folder, facts)
             except Exception as error:  # noqa: BLE001 - a report must not cost the run
                 rank_zero_warn(f"The report could not be written: {type(error).__name__}: {error}")
-        if folder is not None and self.reports:
-            write_facts(trainer, pl_module, folder)
+        if folder is not None:
+            self._page = write_run_page(folder)
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, report: Report, folder: str | None) -> None:
+    def _write(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        report: Report,
+        folder: str | None,
+        facts: Mapping[str, Any],
+    ) -> None:
         has_figures = isinstance(report.adapted, Confusion) and (folder is not None or trainer.loggers)
         figures = report_figures(report) if has_figures else {}
         if folder is not None:
@@ -227,6 +253,7 @@ class ComparisonReport(Callback):
         if self.verbose:
             show(report.read_as, markup=False, highlight=False, soft_wrap=True)
             show(report_table(report, report.suffix.strip("/") or None))
+            show_sentence(verdict_of(report, facts).in_words())
         log_report(trainer, pl_module, report, figures, self.settings)
 
     def _show_charts(self, trainer: Trainer) -> None:

@@ -24,6 +24,7 @@ from lora_lightning.callbacks.adapters_of_run import (
 )
 from lora_lightning.callbacks.averaged_base import average_with_adapters, restore_averaged_base, restore_statistics
 from lora_lightning.callbacks.base_of_run import load_base_of_run, say_that_the_model_is_the_base
+from lora_lightning.callbacks.finished_bar import finish_bar
 from lora_lightning.callbacks.frozen_base import FrozenBase
 from lora_lightning.callbacks.late_layers import AfterLayers, convert_layers
 from lora_lightning.callbacks.lora_arguments import describes_new_adapters, plain, plain_arguments
@@ -289,6 +290,7 @@ class LoRAFinetuning(Callback):
             where = f"Adapter: {self.adapter_folder}{of_best}{what_peft_refuses(self._network)}"
         self.base_in_words = f"bitwise unchanged{but} (SHA-256 {self.base_fingerprint[:12]})"
         saving = how_a_library_saves(pl_module, self.checkpoints)
+        finish_bar(trainer, pl_module)
         rank_zero_info(f"The base is {self.base_in_words}. {where}.{saving}")
 
     def _repr_html_(self) -> str:
@@ -351,7 +353,7 @@ class LoRAFinetuning(Callback):
         self._base = BaseDigests.of(self.adapted) if trainer.state.fn == "fit" else None
         digest = base_fingerprint(self.adapted) if self._base is None else self._base.fingerprint
         self.base_fingerprint = trainer.strategy.broadcast(digest) if trainer.world_size > 1 else digest
-        rank_zero_info(what_trains(self.adapted))
+        rank_zero_info(what_trains(self.adapted, trainer.state.fn == "fit"))
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare the run after the module is adapted."""

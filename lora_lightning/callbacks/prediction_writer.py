@@ -22,6 +22,8 @@ from lora_lightning.report.terminal import show
 from lora_lightning.wording import one_line
 
 _LONGEST_LABEL, _LONGEST_NAME = 200, 60
+_MOST_LINES = 10
+"""Number of samples to print, if a file has the others."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class _Prediction:
 class PredictionWriter(BasePredictionWriter):
     """Prints the most likely classes of each sample and writes `predictions.csv` to the log folder of the run.
 
-    The output contains each sample of all devices once, in the order of the data set. `predict_step` of the module must
+    The file contains each sample of all devices once, in the order of the data set. The first ten are printed, or all
+    if there is no log folder. `predict_step` of the module must
     return logits or probabilities of shape (B, C): a tensor, or an object, mapping or tuple with a tensor. The names of
     files and classes come from `predict_files` and `class_names` of the data module. Without these, they are numbers.
     With several data loaders, a sample is called `<loader>/<sample>`.
@@ -127,7 +130,8 @@ class PredictionWriter(BasePredictionWriter):
         if log_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined] # Trainer sets it from elsewhere
             path = free_name(log_dir, "predictions.csv")
             write_to(path, lambda local: _write(local, labels, self._predictions, rows))
-        for label, each, classes in zip(shown, self._predictions, rows, strict=True):
+        printed = len(shown) if path is None or len(shown) <= _MOST_LINES + 1 else _MOST_LINES
+        for label, each, classes in zip(shown[:printed], self._predictions[:printed], rows[:printed], strict=True):
             ranked = [
                 f"{one_line(name, _LONGEST_NAME)} {100 * p:.1f} %"
                 for name, p in zip(classes, each.probabilities, strict=True)
@@ -135,6 +139,8 @@ class PredictionWriter(BasePredictionWriter):
             more = f"  ({', '.join(ranked[1:])})" if len(ranked) > 1 else ""
             line = f"{label:<{width}}  {ranked[0]}{more}"
             show(line, markup=False, highlight=False, soft_wrap=True)
+        if printed < len(shown):
+            show(f"and {len(shown) - printed:,} more", highlight=False)
         if path is not None:
             show(f"PredictionWriter: {path}", markup=False, highlight=False, soft_wrap=True)
 

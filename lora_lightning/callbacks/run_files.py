@@ -103,12 +103,32 @@ class RecordedMetrics:
             figure.set_facecolor("white")
             write_to(free_name(folder, "curves.png"), partial(write_png, figure))
         write_facts(trainer, pl_module, folder, validations)
+        write_run_page(folder)
+
+
+def facts_of_verdict(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """Return what a verdict and the first number of a page need to know of a run."""
+    return {"trained_in_full": _trained_in_full(pl_module), "focus": _classes_in_focus(trainer)}
+
+
+def _classes_in_focus(trainer: Trainer) -> list[str]:
+    """Return the names of the classes that the data module has in focus."""
+    focus = getattr(getattr(trainer, "datamodule", None), "focus", None)
+    named = focus if isinstance(focus, list | tuple) else [focus]
+    return [str(each) for each in named if isinstance(each, int | str)]
 
 
 def write_facts(
     trainer: Trainer, pl_module: LightningModule, folder: str, further: Mapping[str, Any] | None = None
-) -> None:
-    """Write `run.json` with what is known and `further` facts if it does not exist, and the report of the run."""
+) -> dict[str, Any]:
+    """Write `run.json` with what is known and `further` facts, and return it. If it exists, it is only read."""
+    if "://" not in folder and (path := Path(folder) / "run.json").is_file():
+        try:
+            known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            rank_zero_warn(f"{path} could not be read: {type(error).__name__}: {error}")
+            return facts_of_verdict(trainer, pl_module)
+        return known
     packages: tuple[Any, ...] = (lora_lightning, torch, lightning)
     trained, total = trained_and_total(pl_module)
     checkpoint = trainer.ckpt_path if trainer.state.fn != "fit" else None
@@ -123,16 +143,15 @@ def write_facts(
         "trained": trained,
         "total": total,
         "layers": layer_changes(pl_module) if is_adapted(pl_module) else [],
-        "trained_in_full": _trained_in_full(pl_module),
         "base": _base_in_words(trainer),
         "checkpoint": None if checkpoint is None else str(checkpoint),
+        **facts_of_verdict(trainer, pl_module),
         **(_of_training(trainer) if trainer.state.fn == "fit" else {}),
         **(further or {}),
     }
-    if (path := free_name(folder, "run.json")).endswith("run.json"):
-        write_to(path, lambda file: file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8"))
-    if "://" not in folder:
-        _write_page(folder)
+    if (place := free_name(folder, "run.json")).endswith("run.json"):
+        write_to(place, lambda file: file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8"))
+    return facts
 
 
 def add_facts(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -144,14 +163,20 @@ def add_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     except (OSError, ValueError) as error:
         rank_zero_warn(f"{path} could not be written: {type(error).__name__}: {error}")
         return
-    _write_page(str(folder))
+    write_run_page(str(folder))
 
 
-def _write_page(folder: str) -> None:
+def write_run_page(folder: str) -> Path | None:
+    """Write the report of the run in a local folder, and return its path. A failure is a warning."""
+    if "://" in folder:
+        return None
     try:
-        write_page([Path(folder)], page_of(Path(folder)))
+        path = page_of(Path(folder))
+        write_page([Path(folder)], path)
+        return path
     except Exception as error:  # noqa: BLE001 - a page must not cost a run
         rank_zero_warn(f"The page report.html could not be written to {folder}: {type(error).__name__}: {error}")
+        return None
 
 
 def _program() -> str:

@@ -12,8 +12,13 @@ from lora_lightning.lora.modules_to_save import shared_memory
 from lora_lightning.lora.state import adapter_keys
 
 
-def what_trains(adapted: nn.Module) -> str:
-    """Return one line per adapter, one line per adapted weight that another layer shares, and the total."""
+def what_trains(adapted: nn.Module, is_fit: bool) -> str:
+    """Return one line per adapter, one line per adapted weight that another layer shares, and the total.
+
+    Args:
+        adapted: The adapted network.
+        is_fit: Whether they are trained now, as the last line says.
+    """
     lines = ["LoRA adapters on:"]
     for weight in adapted_weights(adapted):
         size = sum(value.numel() for value in weight.adapter.parameters())
@@ -27,7 +32,7 @@ def what_trains(adapted: nn.Module) -> str:
             lines.append(
                 f"  {weight.name} shares its weight ({', '.join(names)}): the adapter only affects {weight.name}."
             )
-    lines.append(f"Trained: {trained_parameters(adapted)}.")
+    lines.append(f"{'Trained' if is_fit else 'Adapters'}: {trained_parameters(adapted)}.")
     return "\n".join(lines)
 
 

@@ -13,13 +13,17 @@ from rich.markup import escape
 
 from lora_lightning.callbacks.merging import finetuning_of
 from lora_lightning.callbacks.summary import stage_metrics
+from lora_lightning.lora import is_adapted, is_untrained
 from lora_lightning.report.terminal import show
+from lora_lightning.wording import as_typed
 
 _FILES = ("*.csv", "confusion*.json", "*.png")
 _INDENT = 11
 _CHARTS = "http://localhost:6006/#custom_scalars"
 """Page of TensorBoard with training and validation in one chart for each metric."""
 _WRAPPED = ("val", "test", "files", "base")
+_OF_TEST = ("--weights_only",)
+"""Options of `test` that `merge` does not have."""
 _STAGES = {"fit": "val", "validate": "val", "test": "test"}
 
 
@@ -54,6 +58,8 @@ def show_closing(trainer: Trainer, command: str, words: list[str]) -> None:
             lines["base"] = callback.base_in_words  # repeated, since a progress bar may overwrite it
         if lines["checkpoint"]:
             lines["next"] = shlex.join(_test_of(words, lines["checkpoint"]))
+    if command == "test" and words[0] == "test" and _has_trained_adapters(trainer):
+        lines["next"] = shlex.join(["lora-lightning", "merge", *_without_own_options(words[1:])])
     show_lines(lines)
 
 
@@ -72,12 +78,22 @@ def show_lines(lines: Mapping[str, str]) -> None:
             show(f"{name:<{_INDENT}}{escape(shown)}", soft_wrap=True, highlight=False)
 
 
-def as_typed(path: str | Path) -> str:
-    """Return a path relative to the working directory, if it is below that. A URL stays as it is."""
-    if "://" in str(path):
-        return str(path)
-    whole = Path(path).absolute()
-    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(path)
+def _has_trained_adapters(trainer: Trainer) -> bool:
+    callback = finetuning_of(trainer)
+    if callback is None or callback.adapted is None:
+        return False
+    return is_adapted(callback.adapted) and not is_untrained(callback.adapted)
+
+
+def _without_own_options(words: list[str]) -> list[str]:
+    """Return arguments of `test` without those that `merge` does not have."""
+    kept, rest = [], iter(words)
+    for word in rest:
+        if word in _OF_TEST:
+            next(rest, None)
+        elif not word.startswith(tuple(f"{option}=" for option in _OF_TEST)):
+            kept.append(word)
+    return kept
 
 
 def _test_of(words: list[str], checkpoint: str) -> list[str]:

@@ -36,6 +36,8 @@ _NOISE = (
 _ADVERTISEMENT = "Tip: For seamless"
 _AT_THE_END = ("`Trainer.fit` stopped", "The base is bitwise unchanged")
 """Starts of messages at the end of `fit`. The closing lines repeat what matters."""
+_IN_THE_CLOSING_LINES = "Report: "
+"""Start of a message that the closing lines repeat in other words."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -93,6 +95,7 @@ def _run(words: list[str], args: list[str] | None) -> int:
 
 
 def is_wanted(record: logging.LogRecord) -> bool:
-    """Return whether to print a message: no advertisement, and none that would end up in a bar and is not needed."""
+    """Return whether to print a message: no advertisement, and none that is repeated or ends up in a bar."""
     is_in_bar = sys.stdout.isatty() and str(record.msg).startswith(_AT_THE_END)
-    return _ADVERTISEMENT not in str(record.msg) and not is_in_bar
+    is_repeated = str(record.msg).startswith(_IN_THE_CLOSING_LINES)
+    return _ADVERTISEMENT not in str(record.msg) and not is_in_bar and not is_repeated

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 
 from lora_lightning.callbacks import LoRAFinetuning
 from lora_lightning.checkpoints import newest_checkpoint
-from lora_lightning.cli.closing import as_typed, show_lines
+from lora_lightning.cli.closing import show_lines
 from lora_lightning.cli.configured_repair import Configured
 from lora_lightning.cli.errors import unknown_options_explained
 from lora_lightning.data.focus import check_share
@@ -27,6 +27,7 @@ from lora_lightning.repair.process import Repair, Settings, say
 from lora_lightning.repair.task import Task
 from lora_lightning.repair.training import Runs
 from lora_lightning.repair.verdict import KEPT, REPAIRED, TRADED, WITHIN_CHANCE, Verdict
+from lora_lightning.wording import as_typed
 
 _BROKEN = 1
 _FOUND = ("worst", "worst-pair")

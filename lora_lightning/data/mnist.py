@@ -19,6 +19,7 @@ from lora_lightning.data.in_memory import InMemoryDataset, full_batches, stratif
 from lora_lightning.data.mnist_files import Source, prepare, read
 from lora_lightning.data.module import ResumableDataModule
 from lora_lightning.data.samplers import ShuffledSampler
+from lora_lightning.wording import for_log
 
 MEAN, STD = 0.1307, 0.3081
 """Mean and standard deviation of the training pixels of MNIST, scaled to 0..1."""
@@ -120,11 +121,12 @@ class MNISTDataModule(ResumableDataModule):
         self._train = _only(train, self.digits, "digits")
         self._val = _only(files.train.select(held), self.eval_digits, "eval_digits")
         self._test = _only(files.test, self.eval_digits, "eval_digits")
-        rank_zero_info(
+        message = (
             f"MNIST: {self.description()}: {len(self._train):,} digits to train on"
             f"{f' (only {self.digits})' if self.digits else ''}, {len(self._val):,} to validate, "
             f"{len(self._test):,} to test{f' (only {self.eval_digits})' if self.eval_digits else ''}."
         )
+        rank_zero_info(for_log(message))
 
     @override
     def make_train_loader(self) -> ResumableLoader:

@@ -177,7 +177,7 @@ def _download(data_dir: Path) -> str:
 
 
 def _unreachable(mirrors: list[str]) -> str:
-    """Return the reason why no mirror is reachable, or an empty string if one is."""
+    """Return the reason why the first mirror is not reachable, or an empty string if one is."""
     reasons = []
     for url in mirrors:
         try:
@@ -188,7 +188,7 @@ def _unreachable(mirrors: list[str]) -> str:
             reason = getattr(error, "reason", error)
             timed_out = isinstance(reason, TimeoutError)
             reasons.append(f"{url}: {f'no answer within {_PROBE_SECONDS:g} s' if timed_out else reason}")
-    return "; ".join(reasons)
+    return reasons[0] if reasons else ""
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
-
 from lora_lightning.lora import scaled
 from lora_lightning.repair.baselines import Row, comparison_table, write_comparison
 from lora_lightning.repair.choice import LAMBDAS, matched_bias, one_bias
@@ -30,6 +28,7 @@ def compare(repair: Repair, outcome: Outcome) -> list[Row]:
         ("last layer, focus", "last layer", focus),
     ]
     for name, method, classes in methods:
+        say(f"[bold]Baseline[/]: {name}.")
         part = f"baselines/{name.replace(',', '').replace(' ', '-')}"
         baseline = repair.train(part, method, classes, share, rank)
         predictions = repair.runs.predict(baseline.model, repair.data, "test")
@@ -44,7 +43,6 @@ def compare(repair: Repair, outcome: Outcome) -> list[Row]:
     show(comparison_table(rows, repair.called))
     top = chosen.scale if chosen else 1.0
     write_comparison(rows, {"adapters, scale 0 to 1": _curve(repair, repaired, top)}, repair.called, repair.runs.folder)
-    say(f"Trade-off: {escape(str(repair.runs.folder / 'tradeoff.png'))}")
     return rows
 
 

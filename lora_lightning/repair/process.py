@@ -19,6 +19,7 @@ from lora_lightning.repair.predictions import Predictions, Tally, mcnemar
 from lora_lightning.repair.task import Method, Task
 from lora_lightning.repair.training import Runs, Trained
 from lora_lightning.repair.verdict import Verdict
+from lora_lightning.report import report_table
 from lora_lightning.report.terminal import show
 
 
@@ -143,13 +144,15 @@ class Repair:
 
     def _test(self, setting: Setting, tested: Predictions) -> Outcome:
         trained = self.trained[setting.rank, setting.share]
-        net, callback, report = trained.adapted, trained.adapters, ConfusionReport()
+        net, callback, report = trained.adapted, trained.adapters, ConfusionReport(verbose=False)
         report.settings = {"focus": self.called, "share": setting.share, "scale": setting.scale}
         assert callback is not None
         scale_adapter(net, setting.scale)
         self.runs.trainer("adapted", report).test(trained.model, datamodule=self.data, verbose=False)
         assert report.report is not None
         assert report.report.base is not None
+        show(report.report.read_as, markup=False, highlight=False, soft_wrap=True)
+        show(report_table(report.report))
         repaired = self.runs.predict(trained.model, self.data, "test")
         unchanged = base_fingerprint(net) == callback.base_fingerprint
         broken = broken_guarantees(unchanged, report.report.base.errors, tested.confusion(self.task.names).errors)
@@ -189,5 +192,5 @@ def broken_guarantees(base_unchanged: bool, disabled: list[int], base: list[int]
 
 
 def say(line: str) -> None:
-    """Print a line. A terminal gets it wrapped between words, and a file as it is."""
+    """Print a line with markup. A terminal gets it wrapped between words, and a file as it is."""
     show(line, highlight=False, soft_wrap=not get_console().is_terminal)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,34 +51,52 @@ _PARTS = {"segmentation": "pixels", "tokens": "tokens", "next_tokens": "tokens"}
 
 
 class ClassView:
-    """Reads the report of one pass over data.
+    """Describes the report of one pass over data.
 
     Args:
-        path: The file `confusion*.json`.
-        facts: The content of `run.json`.
+        content: The content of `confusion*.json`.
+        matrices: The counts of the base, if any, and of the model.
+        facts: The content of `run.json`, as far as it is known.
+        title: Which data: `test`, `val`, ....
+        samples: Samples that changed.
     """
 
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        self._content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        names = short_names(self._content["class_names"])
-        *base, model = (Confusion(matrix, names) for matrix in _matrices_of(path, self._content))
-        samples = path.with_name(path.name.replace("confusion", "samples", 1))
-        self._kept = read_samples(samples) if samples.is_file() else []
+    def __init__(
+        self,
+        content: dict[str, Any],
+        matrices: Sequence[Tensor],
+        facts: Mapping[str, Any],
+        title: str = "test",
+        samples: Sequence[ChangedSample] = (),
+    ) -> None:
+        self._content = content
+        names = short_names(content["class_names"])
+        *base, model = (Confusion(matrix, names) for matrix in matrices)
+        self._kept = samples
         self._facts = facts
-        self.task: str = self._content.get("task", "classes")
+        self.task: str = content.get("task", "classes")
         self.model = model
         self.base = base[0] if base else None
-        self.title = path.stem.removeprefix("confusion").strip("_-").replace("_", " ") or "test"
+        self.title = title
         self._shown = self.model.shown()
         self._parts = _PARTS.get(self.task, "samples")
         self._kind = _kind_of_names(names, facts)
+
+    @classmethod
+    def read(cls, path: Path, facts: Mapping[str, Any]) -> ClassView:
+        """Read the file `confusion*.json` and those beside it."""
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        samples = path.with_name(path.name.replace("confusion", "samples", 1))
+        title = path.stem.removeprefix("confusion").strip("_-").replace("_", " ") or "test"
+        kept = read_samples(samples) if samples.is_file() else []
+        return cls(content, _matrices_of(path, content), facts, title, kept)
 
     def view(self) -> View:
         """Return what the page shows."""
         return View(
             self.title,
             f"{self.model.total:,} {self._parts}",
-            self._verdict(),
+            self.verdict(),
             self._cards(),
             self._before,
             self._moves(),
@@ -110,8 +130,8 @@ class ClassView:
 
     @cached_property
     def _focus(self) -> list[int]:
-        """Return the classes that a repair had in focus."""
-        named = set((self._facts.get("repair") or {}).get("focus", []))
+        """Return the classes that a repair or the data module had in focus."""
+        named = set((self._facts.get("repair") or self._facts).get("focus") or [])
         return [index for index, name in enumerate(self._content["class_names"]) if name in named]
 
     def _called(self, index: int) -> str:
@@ -131,6 +151,11 @@ class ClassView:
         p = self._content.get("p_value")
         return changed.get("mcnemar_p") if p is None else p
 
+    def verdict(self) -> Verdict:
+        """Return the verdict on the adapters, with the p-value of all samples."""
+        found = self._verdict()
+        return found if self.base is None else replace(found, p=self._p)
+
     def _verdict(self) -> Verdict:
         model, base = self.model, self.base
         errors = sum(model.errors)
@@ -146,7 +171,7 @@ class ClassView:
                 f"Its weakest class is {self._called(worst)}: {model.errors[worst]:,} of {model.support[worst]:,} are "
                 "wrong.",
             )
-        if self._focus and (found := self._verdict_of_repair()) is not None:
+        if self._focus and self._facts.get("repair") and (found := self._verdict_of_repair()) is not None:
             return found
         adapters, _ = adapters_in_words(self._content)
         before, p, numbers = sum(base.errors), self._p, f"{sum(base.errors):,} → {errors:,}"
@@ -402,7 +427,7 @@ def own_metrics(content: dict[str, Any]) -> list[Table]:
     return [Table("Your metrics", "Your metrics, before and after", columns, rows)] if rows else []
 
 
-def trained_card(facts: dict[str, Any]) -> Card | None:
+def trained_card(facts: Mapping[str, Any]) -> Card | None:
     """Return the card with the number of trained parameters, if it is known."""
     trained, total = facts.get("trained"), facts.get("total")
     if not trained or not total:
@@ -419,7 +444,7 @@ def short_names(names: list[str]) -> tuple[str, ...]:
     return tuple(f"{name} ({place})" if counts[name] > 1 else name for place, name in enumerate(short))
 
 
-def _kind_of_names(names: tuple[str, ...], facts: dict[str, Any]) -> str:
+def _kind_of_names(names: tuple[str, ...], facts: Mapping[str, Any]) -> str:
     """Return a word in front of names that are numbers."""
     if not any(name.lstrip("-").isdigit() for name in names):
         return ""

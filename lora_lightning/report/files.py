@@ -66,6 +66,11 @@ def write_report(report: Report, folder: str | Path, figures: dict[str, Figure] 
 
 
 def _write_json(report: Report, path: Path) -> None:
+    path.write_text(json.dumps(content_of(report), indent=1, allow_nan=False) + "\n")
+
+
+def content_of(report: Report) -> dict[str, Any]:
+    """Return the content of `confusion.json` or `comparison.json`."""
     adapted, test = report.adapted, report.test
     content: dict[str, Any] = {
         "stage": report.stage,
@@ -88,7 +93,7 @@ def _write_json(report: Report, path: Path) -> None:
         content["errors"] = asdict(ValueChanges.of(report.base, adapted))
     if isinstance(adapted, Confusion):
         content |= {"class_names": adapted.class_names, "matrix_rows": "target", "matrix_columns": "predicted"}
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return content
 
 
 def _metric(both: Compared) -> dict[str, float | None]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_lightning.evaluation import ChangedSample
 from lora_lightning.report.charts import Row, moves, scatter
 from lora_lightning.report.class_view import own_metrics, trained_card
 from lora_lightning.report.samples import read_samples
@@ -55,23 +57,38 @@ _LABEL_COLUMNS = ("sample", "true labels", "base", "adapted")
 
 
 class NumberView:
-    """Reads the report of one pass over data of a task without classes.
+    """Describes the report of one pass over data of a task without classes.
 
     Args:
-        path: The file `comparison*.json`.
-        facts: The content of `run.json`.
+        content: The content of `comparison*.json`.
+        facts: The content of `run.json`, as far as it is known.
+        title: Which data: `test`, `val`, ....
+        samples: Samples that changed.
     """
 
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        self._content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    def __init__(
+        self,
+        content: dict[str, Any],
+        facts: Mapping[str, Any],
+        title: str = "test",
+        samples: Sequence[ChangedSample] = (),
+    ) -> None:
+        self._content = content
         self._facts = facts
-        self.title = path.stem.removeprefix("comparison").strip("_-").replace("_", " ") or "test"
-        self._model: dict[str, Any] = self._content["model"]
-        self._base: dict[str, Any] = self._content["base"] or {}
-        self._errors: dict[str, Any] = self._content.get("errors") or {}
+        self.title = title
+        self._model: dict[str, Any] = content["model"]
+        self._base: dict[str, Any] = content["base"] or {}
+        self._errors: dict[str, Any] = content.get("errors") or {}
         self._is_regression = "mae" in self._model
+        self._kept = samples
+
+    @classmethod
+    def read(cls, path: Path, facts: Mapping[str, Any]) -> NumberView:
+        """Read the file `comparison*.json` and the one with samples beside it."""
         samples = path.with_name(path.name.replace("comparison", "samples", 1))
-        self._kept = read_samples(samples) if samples.is_file() else []
+        title = path.stem.removeprefix("comparison").strip("_-").replace("_", " ") or "test"
+        kept = read_samples(samples) if samples.is_file() else []
+        return cls(json.loads(path.read_text(encoding="utf-8")), facts, title, kept)
 
     def view(self) -> View:
         """Return what the page shows."""
@@ -81,7 +98,7 @@ class NumberView:
         return View(
             self.title,
             f"{content['samples']:,} samples",
-            self._verdict(),
+            self.verdict(),
             self._cards(),
             base,
             moves=self._moves(),
@@ -93,7 +110,8 @@ class NumberView:
             score=self._change(main, self._base, self._model) if main in self._model else Change("–"),
         )
 
-    def _verdict(self) -> Verdict:
+    def verdict(self) -> Verdict:
+        """Return the verdict on the adapters."""
         content, model, base = self._content, self._model, self._base
         main = "mae" if self._is_regression else "accuracy"
         before, after = base.get(main), model.get(main)
@@ -137,7 +155,7 @@ class NumberView:
             if change.kind == "same":
                 sentence = f"{adapters} change nothing that can be seen: {numbers_in_words}."
             detail.append("To be sure, test on more samples.")
-        return Verdict(kind, pill, sentence, " ".join(detail))
+        return Verdict(kind, pill, sentence, " ".join(detail), p=p)
 
     def _cards(self) -> list[Card]:
         model, base = self._model, self._base

@@ -61,8 +61,8 @@ class Run:
             sorted(folder.glob(pattern), key=lambda path: (path.stat().st_mtime, path.name), reverse=True)
             for pattern in REPORTS
         )
-        self.views: list[View] = [ClassView(path, self.facts).view() for path in of_classes]
-        self.views += [NumberView(path, self.facts).view() for path in of_others]
+        self.views: list[View] = [ClassView.read(path, self.facts).view() for path in of_classes]
+        self.views += [NumberView.read(path, self.facts).view() for path in of_others]
         if not self.views and self._fit is not None:
             self.views = [self._fit.view()]
 

@@ -23,3 +23,8 @@ def show(what: RenderableType, **options: Any) -> None:
     with console.capture() as captured:
         console.print(what, **options)
     console.file.write(captured.get().encode(encoding, "replace").decode(encoding))
+
+
+def show_sentence(text: str) -> None:
+    """Print a sentence. A terminal gets it wrapped between words, and a file on one line."""
+    show(text, markup=False, highlight=False, soft_wrap=not get_console().is_terminal)

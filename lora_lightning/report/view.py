@@ -44,6 +44,7 @@ class Verdict:
         sentence: The verdict.
         detail: What it rests on, and what to do next.
         command: A command for the next step, or an empty string.
+        p: The p-value of the difference, if there is one.
     """
 
     kind: VerdictKind
@@ -51,6 +52,11 @@ class Verdict:
     sentence: str
     detail: str = ""
     command: str = ""
+    p: float | None = None
+
+    def in_words(self) -> str:
+        """Return the sentence with the p-value."""
+        return self.sentence if self.p is None else f"{self.sentence.removesuffix('.')} ({p_in_words(self.p)})."
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,24 @@ def test_every_file_gets_a_line_with_its_likeliest_classes(
     assert rows[0]["category_2"] == "sea [red]eel"
 
 
+@pytest.mark.parametrize("has_file", [True, False])
+def test_of_many_samples_ten_are_printed_and_the_file_has_all(
+    make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str], has_file: bool
+) -> None:
+    trainer = make_trainer(PredictionWriter(), **({} if has_file else {"logger": False}))
+    model, data = Classifier(nn.Identity(), num_classes=3), DataLoader(torch.randn(200, 3), batch_size=32)
+    trainer.predict(model, data)
+    lines = capsys.readouterr().out.splitlines()
+    if has_file:
+        assert [line.split()[0] for line in lines[:10]] == [str(number) for number in range(10)]
+        assert lines[10] == "and 190 more"
+        assert len(lines) == 12
+        with Path(lines[11].partition(" ")[2]).open() as file:
+            assert len(list(csv.DictReader(file))) == 200
+    else:
+        assert len(lines) == 200, "nothing else has them"
+
+
 def test_more_classes_than_there_are_is_all_of_them(make_trainer: MakeTrainer) -> None:
     assert "probability_3" in predicted(make_trainer(PredictionWriter(top_k=9)))[0]
 

@@ -64,6 +64,22 @@ def test_a_run_of_adapters_names_their_folder(run: Run) -> None:
     assert closing(text)["base"].startswith("bitwise unchanged (SHA-256 ")
 
 
+@pytest.mark.usefixtures("a_base_with_adapters")
+def test_a_test_ends_with_the_command_that_merges_what_it_tested(run: Run) -> None:
+    words = ("--config", "configs/adapt.yaml", "--data.source", "sample", "--ckpt_path", "logs/adapt")
+    status, text = run("test", *words, "--weights_only", "false")
+    assert status == 0, text
+    assert "The adapters " in text
+    assert text.count("report.html") == 1
+    assert "Adapters: " in text
+    assert "Trained: " not in text, "nothing trains in a test"
+    command, *following = shlex.split(closing(text)["next"])
+    assert (command, following) == ("lora-lightning", ["merge", *words])
+    status, text = run(*following)
+    assert status == 0, text
+    assert Path("merged.ckpt").is_file()
+
+
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
 def test_nothing_is_advertised_printed_twice_or_zero(run: Run, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Both packages log with the logger of the one that was imported last.

@@ -136,6 +136,9 @@ def test_baselines_stand_beside_it_in_a_table_and_in_files(run: Run, workspace: 
     assert code == 0, text
     (logs,) = Path("logs/repair").iterdir()
     rows = {row["name"]: row for row in json.loads((logs / "baselines.json").read_text())["rows"]}
+    assert text.count("tradeoff.png") == 1
+    trained = [line.partition(": ")[2] for line in text.splitlines() if line.startswith("Baseline: ")]
+    assert trained == [f"{name}." for name, row in rows.items() if row["parameters"] > 1 and name != "adapters, focus"]
     assert list(rows) == [
         "base",
         "adapters, focus",

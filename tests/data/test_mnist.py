@@ -135,6 +135,20 @@ class TestWhereItComesFrom:
         assert f"the embedded sample (the full MNIST is not in {tmp_path}" in caplog.text
         assert "could not be downloaded: http://127.0.0.1:9/: [Errno 111] Connection refused" in caplog.text
 
+    def test_a_terminal_gets_one_reason_for_the_sample_wrapped_between_words(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+        monkeypatch.setenv("COLUMNS", "60")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/", "http://127.0.0.1:10/"])
+        with caplog.at_level("INFO"):
+            data = ready(source="auto", data_dir=Path("data"))
+        (said,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("MNIST: ")]
+        assert max(map(len, said.splitlines())) <= 60
+        assert data.description() in said.replace("\n", " "), "no word is broken"
+        assert said.count("http://") == 1
+
     def test_auto_does_not_wait_for_a_network_that_does_not_answer(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

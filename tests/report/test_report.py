@@ -57,6 +57,20 @@ def test_the_table_has_a_row_a_class_and_one_for_all() -> None:
     assert ["all", "20", "6", "2", "-4", "70.0 → 90.0"] in [row[:6] for row in rows]
 
 
+@pytest.mark.parametrize("width", [80, 73, 60, 50, 40])
+def test_a_narrow_terminal_gets_fewer_columns_and_no_number_is_cut(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_lightning.report.table.get_console", lambda: Console(width=width))
+    names = tuple(map(str, range(10)))
+    counts = 1000 * torch.eye(10, dtype=torch.int64) + 3
+    classes = Report("test", Confusion(counts, names), Confusion(counts.flip(0), names))
+    text = printed(classes, width)
+    assert "…" not in text
+    assert f"{sum(classes.base.errors):,}" in text
+    assert max(map(len, text.splitlines())) <= width
+    assert ("precision %" in text) is (width >= 74)
+    assert ("10,300" in text) is (width >= 60)
+
+
 def test_the_table_of_ten_digits_fits_80_columns() -> None:
     digits = tuple(map(str, range(10)))
     whole = Confusion(torch.eye(10, dtype=torch.int64) * 10_000, digits)
