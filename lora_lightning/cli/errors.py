@@ -18,8 +18,8 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
 from lora_lightning.checkpoints.run_record import RunRecord
-from lora_lightning.cli.closing import as_typed
 from lora_lightning.cli.init import how_to_get
+from lora_lightning.wording import as_typed
 
 _NO_NAME = '"<unicode string>"'
 _UNION = "Does not validate against any of the Union subtypes"
