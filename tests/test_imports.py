@@ -198,9 +198,10 @@ SHARED = {
         "callbacks.run_files.machine_in_words",
     },
     "the bars of repair and of the command line fit a narrow terminal": {"callbacks.loss_bar.LossBar"},
-    "what was chosen for a log folder is said wherever a folder is accepted": {
+    "the run that a folder belongs to is said wherever a folder is accepted or refused": {
         "checkpoints.checkpoints.choice_in_words",
         "checkpoints.checkpoints.doubt_about_choice",
+        "checkpoints.run_record.RunRecord",
     },
 }
 """Names that are not public and that another package imports, by the reason."""
