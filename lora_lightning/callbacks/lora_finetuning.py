@@ -145,7 +145,9 @@ class LoRAFinetuning(Callback):
         self._is_first_batch = False
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule | None = None, stage: str = "") -> None:
+        if pl_module is None:  # Lightning calls the function of the class, whose `self` is then the trainer
+            raise TypeError("callbacks=[LoRAFinetuning] has the class; expected an object: LoRAFinetuning(rank=4).")
         if is_adapted(pl_module) and self.adapted is not backbone_of(pl_module):
             source = next((name for name in ("base_checkpoint", "adapter") if getattr(self, name) is not None), None)
             check_present_adapters(pl_module, self.config, source)
@@ -165,7 +167,11 @@ class LoRAFinetuning(Callback):
             self._after_layers = None
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException | None = None
+    ) -> None:
+        if exception is None:  # the class is among the callbacks, as `setup` says
+            return
         # Another callback may have failed after the last epoch. Several processes would wait for each other.
         is_trained = self._result is not None and trainer.state.fn == "fit" and trainer.fit_loop.done
         if (

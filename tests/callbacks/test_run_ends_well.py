@@ -229,6 +229,13 @@ def test_a_callback_that_fails_afterwards_does_not_cost_the_result(hook: str, tm
     pickle.dumps(ours)
 
 
+def test_the_class_in_place_of_an_object_is_told_apart() -> None:
+    trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, callbacks=[LoRAFinetuning])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"has the class; expected an object: LoRAFinetuning\(rank=4\)\.$") as failure:
+        trainer.fit(Module(), loader(), loader())
+    assert failure.value.__context__ is None
+
+
 def test_a_full_disk_does_not_hide_why_a_run_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Fails(Callback):
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
