@@ -73,7 +73,8 @@ def test_a_test_without_a_log_folder_has_the_sentence_too(
 def terminal() -> Iterator[io.StringIO]:
     """What a terminal of 80 columns gets: Rich's bar and, as for stderr, what Lightning logs."""
     written = io.StringIO()
-    logger, handler = logging.getLogger("lightning.pytorch"), logging.StreamHandler(written)
+    # Of the root, since tests of `pytorch_lightning` may have run in this process, which then logs in its name.
+    logger, handler = logging.getLogger(), logging.StreamHandler(written)
     logger.addHandler(handler)
     yield written
     logger.removeHandler(handler)
