@@ -148,10 +148,10 @@ class Evaluation:
         call, outputs, seen = found
         try:
             base = self._base_outputs(trainer, pl_module, call, calls)
-        except Exception:
+        except Exception:  # a report must not cost a fit, which goes on without the numbers of the base
             if trainer.state.fn != "fit":
                 raise
-            base, self.compares_in_fit = None, False  # a fit goes on without the numbers of the base
+            base, self.compares_in_fit = None, False
         loaders = trainer.test_dataloaders if trainer.state.fn == "test" else trainer.val_dataloaders
         data_loader = _number(loaders, loader)
         replicas = trainer.world_size if data_parallel_group(trainer) is None else 0

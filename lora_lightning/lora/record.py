@@ -1,4 +1,4 @@
-"""What is recorded of the adapters of a module, and questions about them.
+"""Records what a module was before its first adapters, and answers questions about its adapters.
 
 The layers are the only record of adapters, and each adapter holds its configuration. The module that `attach` was
 called with has an `Attachment`: what was trainable before, and the modules that are trained in full.
