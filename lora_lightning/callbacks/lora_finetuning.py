@@ -15,30 +15,24 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lora_lightning.callbacks.adapter_folder import BEST_ADAPTER, RunAdapters, how_a_library_saves, what_peft_refuses
+from lora_lightning.callbacks.adapter_writer import AdapterWriter, how_a_library_saves
 from lora_lightning.callbacks.adapters_of_run import (
     Folder,
     attach_adapters,
     check_present_adapters,
     has_no_start_yet,
 )
-from lora_lightning.callbacks.averaged_base import average_with_adapters, restore_averaged_base, restore_statistics
+from lora_lightning.callbacks.averaged_base import AveragedBase, average_with_adapters
 from lora_lightning.callbacks.base_of_run import load_base_of_run, say_that_the_model_is_the_base
-from lora_lightning.callbacks.finished_bar import finish_bar
+from lora_lightning.callbacks.finite_adapters import FiniteAdapters
 from lora_lightning.callbacks.frozen_base import FrozenBase
 from lora_lightning.callbacks.late_layers import AfterLayers, convert_layers
 from lora_lightning.callbacks.lora_arguments import describes_new_adapters, plain, plain_arguments
 from lora_lightning.callbacks.spawned_adapters import SpawnedAdapters
 from lora_lightning.callbacks.summary import trained_parameters, what_trains
 from lora_lightning.callbacks.trained import TrainedModel
-from lora_lightning.callbacks.training_checks import (
-    FiniteAdapters,
-    UntrainedAdapters,
-    check_optimizers,
-    refuse_pruning,
-    refuse_strategy,
-    warn_of_idle_dropout,
-)
+from lora_lightning.callbacks.training_checks import TrainingChecks, refuse_strategy
+from lora_lightning.callbacks.untrained_adapters import UntrainedAdapters
 from lora_lightning.checkpoints import NotFiniteError, RandomState
 from lora_lightning.checkpoints.adapter_checkpoint import AdapterCheckpointIO, AdapterContent
 from lora_lightning.checkpoints.atomic_checkpoint import write_atomically
@@ -46,11 +40,10 @@ from lora_lightning.checkpoints.own_states import OwnStates
 from lora_lightning.checkpoints.packed_layers import let_packed_keys_be_missing
 from lora_lightning.checkpoints.sharded_checkpoints import ShardedCheckpoints
 from lora_lightning.lightning_packages import is_a
-from lora_lightning.lora import LoRAConfig, backbone_of, base_fingerprint, detach, is_adapted, is_untrained
+from lora_lightning.lora import LoRAConfig, backbone_of, base_fingerprint, detach, is_adapted
 from lora_lightning.lora.fingerprint import BaseDigests
 from lora_lightning.lora.packed import keep_packing
 from lora_lightning.lora.sharding import distribute_adapters
-from lora_lightning.wording import some_of
 
 
 class LoRAFinetuning(Callback):
@@ -121,28 +114,28 @@ class LoRAFinetuning(Callback):
         self.weights_only = weights_only
         self.base_path: Path | None = None
         self.base_fingerprint = ""
-        self.base_in_words = ""
         if checkpoints not in ("adapters", "full"):
             raise ValueError(f"checkpoints={checkpoints!r}: expected 'adapters' or 'full'.")
         self.adapter: list[Folder] | Folder | None = plain(adapter)
         self.checkpoints = checkpoints
-        self.verify = verify
-        self.adapter_folder: Path | str | None = None
         self.adapted: nn.Module | None = None
         self.trained: TrainedModel | None = None
-        self._random_state = RandomState()
+        self._writer = AdapterWriter()
+        self._frozen_base = FrozenBase()
+        self._parts: tuple[Callback, ...] = (
+            RandomState(),
+            TrainingChecks(),
+            FiniteAdapters(),
+            AveragedBase(),
+            self._writer,  # before what may fail
+            self._frozen_base,
+            UntrainedAdapters(verify),
+        )
         self._spawned = SpawnedAdapters()
         self._after_layers: AfterLayers | None = None
         self._checkpoints: AdapterCheckpointIO | ShardedCheckpoints | None = None
         self._handles: list[RemovableHandle] = []
-        self._base: BaseDigests | None = None
-        self._frozen: FrozenBase | None = None
-        self._finite: FiniteAdapters | None = None
-        self._untrained: UntrainedAdapters | None = None
-        self._result: RunAdapters | None = None
         self._updated: set[str] = set()
-        self._is_written = False
-        self._is_first_batch = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule | None = None, stage: str = "") -> None:
@@ -158,10 +151,11 @@ class LoRAFinetuning(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for part in self._parts:
+            part.teardown(trainer, pl_module, stage)
         for handle in self._handles:
             handle.remove()
-        self._handles = []
-        self._base = self._frozen = self._finite = self._untrained = self._result = self._checkpoints = None
+        self._handles, self._checkpoints = [], None
         if self._after_layers is not None:
             self._after_layers.remove()
             self._after_layers = None
@@ -172,132 +166,103 @@ class LoRAFinetuning(Callback):
     ) -> None:
         if exception is None:  # the class is among the callbacks, as `setup` says
             return
-        # Another callback may have failed after the last epoch. Several processes would wait for each other.
-        is_trained = self._result is not None and trainer.state.fn == "fit" and trainer.fit_loop.done
-        if (
-            is_trained
-            and not self._is_written
-            and trainer.world_size == 1
-            and not isinstance(exception, NotFiniteError)
-        ):
-            try:
-                self._write_result(trainer)
-            except OSError as error:
-                exception.add_note(f"The adapters could not be written: {error}")
+        if self._checkpoints is not None and isinstance(exception, NotFiniteError):
+            self._checkpoints.closed = True  # for a ModelCheckpoint that saves on exceptions
+        for part in self._parts:
+            part.on_exception(trainer, pl_module, exception)
         self.teardown(trainer, pl_module, "fit")  # which Lightning does not call after an exception
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_written, self._is_first_batch = False, True
-        self._random_state.on_fit_start(trainer, pl_module)
         if self._after_layers is not None:
             self._after_layers.remove()
-        refuse_pruning(trainer)
-        check_optimizers(trainer, pl_module, self._network)
-        # Not in setup, since a precision such as bf16-true converts the base after it.
-        self._frozen = FrozenBase(self._network, self._base if trainer.world_size == 1 else None)
+        for part in self._parts:
+            part.on_fit_start(trainer, pl_module)
+        self._writer.has_base(self._frozen_base.start.base)
         if self._checkpoints is not None:
-            self._checkpoints.content.at_start = self._frozen.updatable
-        if self._result is not None:
-            self._result.base = self._frozen.base
-        self._finite = FiniteAdapters(self._network, self._checkpoints)
+            self._checkpoints.content.at_start = self._frozen_base.start.updatable
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the adapter folder, and then check that the base has not changed."""
+        for part in self._parts:
+            part.on_fit_end(trainer, pl_module)
+        self._spawned.save(trainer, self._network, self.adapter_folder)
+        self.trained = TrainedModel.of(trainer, pl_module, self)
+        if advice := how_a_library_saves(pl_module, self.checkpoints):
+            rank_zero_info(advice)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._random_state.on_train_start(trainer, pl_module)
-        self._untrained = UntrainedAdapters(self._network, trainer.global_step) if self.verify else None
+        for part in self._parts:
+            part.on_train_start(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._random_state.on_train_epoch_start(trainer, pl_module)
+        for part in self._parts:
+            part.on_train_epoch_start(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._random_state.on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if batch_idx == 0:  # after the other callbacks have started the epoch
-            check_optimizers(trainer, pl_module, self._network)
-            restore_statistics(trainer, pl_module)
-        if self._is_first_batch:
-            self._is_first_batch = False
-            warn_of_idle_dropout(self._network)
+        for part in self._parts:
+            part.on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._random_state.on_train_batch_end(trainer)
-        assert self._finite is not None
-        self._finite.look(trainer, outputs)
+        for part in self._parts:
+            part.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._random_state.on_validation_start(trainer, pl_module)
-        if trainer.state.fn == "fit":
-            restore_averaged_base(trainer, pl_module, self._network)
-        self._say_if_fresh(trainer)
+        for part in self._parts:
+            part.on_validation_start(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._random_state.on_validation_end(trainer, pl_module)
+        for part in self._parts:
+            part.on_validation_end(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._frozen is not None
-        assert self._finite is not None
-        self._finite.check(trainer)
-        restore_averaged_base(trainer, pl_module, self._network)
-        self._frozen.warn_of_changes()
-        if self._untrained is not None:
-            untrained, self._untrained = self._untrained, None
-            untrained.warn(trainer)
+        for part in self._parts:
+            part.on_train_epoch_end(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        restore_averaged_base(trainer, pl_module, self._network)
+        for part in self._parts:
+            part.on_train_end(trainer, pl_module)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._say_if_fresh(trainer)
+        for part in self._parts:
+            part.on_test_start(trainer, pl_module)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._say_if_fresh(trainer)
+        for part in self._parts:
+            part.on_predict_start(trainer, pl_module)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._random_state.on_save_checkpoint(trainer, pl_module, checkpoint)
-        best = None if self._result is None else self._result.state()
-        if best is not None:
-            checkpoint[BEST_ADAPTER] = best
+        for part in self._parts:
+            part.on_save_checkpoint(trainer, pl_module, checkpoint)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._random_state.on_load_checkpoint(trainer, pl_module, checkpoint)
-        if self._result is not None and BEST_ADAPTER in checkpoint:
-            self._result.resume(checkpoint[BEST_ADAPTER])
+        for part in self._parts:
+            part.on_load_checkpoint(trainer, pl_module, checkpoint)
 
-    @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the adapter folder, and then check that the base has not changed."""
-        of_best = self._write_result(trainer)
-        trainer.strategy.barrier("adapter folder")  # so that it exists on every device when fit returns
-        self.trained = TrainedModel.of(trainer, pl_module, self)
-        assert self._frozen is not None
-        frozen, updated = self._frozen.changed()
-        if frozen:
-            raise RuntimeError(
-                f"The frozen base changed during training: {some_of(map(repr, frozen))}. Some code writes to them, for "
-                f"example an optimizer that has these parameters. Adapter: {self.adapter_folder}."
-            )
-        kind, names = self._frozen.kind_of(updated), some_of(map(repr, updated))
-        but = f", but for {kind} that the model's own code changes: {names}" if updated else ""
-        where = "This run writes no adapter"
-        if self.adapter_folder:
-            where = f"Adapter: {self.adapter_folder}{of_best}{what_peft_refuses(self._network)}"
-        self.base_in_words = f"bitwise unchanged{but} (SHA-256 {self.base_fingerprint[:12]})"
-        saving = how_a_library_saves(pl_module, self.checkpoints)
-        finish_bar(trainer, pl_module)
-        rank_zero_info(f"The base is {self.base_in_words}. {where}.{saving}")
+    @property
+    def adapter_folder(self) -> Path | str | None:
+        """Return the folder of the adapters that the last `fit` wrote, or `None` before."""
+        return self._writer.folder
+
+    @property
+    def base_in_words(self) -> str:
+        """Return what the last `fit` found about the base, for example `bitwise unchanged (SHA-256 6831adb07804)`."""
+        return self._frozen_base.in_words
 
     def _repr_html_(self) -> str:
         """Return what the last `fit` trained as a table for a notebook."""
@@ -305,23 +270,11 @@ class LoRAFinetuning(Callback):
             return "<p>LoRAFinetuning: nothing trained yet. Call <code>trainer.fit</code>.</p>"
         return self.trained._repr_html_()
 
-    def _write_result(self, trainer: Trainer) -> str:
-        """Write the adapter folder, and return a description of the checkpoint that it holds."""
-        self._is_written = True
-        assert self._result is not None
-        self.adapter_folder, of_best = self._result.write()
-        self._spawned.save(trainer, self._network, self.adapter_folder)
-        return of_best
-
     @property
     def _network(self) -> nn.Module:
         """Return the adapted network, which exists after `setup`."""
         assert self.adapted is not None, "nothing is attached before setup"
         return self.adapted
-
-    def _say_if_fresh(self, trainer: Trainer) -> None:
-        if trainer.state.fn != "fit" and is_untrained(self._network):
-            rank_zero_info("The adapters are untrained and have no effect. Pass trained ones as ckpt_path.")
 
     def _attach_if_missing(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach adapters, unless the model has some, or was merged or read from a full checkpoint after a fit."""
@@ -356,8 +309,9 @@ class LoRAFinetuning(Callback):
         if not is_a(trainer.strategy, ModelParallelStrategy):
             OwnStates(pl_module, self.checkpoints == "full")
         # Without a seed, each process has a different base until `ddp` broadcasts that of the first one.
-        self._base = BaseDigests.of(self.adapted) if trainer.state.fn == "fit" else None
-        digest = base_fingerprint(self.adapted) if self._base is None else self._base.fingerprint
+        base = BaseDigests.of(self.adapted) if trainer.state.fn == "fit" else None
+        self._frozen_base.is_known(base)
+        digest = base_fingerprint(self.adapted) if base is None else base.fingerprint
         self.base_fingerprint = trainer.strategy.broadcast(digest) if trainer.world_size > 1 else digest
         rank_zero_info(what_trains(self.adapted, trainer.state.fn == "fit"))
 
@@ -370,17 +324,17 @@ class LoRAFinetuning(Callback):
         base_path = str(self.base_path) if self.base_path else None
         is_full = self.checkpoints == "full" and is_adapted(pl_module)
         content = AdapterContent(pl_module, self._network, self.base_fingerprint, base_path, self._updated, is_full)
-        self._result = RunAdapters(trainer, pl_module, self._network)
+        self._writer.follow(trainer, pl_module)
         if is_a(trainer.strategy, ModelParallelStrategy):
             if is_full:
                 raise ValueError(
                     "checkpoints='full' is not possible where ModelParallelStrategy distributes the weights."
                 )
             distribute_adapters(self._network, trainer.strategy.device_mesh["data_parallel"].get_group())
-            self._checkpoints = ShardedCheckpoints(trainer.strategy, content, self._result)
+            self._checkpoints = ShardedCheckpoints(trainer.strategy, content, self._writer)
             return
         self._handles.append(let_packed_keys_be_missing(pl_module))
-        self._checkpoints = AdapterCheckpointIO(write_atomically(files), trainer.strategy, content, self._result)
+        self._checkpoints = AdapterCheckpointIO(write_atomically(files), trainer.strategy, content, self._writer)
         trainer.strategy.checkpoint_io = self._checkpoints
 
     def trained_parameters(self) -> str:

@@ -17,8 +17,13 @@ from lora_lightning.lora import adapted_weights
 class Finetuning(Protocol):
     """Knows what the end of `fit` wrote and checked."""
 
-    adapter_folder: Path | str | None
-    base_in_words: str
+    @property
+    def adapter_folder(self) -> Path | str | None:
+        """Return the folder of the adapters, if any."""
+
+    @property
+    def base_in_words(self) -> str:
+        """Return what is known about the base."""
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,48 @@
-"""Checks the training of adapters without changing the model."""
+"""Checks that a run can train the adapters, without changing the model."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
+from typing_extensions import override
 
-from lora_lightning.checkpoints import NotFiniteError
-from lora_lightning.checkpoints.adapter_checkpoint import AdapterCheckpointIO
-from lora_lightning.checkpoints.sharded_checkpoints import ShardedCheckpoints
+from lora_lightning.callbacks.adapted_part import adapted_part
 from lora_lightning.lightning_packages import is_a
-from lora_lightning.lora import adapted_weights, adapter_parameters, adapter_state_dict
-from lora_lightning.lora.sharding import full, local
+from lora_lightning.lora import adapted_weights, adapter_parameters
 from lora_lightning.wording import some_of
 
 
-def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.Module) -> None:
+class TrainingChecks(Callback):
+    """Refuses optimizers and callbacks that would not train the adapters alone, and warns about idle dropout.
+
+    Raises:
+        ValueError: In `fit`, if the optimizer lacks adapters or has other parameters, or if frozen ones are pruned.
+    """
+
+    def __init__(self) -> None:
+        self._is_first_batch = False
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_first_batch = True
+        _refuse_pruning(trainer)
+        _check_optimizers(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:  # after the other callbacks have started the epoch
+            _check_optimizers(trainer, pl_module)
+        if self._is_first_batch:
+            self._is_first_batch = False
+            _warn_of_idle_dropout(adapted_part(pl_module))
+
+
+def _check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
     """Compare the parameters of the optimizers with those that should be trained.
 
     Raises:
@@ -34,7 +54,7 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.M
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     if held and held.isdisjoint({id(parameter) for parameter in pl_module.parameters()}):
         return  # a strategy such as DeepSpeed's replaced the parameters with copies
-    ours = {id(parameter) for parameter in adapter_parameters(adapted)}
+    ours = {id(parameter) for parameter in adapter_parameters(adapted_part(pl_module))}
     trainable = {name: id(p) for name, p in pl_module.named_parameters() if p.requires_grad}
     module = type(pl_module).__name__
     if missing := [name for name, key in trainable.items() if key in ours and key not in held]:
@@ -54,7 +74,7 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule, adapted: nn.M
         )
 
 
-def warn_of_idle_dropout(adapted: nn.Module) -> None:
+def _warn_of_idle_dropout(adapted: nn.Module) -> None:
     """Warn about trained adapters whose dropout never acts, since their layers are in evaluation mode."""
     idle = [
         each.title
@@ -70,7 +90,7 @@ def warn_of_idle_dropout(adapted: nn.Module) -> None:
         )
 
 
-def refuse_pruning(trainer: Trainer) -> None:
+def _refuse_pruning(trainer: Trainer) -> None:
     """Refuse `ModelPruning` of frozen parameters, which would change the base, or end the run after the first epoch.
 
     Raises:
@@ -104,115 +124,3 @@ def refuse_strategy(strategy: Strategy) -> None:
             f"{name} replaces the parameters that adapters belong to. Use ModelParallelStrategy, which is FSDP2, with "
             "fully_shard in configure_model; or ddp."
         )
-
-
-class UntrainedAdapters:
-    """Finds adapters that an epoch of training has not changed."""
-
-    def __init__(self, adapted: nn.Module, step: int) -> None:
-        self.adapted = adapted
-        self.step = step
-        self.before = {name: full(up.detach()).clone() for name, up in _last_factors(adapted).items()}
-
-    def warn(self, trainer: Trainer) -> None:
-        """Warn about these adapters."""
-        if trainer.global_step == self.step:
-            return
-        now = _last_factors(self.adapted)  # others may have been attached or activated since
-        names = [
-            name
-            for name, old in self.before.items()
-            if name in now and torch.equal(full(now[name]).to(old.device), old)
-        ]
-        if names:
-            shown = [name or type(self.adapted).__name__ for name in names]
-            rank_zero_warn(
-                f"Training has not changed the adapters of {some_of(map(repr, shown))}: no gradient has reached them "
-                "in the first epoch, or the learning rate was zero. If nothing calls these layers, leave them out with "
-                "exclude_modules; verify=False turns this warning off."
-            )
-
-
-class FiniteAdapters:
-    """Stops training if what is trained is no longer finite.
-
-    Checkpoints refuse such values as well, so the last finite checkpoint is kept. On one device, the values are checked
-    after a loss that is not finite; mixed precision may skip such a step without any harm. On several, they are checked
-    every `log_every_n_steps` batches, since all devices then find the same.
-
-    Args:
-        adapted: The model with the adapters.
-        checkpoints: Writes the checkpoints of the run, and nothing more after an error.
-    """
-
-    def __init__(self, adapted: nn.Module, checkpoints: AdapterCheckpointIO | ShardedCheckpoints | None) -> None:
-        self.adapted = adapted
-        self.checkpoints = checkpoints
-        self.losses: list[tuple[int, Tensor]] = []
-
-    def look(self, trainer: Trainer, outputs: Any) -> None:
-        """Check the loss after a batch.
-
-        On an accelerator, the losses are checked every `log_every_n_steps` batches, to avoid synchronization.
-        """
-        number = trainer.fit_loop.total_batch_idx
-        every = trainer.log_every_n_steps or 50  # type: ignore[attr-defined] # Trainer sets it from elsewhere
-        if trainer.world_size > 1:
-            if (number + 1) % every == 0:
-                self.check(trainer)
-            return
-        found = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        loss = found if isinstance(found, Tensor) and found.numel() == 1 else None
-        if loss is not None and loss.device.type == "cpu":
-            if not math.isfinite(loss.item()):
-                self.check(trainer, number)
-            return
-        if loss is not None:
-            self.losses.append((number, loss.detach()))
-        if (number + 1) % every == 0:
-            self._check_losses(trainer)
-
-    def check(self, trainer: Trainer, began: int | None = None) -> None:
-        """Check the adapters.
-
-        Raises:
-            NotFiniteError: If adapters are not finite. The message names them, the batch, and the last finite
-                checkpoint.
-        """
-        names = [
-            key for key, value in adapter_state_dict(self.adapted).items() if not bool(local(value).isfinite().all())
-        ]
-        if trainer.world_size > 1 and not trainer.strategy.reduce_boolean_decision(not names):
-            names = names or ["the adapters of another process"]  # all devices stop together
-        if not names:
-            return
-        if self.checkpoints is not None:
-            self.checkpoints.closed = True  # also for a ModelCheckpoint that saves on exceptions
-        since = "" if began is None else f" since batch {began} (counted from 0), whose loss was not finite"
-        files = trainer.checkpoint_callback
-        last = getattr(files, "last_model_path", "") or getattr(files, "best_model_path", "")
-        kept = f"The last checkpoint, {last}, is finite. " if last else ""
-        raise NotFiniteError(
-            f"Training has diverged: {some_of(map(repr, names))} contain NaN or infinity{since}. {kept}Lower the "
-            "learning rate, or clip gradients with gradient_clip_val."
-        )
-
-    def _check_losses(self, trainer: Trainer) -> None:
-        if not self.losses:
-            self.check(trainer)
-            return
-        finite = torch.stack([loss for _, loss in self.losses]).isfinite().tolist()
-        began = next((number for (number, _), good in zip(self.losses, finite, strict=True) if not good), None)
-        self.losses = []
-        if began is not None:
-            self.check(trainer, began)
-
-
-def _last_factors(adapted: nn.Module) -> dict[str, nn.Parameter]:
-    """Return B of each trained adapter, or A if that alone is trained, by the name of the weight."""
-    found = {}
-    for each in adapted_weights(adapted):
-        if each.is_trained:
-            a, b = each.factors
-            found[each.title] = a if "lora_B" in each.adapter.fixed else b
-    return found

@@ -34,7 +34,7 @@ _NOISE = (
     ".*isinstance\\(treespec, LeafSpec\\).*",
 )
 _ADVERTISEMENT = "Tip: For seamless"
-_AT_THE_END = ("`Trainer.fit` stopped", "The base is bitwise unchanged")
+_AT_THE_END = ("`Trainer.fit` stopped", "The base is bitwise unchanged", "Adapters written: ")
 """Starts of messages at the end of `fit`. The closing lines repeat what matters."""
 _IN_THE_CLOSING_LINES = "Report: "
 """Start of a message that the closing lines repeat in other words."""

@@ -176,7 +176,7 @@ def config_of(module: nn.Module, name: str | None = None) -> LoRAConfig:
     attachment_of(module)
     chosen = name or [*trained_names(module), *require_active_names(module)][0]
     require_name(module, chosen)
-    return adapted_weights(module, chosen)[0].adapter.config
+    return next(adapters.adapter(chosen).config for adapters in adapters_in(module) if chosen in adapters.names())
 
 
 def require_name(module: nn.Module, name: str) -> None:

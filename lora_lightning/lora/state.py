@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adapter import Adapters
+from lora_lightning.lora.adapter import Adapters, layers_of
 from lora_lightning.lora.record import adapted_weights, attachment_of, is_adapted, record_of, trained_names, unwrapped
 
 
@@ -105,7 +105,7 @@ def _containers(module: nn.Module) -> list[tuple[str, Adapters]]:
 def _saved_keys(module: nn.Module, only_trained: bool) -> set[str]:
     """Return the state-dict keys of the modules trained in full with the active adapters, or with the trained ones."""
     found = set()
-    for prefix, child in module.named_modules():
+    for prefix, child in layers_of(module):
         attachment = record_of(child)
         if attachment is not None and attachment.saved:
             trained = trained_names(child)

@@ -7,6 +7,7 @@ import sys
 from torch import nn
 
 from lora_lightning.lora import AdaptedWeight, adapted_weights
+from lora_lightning.lora.adapter import layers_of
 from lora_lightning.lora.layers import Adapted
 from lora_lightning.lora.other_layers import GeometricLinearKind
 from lora_lightning.peft_format.by_name import is_by_name
@@ -76,7 +77,7 @@ def _read_by_others(module: nn.Module) -> set[str]:
     """Return the names of layers whose weights other supported modules read."""
     return {
         f"{name}.{child}".lstrip(".")
-        for name, layer in module.named_modules()
+        for name, layer in layers_of(module)
         for cls in type(layer).__mro__
         for child in _TORCH_READERS.get(cls) or _READERS.get((cls.__module__.split(".")[0], cls.__name__), ())
     }

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lora_lightning import LoRAConfig, LoRAFinetuning, load_adapter
-from lora_lightning.callbacks.adapter_folder import RunAdapters
+from lora_lightning.callbacks.adapter_writer import AdapterWriter
 from lora_lightning.callbacks.base_of_run import is_as_created
 from lora_lightning.checkpoints import NotFiniteError
 from lora_lightning.checkpoints.atomic_checkpoint import write_atomically
@@ -241,10 +241,10 @@ def test_a_full_disk_does_not_hide_why_a_run_failed(tmp_path: Path, monkeypatch:
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             raise RuntimeError("no figure")
 
-    def write(self: RunAdapters) -> None:
+    def write(self: AdapterWriter, trainer: Trainer) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(RunAdapters, "write", write)
+    monkeypatch.setattr(AdapterWriter, "_write", write)
     module, ours = Module(), LoRAFinetuning(rank=2)
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", logger=CSVLogger(tmp_path), callbacks=[Fails(), ours],
@@ -510,7 +510,7 @@ def test_a_folder_that_peft_refuses_is_said_at_the_end_of_fit(tmp_path: Path, ca
         fit(Module(), tmp_path / "a", epochs=1)
         assert "PEFT refuses" not in caplog.text
         _, ours = fit(Dilated(), tmp_path / "b", epochs=1)
-    assert f"Adapter: {ours.adapter_folder}. PEFT refuses this folder, since" in caplog.text
+    assert f"Adapters written: {ours.adapter_folder}. PEFT refuses this folder, since" in caplog.text
     assert "'encoder.1'" in caplog.text.rpartition("PEFT refuses")[2]
 
 

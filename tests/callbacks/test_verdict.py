@@ -89,7 +89,7 @@ def test_the_adapter_folder_stays_on_the_terminal_after_a_fit(make_trainer: Make
     callback = LoRAFinetuning(rank=2)
     trainer = make_trainer(callback, bar(terminal), enable_progress_bar=True, max_epochs=1)
     trainer.fit(Classifier(RichBoyNet(16, 8)), datamodule=MNISTDataModule(source="sample"))
-    before, found, after = terminal.getvalue().partition(f"Adapter: {callback.adapter_folder}")
+    before, found, after = terminal.getvalue().partition(f"Adapters written: {callback.adapter_folder}")
     assert "Epoch 0/0" in before
     assert found
     assert "\x1b[1A" not in after, "the bar goes up again and erases lines"
