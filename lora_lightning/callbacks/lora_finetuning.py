@@ -174,6 +174,7 @@ class LoRAFinetuning(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.trained = None
         if self._after_layers is not None:
             self._after_layers.remove()
         for part in self._parts:

@@ -55,8 +55,8 @@ def attach(module: nn.Module, config: LoRAConfig, name: str = "default") -> list
     Raises:
         ValueError: If the name exists or cannot be that of a module, a pattern matches nothing, a layer cannot be
             adapted, or `init="eva"` needs batches. `module` is then unchanged.
-        RuntimeError: Within `bare`, `disabled` or `merged`, or if the class of an adapted layer was replaced, as by
-            `fully_shard`.
+        RuntimeError: Within `bare`, `disabled` or `merged`, or if other adapters are distributed by `fully_shard`, or
+            the class of an adapted layer was replaced.
     """
     if config.init == "eva":
         raise ValueError(
@@ -83,6 +83,7 @@ def attach_to(module: nn.Module, selected: list[Target], config: LoRAConfig, nam
     """Attach adapters to weights that were selected, as `attach` does."""
     check_name(selected, name)
     require_no_context(module, "attach adapters")
+    _require_not_sharded(module)
     for target in selected:
         require_own_class(target.layer)
     biases = bias_keys(module, selected, config)
@@ -146,11 +147,21 @@ def set_adapter(module: nn.Module, name: str | Sequence[str], trained: str | Seq
         )
     _check_overlap(attachment, names)
     require_not_merged(module, "choose others")
+    _require_not_sharded(module)
+    activate(module, names, of_training)
+
+
+def _require_not_sharded(module: nn.Module) -> None:
+    """Refuse to change what is trained.
+
+    Raises:
+        RuntimeError: If the adapters are distributed by `fully_shard`.
+    """
     if any(is_sharded(parameter) for adapters in adapters_in(module) for parameter in adapters.parameters()):
         raise RuntimeError(
-            "The adapters are distributed by fully_shard, which has noted what is trained. Choose one before that."
+            "The adapters are distributed by fully_shard, which has noted what is trained. Attach and choose adapters "
+            "before that."
         )
-    activate(module, names, of_training)
 
 
 def _listed(names: str | Sequence[str]) -> list[str]:
