@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,12 +18,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
-import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch import nn
-
-from lora_lightning.cli.main import main
+if TYPE_CHECKING:  # the process that hands out the tests to others needs none of it, and importing takes seconds
+    from lightning.pytorch import Callback, Trainer
+    from torch import nn
 
 ROOT = Path(__file__).parents[1]
 _WORDS = ["lost", "top", "up", "please", "help", "is", "what", "my", "new", "where", "how", "card", "money", "rate"]
@@ -41,6 +39,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -55,6 +55,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def logs_of(folder: Path, *commands: tuple[str, ...]) -> Path:
     """Run commands in a folder, once for several tests that only read what they left there; return its `logs`."""
+    from lora_lightning.cli.main import main
+
     (folder / "configs").symlink_to(ROOT / "configs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -136,6 +138,7 @@ def run(
     workspace: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> Callable[..., tuple[int, str]]:
     """Runs the command line in this process; returns the exit code and all that was printed."""
+    from lora_lightning.cli.main import main
 
     def run_command(*words: str) -> tuple[int, str]:
         with caplog.at_level("INFO"):
@@ -150,6 +153,8 @@ def run(
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
     """A quiet trainer on the CPU that logs below the test's folder."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger
 
     def make(*callbacks: Callback, **arguments: object) -> Trainer:
         settings: dict[str, object] = {
@@ -180,13 +185,16 @@ def mnist_dir() -> Path:
 @pytest.fixture
 def mlp() -> nn.Sequential:
     """A small network with a norm layer in it: layers `0` and `3` are linear."""
+    from torch import nn
+
     return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
 
 
 @pytest.fixture
 def tiny_bert(tmp_path: Path) -> str:
     """A tiny BERT without a classification head, and its tokenizer."""
-    import transformers  # which takes seconds to import
+    import torch
+    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder = tmp_path / "tiny"

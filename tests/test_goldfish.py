@@ -49,8 +49,8 @@ def fit_and_predict(run: Run, *config: str) -> Path:
     return adapter
 
 
-NETWORKS = ["squeezenet1_1", pytest.param("vgg19", marks=pytest.mark.slow)]
-"""That of the configurations has 143 million parameters; the other takes little time."""
+NETWORKS = ["timm/test_resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("squeezenet1_1", "vgg19"))]
+"""That of the configurations has 143 million parameters; the first takes no time."""
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -95,22 +95,19 @@ def test_the_bypass_predicts_the_same_in_a_new_process(run: Run, name: str) -> N
     assert predictions("logs/goldfish") == here
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
-        "timm/test_resnet",
-        pytest.param("resnet18", marks=pytest.mark.slow),
-        pytest.param("efficientnet_b0", marks=pytest.mark.slow),
-        pytest.param("timm/mobilenetv3_small_100", marks=pytest.mark.slow),
+        "resnet18",
+        "efficientnet_b0",
+        "timm/mobilenetv3_small_100",
         # Without weights its last layer is zero, so that no gradient passes it in the only step of the first epoch.
         pytest.param(
             "vit_b_16",
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.filterwarnings("ignore:Training has not changed the adapters of 'conv_proj'"),
-            ],
+            marks=pytest.mark.filterwarnings("ignore:Training has not changed the adapters of 'conv_proj'"),
         ),
-        pytest.param("convnext_tiny", marks=pytest.mark.slow),
+        "convnext_tiny",
     ],
 )
 def test_any_other_backbone_by_its_name(run: Run, name: str) -> None:
@@ -162,10 +159,12 @@ class TestSmall:
         assert "the other 999 classes have no samples" in text
         assert "goldfish" in text
 
-    @pytest.mark.parametrize("config", ["goldfish", "goldfish_lora"])
-    def test_both_configs_stop_after_a_batch(self, run: Run, config: str) -> None:
+    @pytest.mark.parametrize(
+        ("config", "name"), [("goldfish", "squeezenet1_1"), ("goldfish_lora", "timm/test_resnet")]
+    )  # the bypass has the shape of the configured images, which the smallest network does not take
+    def test_both_configs_stop_after_a_batch(self, run: Run, config: str, name: str) -> None:
         for command in ("fit", "test", "predict"):
-            words = "--model.backbone.name", "squeezenet1_1", "--trainer.fast_dev_run", "true"
+            words = "--model.backbone.name", name, "--trainer.fast_dev_run", "true"
             code, text = run(command, "--config", f"configs/{config}.yaml", *words)
             assert code == 0, text
 

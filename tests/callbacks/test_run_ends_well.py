@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -563,16 +565,19 @@ def test_the_base_is_read_once_more_after_attach_however_many_checkpoints_are_th
         load_adapter(other, ours.adapter_folder, strict=True)
 
 
-def test_the_example_for_hydra_trains_tests_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("process", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["here", "process"])
+def test_the_example_for_hydra_trains_tests_and_resumes(process: bool, tmp_path: Path) -> None:
+    script = ROOT / "examples" / "hydra" / "train.py"
+
     def run(name: str, *words: str) -> Path:
-        line = [
-            sys.executable,
-            str(ROOT / "examples" / "hydra" / "train.py"),
-            f"hydra.run.dir={tmp_path / name}",
-            *words,
-        ]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
-        assert done.returncode == 0, done.stderr
+        if process:
+            line = [sys.executable, str(script), f"hydra.run.dir={tmp_path / name}", *words]
+            done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
+            assert done.returncode == 0, done.stderr
+        else:
+            with initialize_config_dir(str(script.parent), version_base=None):
+                config = compose("config", [f"trainer.default_root_dir={tmp_path / name}", *words])
+            runpy.run_path(str(script))["main"](config)
         (folder,) = (tmp_path / name).rglob("version_0/adapter")
         return folder
 

@@ -249,7 +249,7 @@ def test_the_exit_code_says_that_a_guarantee_is_broken(
 ) -> None:
     base = weak_base(workspace)
     monkeypatch.setattr(process, "base_fingerprint", lambda module: "something else")
-    code, text = run("repair", "--source", "sample", "--base_checkpoint", str(base), "--steps", "60")
+    code, text = run("repair", "--source", "sample", "--base_checkpoint", str(base), "--steps", "5")
     assert code == 1
     assert "Broken guarantee: the frozen base changed." in text
     assert "Base bitwise unchanged: NO" in text

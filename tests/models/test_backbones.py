@@ -26,6 +26,12 @@ from lora_lightning.models.backbones import head_of
 from tests.helpers import same
 
 MakeTrainer = Callable[..., Trainer]
+EVERY = torchvision.models.list_models(module=torchvision.models)
+ONE_OF_EACH_KIND = [
+    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t", "mnasnet0_5",
+    "mobilenet_v3_small", "regnet_x_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "vgg11",
+    "vit_b_32",
+]  # fmt: skip
 
 
 def random_resnet(num_classes: int = 1000) -> dict[str, Tensor]:
@@ -203,8 +209,11 @@ class TestHead:
         assert backbone.eval()(torch.randn(2, 3, *_size(backbone))).shape == (2, 3)
         assert image_backbone(name).backbone_facts.new_head == ()
 
-    def test_is_the_last_layer_of_every_network_of_torchvision(self) -> None:
-        for name in torchvision.models.list_models(module=torchvision.models):
+    @pytest.mark.parametrize(
+        "names", [ONE_OF_EACH_KIND, pytest.param(EVERY, marks=pytest.mark.slow)], ids=["one of each kind", "all"]
+    )
+    def test_is_the_last_layer_of_every_network_of_torchvision(self, names: list[str]) -> None:
+        for name in names:
             options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
             # RegNets can't be built without numbers; the small ones stand for all.
             if name.startswith("regnet") and not name.endswith("400mf"):
