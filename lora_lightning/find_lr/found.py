@@ -14,6 +14,10 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import
 _CLEAR = 0.02
 """Two losses that differ by less than this share of the lower one are not told apart."""
 _SMOOTH = 0.9
+_LOWER = 2.5
+"""The answer of short runs is at least this factor below the rate with the lowest loss."""
+_SHORT = 0.5
+"""Runs are short if they have less than this share of the steps of `fit`."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,20 @@ class Trial:
 class FoundRate:
     """Describes the result of `find_learning_rate`.
 
+    Training is stable at higher rates in short runs than in long ones, in which adapters diverge suddenly. The answer
+    of short runs is therefore not the rate with the lowest loss, but the next one that was tried below it.
+
     Attributes:
         trials: One trial per rate, from the lowest to the highest.
         steps: Number of training steps of each.
         monitor: Name of the validation loss.
+        length: Number of steps of the configured `fit`.
     """
 
     trials: tuple[Trial, ...]
     steps: int
     monitor: str
+    length: float = inf
 
     @property
     def best(self) -> Trial:
@@ -60,14 +69,23 @@ class FoundRate:
         return min(self.trials, key=_loss_of)
 
     @property
+    def chosen(self) -> Trial:
+        """Return the trial with the rate that is the answer."""
+        if self.steps >= _SHORT * self.length:
+            return self.best
+        lower = [trial for trial in self.trials if trial.factor * _LOWER <= self.best.factor and not trial.diverged]
+        finite = [trial for trial in self.trials if not trial.diverged]
+        return max(lower, key=_factor_of) if lower else min(finite, key=_factor_of, default=self.best)
+
+    @property
     def factor(self) -> float:
         """Return the factor of the configured learning rates that the answer is."""
-        return self.best.factor
+        return self.chosen.factor
 
     @property
     def rate(self) -> float:
         """Return the learning rate that the answer is."""
-        return self.best.rate
+        return self.chosen.rate
 
     @property
     def margin(self) -> float:
@@ -85,24 +103,30 @@ class FoundRate:
             return ("Every rate diverged: try lower ones.",)
         found = []
         if len(self.trials) > 1 and self.best is self.trials[0]:
-            found.append("The lowest rate of the grid is the best: a lower one may be better.")
+            found.append("The lowest rate of the grid has the lowest loss: a lower one may be better.")
         if len(self.trials) > 1 and self.best is self.trials[-1]:
-            found.append("The highest rate of the grid is the best: a higher one may be better.")
+            found.append("The highest rate of the grid has the lowest loss: a higher one may be better.")
         close = [trial for trial in self.trials if trial is not self.best and self._is_close(trial)]
         if close:
             named = ", ".join(f"{trial.rate:.3g}" for trial in close)
-            found.append(f"Not told apart from it (loss within {_CLEAR:.0%}): {named}.")
+            found.append(f"Not told apart from {self.best.rate:.3g} (loss within {_CLEAR:.0%}): {named}.")
         return tuple(found)
 
     def answer(self) -> str:
-        """Return the answer in one line."""
+        """Return the answer in one line, or in two."""
         if self.best.diverged:
             return "No learning rate was found."
         by = "the only rate that did not diverge" if self.margin == inf else f"by {self.margin:.1%} of it"
         if len(self.trials) == 1:
             by = "the only rate of the grid"
-        found = self.best
-        return f"Learning rate {found.rate:.3g}, {found.factor:g} x the configured one: lowest {self.monitor}, {by}."
+        found, best = self.chosen, self.best
+        start = f"Learning rate {found.rate:.3g}, {found.factor:g} x the configured one: "
+        if found is best:
+            return f"{start}lowest {self.monitor}, {by}."
+        return (
+            f"{start}the next below {best.rate:.3g}, which has the lowest {self.monitor}, {by}, after {self.steps:,} "
+            f"steps.\nA rate that is the best in short runs can diverge in a long one."
+        )
 
     def table(self) -> Table:
         """Return a table with one row per rate."""
@@ -118,7 +142,7 @@ class FoundRate:
                 f"{smoothed[-1]:.4f}" if smoothed else "",
                 f"{trial.seconds:.1f}",
             )
-            table.add_row(*cells, style="bold" if trial is self.best and not trial.diverged else None)
+            table.add_row(*cells, style="bold" if trial is self.chosen and not trial.diverged else None)
         return table
 
     def figure(self) -> Figure:
@@ -147,6 +171,10 @@ class FoundRate:
 
 def _loss_of(trial: Trial) -> float:
     return trial.loss
+
+
+def _factor_of(trial: Trial) -> float:
+    return trial.factor
 
 
 def _smoothed(curve: tuple[float, ...]) -> list[float]:

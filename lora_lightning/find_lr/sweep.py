@@ -44,6 +44,9 @@ def find_learning_rate(
     ours that write files, show progress or stop a run. Loggers are replaced. Trainer, module, data and random states
     are afterwards bitwise as before. This needs the memory for one further copy of module and data.
 
+    The answer is the rate below the one with the lowest loss, unless the runs have at least half of the steps of `fit`:
+    in short runs, higher rates are stable than in long ones.
+
     Learning rates are multiplied in each step of each optimizer, so any schedule is followed. A schedule that asks the
     trainer for the length of the run, such as `OneCycle`, is run through in each short run. Others show their start.
 
@@ -90,7 +93,8 @@ def find_learning_rate(
     runs = _Runs(trainer, module, datamodule, monitor)
     try:
         with _quiet():
-            steps = steps or _default_steps(runs.length())
+            length = runs.length()
+            steps = steps or _default_steps(length)
             trials = []
             for factor in factors:
                 restore_random_state(before)
@@ -98,7 +102,7 @@ def find_learning_rate(
                 gc.collect()  # trainer, module and data refer to each other
     finally:
         restore_random_state(before)
-    found = FoundRate(tuple(trials), steps, runs.monitor or LOSS_OF_STEPS)
+    found = FoundRate(tuple(trials), steps, runs.monitor or LOSS_OF_STEPS, length)
     if apply and not found.best.diverged:
         trainer.callbacks.append(LearningRateFactor(found.factor))  # type: ignore[attr-defined] # set from elsewhere
     return found

@@ -67,21 +67,47 @@ def trainer_of(*callbacks: Callback, **options: Any) -> Trainer:
 
 def test_the_best_rate_of_a_known_problem_is_found() -> None:
     found = find_learning_rate(trainer_of(), Bowl(), steps=3)
-    assert (found.factor, found.rate, found.steps, found.monitor) == (10, pytest.approx(1), 3, "val_loss")
-    assert found.best.loss == 1
+    assert (found.best.factor, found.best.rate, found.best.loss) == (10, pytest.approx(1), 1)
+    assert (found.steps, found.length, found.monitor) == (3, 20, "val_loss")
     assert [trial.factor for trial in found.trials] == [1, 3, 10, 30]
     assert found.trials[1].loss == pytest.approx(1 + 6 * 0.7**6)
     assert found.margin == pytest.approx(6 * 0.7**6, rel=1e-5)
     assert found.warnings == ()
-    assert found.answer() == "Learning rate 1, 10 x the configured one: lowest val_loss, by 70.6% of it."
+    assert (found.factor, found.rate) == (3, pytest.approx(0.3))  # since in 20 steps, 10 may diverge
+    assert found.answer() == (
+        "Learning rate 0.3, 3 x the configured one: the next below 1, which has the lowest val_loss, by 70.6% of it, "
+        "after 3 steps.\nA rate that is the best in short runs can diverge in a long one."
+    )
     assert found.trials[0].curve[0] == found.trials[3].curve[0] == 7
     assert len(found.figure().axes) == 2
     assert found.table().row_count == 4
 
 
+def test_runs_of_half_the_length_of_fit_are_believed() -> None:
+    found = find_learning_rate(trainer_of(max_steps=6), Bowl(), steps=3)
+    assert found.factor == found.best.factor == 10
+    assert found.answer() == "Learning rate 1, 10 x the configured one: lowest val_loss, by 70.6% of it."
+
+
+@pytest.mark.parametrize(
+    ("rates", "losses", "answer"),
+    [
+        ((1, 3, 10, 30), (4.0, 3.0, 2.0, 1.0), 10),  # Banking77: 30 has the lowest loss, and diverges in a whole run
+        ((1, 1.5, 2, 3), (4.0, 3.0, 2.0, 1.0), 1),  # 2 and 1.5 are hardly lower
+        ((1, 3, 10, 30), (1.0, 2.0, 3.0, inf), 1),
+        ((1, 3, 10, 30), (inf, inf, 1.0, 2.0), 10),  # nothing lower is finite
+    ],
+)
+def test_the_answer_of_short_runs_keeps_away_from_the_edge(
+    rates: tuple[float, ...], losses: tuple[float, ...], answer: float
+) -> None:
+    trials = tuple(Trial(rate, rate, loss, (), 0.1) for rate, loss in zip(rates, losses, strict=True))
+    assert FoundRate(trials, 50, "val_loss", 500).factor == answer
+
+
 def test_an_answer_at_the_edge_of_the_grid_is_a_warning() -> None:
     highest = find_learning_rate(trainer_of(), Bowl(), rates=[3, 1], steps=2)
-    assert highest.factor == 3
+    assert highest.best.factor == 3
     assert "a higher one may be better" in highest.warnings[0]
     lowest = find_learning_rate(trainer_of(), Bowl(), rates=[15, 19], steps=2)
     assert lowest.factor == 15
@@ -90,8 +116,8 @@ def test_an_answer_at_the_edge_of_the_grid_is_a_warning() -> None:
 
 def test_rates_that_are_not_told_apart_are_named() -> None:
     found = find_learning_rate(trainer_of(), Bowl(), rates=[1, 9.9, 10, 30], steps=2)
-    assert found.factor == 10
-    assert found.warnings == ("Not told apart from it (loss within 2%): 0.99.",)
+    assert (found.factor, found.best.factor) == (1, 10)
+    assert found.warnings == ("Not told apart from 1 (loss within 2%): 0.99.",)
 
 
 def test_diverged_rates_are_not_an_answer() -> None:
@@ -179,8 +205,8 @@ def test_any_module_is_swept(kind: type[Bowl]) -> None:
     before = state(model)
     every = 1 if kind is Plateau else 2
     found = find_learning_rate(trainer_of(check_val_every_n_epoch=every), model, steps=6)
-    assert found.factor == 10
-    assert found.rate == pytest.approx(1)
+    assert found.best.factor == 10
+    assert found.best.rate == pytest.approx(1)
     assert found.best.loss == 1
     assert found.monitor == ("validation loss" if kind is LossOfSteps else "val_loss")
     assert same(before, state(model))
@@ -198,7 +224,7 @@ def test_a_module_of_pytorch_lightning_is_swept() -> None:
 
     trainer = pytorch_lightning.Trainer(accelerator="cpu", max_steps=20, enable_model_summary=False, logger=False)
     found = find_learning_rate(trainer, Its(), steps=3)  # type: ignore[arg-type]
-    assert found.factor == 10
+    assert found.best.factor == 10
 
 
 def everything(trainer: Trainer, model: LightningModule, data: MNISTDataModule) -> dict[str, Any]:
@@ -277,7 +303,7 @@ def test_the_rates_of_a_trainer_change_only_when_asked() -> None:
     [factor] = trainer.callbacks
     assert isinstance(factor, LearningRateFactor)
     trainer.fit(model)
-    assert torch.equal(model.weight, torch.full((3,), 2.0))  # reached in one step
+    assert torch.equal(model.weight, torch.full((3,), 2.0))  # reached in one step with the rate 1
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1
 
 
@@ -334,7 +360,7 @@ def test_the_command_shows_a_table_and_writes_a_figure(run: Run, a_base: Path) -
     assert code == 0, output
     assert "2 learning rates, 4 steps each" in output
     assert "Learning rate 0.03, 10 x the configured one" in output or "Learning rate 0.003, 1 x" in output
-    assert "of the grid is the best" in output
+    assert "of the grid has the lowest loss" in output
     assert "figure: learning_rates.png" in output
     assert "option: --model.optimizer.lr 0.0" in output
     assert Path("learning_rates.png").stat().st_size > 1000
