@@ -107,7 +107,7 @@ class AdapterWriter(Callback):
         if is_trained and is_finite and not self._is_written and trainer.world_size == 1:
             try:
                 self._write(trainer)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # the module may have been merged since
                 exception.add_note(f"The adapters could not be written: {error}")
         self.teardown(trainer, pl_module, "fit")  # which Lightning does not call after an exception
 
@@ -146,8 +146,8 @@ class AdapterWriter(Callback):
         self._base = self._best = self._content = None
         self._is_written = False
 
-    def has_base(self, base: BaseDigests) -> None:
-        """Take the digests of the base, which are computed for each folder otherwise."""
+    def set_base(self, base: BaseDigests) -> None:
+        """Set the digests of the base, which are computed for each folder otherwise."""
         self._base = base
 
     def saved(self, path: str, state: Mapping[str, Tensor]) -> None:

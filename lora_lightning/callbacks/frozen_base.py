@@ -43,8 +43,8 @@ class FrozenBase(Callback):
         self._known: BaseDigests | None = None
         self._start: BaseAtStart | None = None
 
-    def is_known(self, base: BaseDigests | None) -> None:
-        """Take digests that were computed before `fit`. They are used if nothing has written to the base since."""
+    def set_base(self, base: BaseDigests | None) -> None:
+        """Set digests that were computed before `fit`. They are used if nothing has written to the base since."""
         self._known = base
 
     @property

@@ -179,7 +179,7 @@ class LoRAFinetuning(Callback):
             self._after_layers.remove()
         for part in self._parts:
             part.on_fit_start(trainer, pl_module)
-        self._writer.has_base(self._frozen_base.start.base)
+        self._writer.set_base(self._frozen_base.start.base)
         if self._checkpoints is not None:
             self._checkpoints.content.at_start = self._frozen_base.start.updatable
 
@@ -311,7 +311,7 @@ class LoRAFinetuning(Callback):
             OwnStates(pl_module, self.checkpoints == "full")
         # Without a seed, each process has a different base until `ddp` broadcasts that of the first one.
         base = BaseDigests.of(self.adapted) if trainer.state.fn == "fit" else None
-        self._frozen_base.is_known(base)
+        self._frozen_base.set_base(base)
         digest = base_fingerprint(self.adapted) if base is None else base.fingerprint
         self.base_fingerprint = trainer.strategy.broadcast(digest) if trainer.world_size > 1 else digest
         rank_zero_info(what_trains(self.adapted, trainer.state.fn == "fit"))

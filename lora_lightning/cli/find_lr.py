@@ -24,7 +24,7 @@ def find_lr(
     monitor: str | None = None,
     output: Path | None = None,
 ) -> Path:
-    """Try several learning rates in short runs, and show which one has the lowest validation loss.
+    """Try several learning rates in short runs, and show which one to use.
 
     Args:
         trainer: The trainer of the training.

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lora_lightning import load_adapter
 from lora_lightning.callbacks import AdapterWriter, FiniteAdapters, FrozenBase
 from lora_lightning.checkpoints import NotFiniteError
-from lora_lightning.lora import LoRAConfig, adapter_parameters, adapter_state_dict, attach
+from lora_lightning.lora import LoRAConfig, adapter_parameters, adapter_state_dict, attach, merge
 
 pytestmark = pytest.mark.filterwarnings(
     # Small data in the process of the test: https://github.com/Lightning-AI/pytorch-lightning/issues/19223
@@ -110,6 +110,17 @@ def test_a_folder_is_written_if_another_callback_fails_after_the_last_epoch(tmp_
     with pytest.raises(RuntimeError, match="no figure"):
         fit(module, tmp_path, Fails(), writer)
     assert same(of_folder(writer.folder), module.of_epochs[2])
+
+
+def test_why_a_run_failed_is_not_hidden_if_the_adapters_are_merged(tmp_path: Path) -> None:
+    class Merges(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            merge(pl_module.encoder)
+            raise RuntimeError("no figure")
+
+    with pytest.raises(RuntimeError, match="no figure") as failure:
+        fit(Own(), tmp_path, Merges(), AdapterWriter())
+    assert "The adapters could not be written: attach was called with 0 parts" in failure.value.__notes__[0]
 
 
 def test_a_base_that_changes_is_named_and_one_that_does_not_is_said_to_be_unchanged(tmp_path: Path) -> None:
