@@ -374,6 +374,15 @@ def test_a_page_of_a_run_without_base_samples_or_curves(tmp_path: Path) -> None:
     assert "Broken" not in text
 
 
+def test_the_pill_of_a_model_without_a_base_does_not_look_like_a_button(tmp_path: Path) -> None:
+    page = page_of(tmp_path, Report("val", Confusion(AFTER, NAMES)))
+    pill = next(each["class"] for each in page.all("span") if each.get("class", "").startswith("pill"))
+    style = (ROOT / "lora_lightning/report/templates/style.css").read_text()
+    of_buttons = re.findall(r"^\.([\w-]+) {[^}]*cursor: pointer", style, re.MULTILINE)
+    assert of_buttons
+    assert not set(pill.split()) & set(of_buttons)
+
+
 def test_runs_are_compared_in_one_page(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "version_1"
     write_report(Report("test", Confusion(BEFORE, NAMES)), other)
