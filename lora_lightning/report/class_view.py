@@ -302,7 +302,7 @@ class ClassView:
             rows.append(Row(self._called(index), before, after, change, index in self._focus))
         what = "Intersection over union of each class, in percent" if by_iou else "Errors of each class"
         title = "Where it is wrong" if base is None else "Where IoU changed" if by_iou else "Where errors changed"
-        order = "the worst last" if base is None else "most improved first"
+        order = "the worst first" if base is None else "most improved first"
         return moves(title, f"{what}, {order}, from zero.", rows, not by_iou, not by_iou)
 
     @property

@@ -383,6 +383,21 @@ def test_the_pill_of_a_model_without_a_base_does_not_look_like_a_button(tmp_path
     assert not set(pill.split()) & set(of_buttons)
 
 
+def test_the_legends_of_a_model_without_a_base_say_what_is_drawn(tmp_path: Path) -> None:
+    page = page_of(tmp_path, Report("val", Confusion(BEFORE, NAMES)))
+    assert "Errors of each class, the worst first, from zero." in page.text
+    assert page.text.index("<b>dog</b> 4") < page.text.index("cat 2") < page.text.index("$x_{ 1")
+    dots = [each["class"] for each in page.all("i") if each.get("class", "").startswith("dot")]
+    assert dots == ["dot same", "dot square base", "dot worse"]
+    drawn = {each["class"] for each in page.all("em")}
+    assert drawn == {"same"}
+    style = (ROOT / "lora_lightning/report/templates/style.css").read_text()
+    grey = "background: var(--before); }"
+    assert f".dot.same {{ {grey}" in style
+    assert f".track em.same {{ {grey}" in style
+    assert not [each for each in page.all("span") if each.get("class", "").startswith("step")]
+
+
 def test_runs_are_compared_in_one_page(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "version_1"
     write_report(Report("test", Confusion(BEFORE, NAMES)), other)
