@@ -11,6 +11,8 @@ from lora_lightning.report.view import SHOWN_ROWS, Change, Dot, Kind, Move, Move
 
 _POINTS = 200
 """Maximum number of points of a curve."""
+_IN_WORDS = {"lr": "learning rate", "delta_norm": "norm of ΔW"}
+"""Titles of the measures that this package logs."""
 
 
 def ticks(top: float, most: int = 5) -> tuple[float, list[float]]:
@@ -139,7 +141,8 @@ def panels(history: History) -> list[Panel]:
             kind: Kind = "better" if name.startswith("val") else "same"
             text = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             drawn.append(Line(name, text, words, kind, places[-1]))
-        found.append(Panel(measure, drawn, significant(low), significant(high), f"{first:,}", f"{last:,}"))
+        top = significant(high) if high > low else ""
+        found.append(Panel(_IN_WORDS.get(measure, measure), drawn, significant(low), top, f"{first:,}", f"{last:,}"))
     return found
 
 

@@ -367,6 +367,17 @@ def test_a_training_is_summarized(tmp_path: Path) -> None:
     assert page.text.index("How it was trained") < page.text.index("What the adapters changed in the weights")
 
 
+def test_the_curves_have_titles_in_words_and_a_legend_of_what_is_drawn(tmp_path: Path) -> None:
+    rows = {step: {"train/loss": 1 / step, "lr": 0.002, "delta_norm": step / 8} for step in (1, 2, 3)}
+    History(rows | {3: rows[3] | {"val/loss": 0.5}}).write(tmp_path / "metrics.csv")
+    page = page_of(tmp_path)
+    assert page.text.count("learning rate") == page.text.count("norm of ΔW") == 1
+    assert "How it was trained training loss" in page.text  # a single validation is no curve
+    assert page.text.count("0.002") == 1
+    trained().write(tmp_path / "metrics.csv")
+    assert "How it was trained training validation loss" in page_of(tmp_path).text
+
+
 def test_a_page_of_a_run_without_base_samples_or_curves(tmp_path: Path) -> None:
     text = page_of(tmp_path, Report("val", Confusion(AFTER, NAMES))).text
     assert "The model makes 3 errors on 30 samples" in text
