@@ -70,7 +70,7 @@ def moves(title: str, note: str, rows: Sequence[Row], lower_is_better: bool, is_
         )
         for row in ordered
     ]
-    return Moves(title, note, shown, [(f"{significant(mark)}", 100 * mark / end) for mark in marks], is_count)
+    return Moves(title, note, shown, [(_tick(mark), 100 * mark / end) for mark in marks], is_count)
 
 
 def scatter(points: Sequence[Sequence[float]], count: int) -> Scatter | None:
@@ -91,7 +91,7 @@ def scatter(points: Sequence[Sequence[float]], count: int) -> Scatter | None:
         f"{better:,} lie below the line, where the adapted model is better, and "
         f"{sum(dot.kind == 'worse' for dot in dots):,} above it."
     )
-    return Scatter(note, dots, [(significant(mark), mark / end) for mark in marks])
+    return Scatter(note, dots, [(_tick(mark), mark / end) for mark in marks])
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,10 @@ def signal_points(values: Sequence[float]) -> str:
     scale = (high - low) or 1
     last = max(len(values) - 1, 1)
     return " ".join(f"{100 * x / last:.1f},{57 - 54 * (y - low) / scale:.1f}" for x, y in enumerate(values))
+
+
+def _tick(mark: float) -> str:
+    return f"{mark:,.10g}"
 
 
 def _step(row: Row) -> float:

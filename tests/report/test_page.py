@@ -33,6 +33,7 @@ from lora_lightning.report.figure import report_figures
 from lora_lightning.report.files import write_report
 from lora_lightning.report.history import History, curves_figure
 from lora_lightning.report.layers import layer_changes
+from lora_lightning.report.view import significant
 from tests.conftest import ROOT
 from tests.helpers import stir
 
@@ -323,12 +324,20 @@ def test_a_new_head_is_marked_as_guessing(tmp_path: Path) -> None:
 def test_the_metrics_of_the_user_stand_beside_those_of_the_base(tmp_path: Path) -> None:
     report = replace(two_classes(3, 1), metrics={"f1": Compared(0.75, 0.5), "loss": Compared(2.5)})
     text = re.sub(r"\s+", " ", page_of(tmp_path, report).text)
-    assert "metric value difference f1 0.5 → 0.75 +0.25 loss 2.5 –" in text
+    assert "metric value difference f1 0.500 → 0.750 +0.250 loss 2.50 –" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.38, "0.380"), (67, "67.0"), (123.4, "123"), (999.7, "1,000"), (-12345.6, "−12,346"), (1e-8, "1.00e−08"), (0, "0")],
+)
+def test_numbers_of_a_column_have_the_same_number_of_digits(value: float, text: str) -> None:
+    assert significant(value) == text
 
 
 def test_values_are_drawn_sample_by_sample(tmp_path: Path) -> None:
     page = page_of(tmp_path, values())
-    assert "The adapters cut the mean absolute error: 2.64 → 1.4." in page.text
+    assert "The adapters cut the mean absolute error: 2.64 → 1.40." in page.text
     assert "95 % interval" in page.text
     improved = re.search(r"([\d]+) of 60 samples with a smaller error; (\d+) with a larger one", page.text)
     assert improved is not None
@@ -336,7 +345,7 @@ def test_values_are_drawn_sample_by_sample(tmp_path: Path) -> None:
     assert (drawn, len(page.all("rect"))) == (60, int(improved[2]))
     assert page.text.index("Worsened most") < page.text.index("Improved most")
     every = re.sub(r"\s+", " ", page.text.partition("All samples")[2])
-    assert "number value MAE 2.64 → 1.4 RMSE" in every
+    assert "number value MAE 2.64 → 1.40 RMSE" in every
 
 
 def test_values_that_are_not_finite_cost_no_page(tmp_path: Path) -> None:
@@ -358,12 +367,12 @@ def test_a_training_is_summarized(tmp_path: Path) -> None:
     trained().write(tmp_path / "metrics.csv")
     best = {"path": "epoch=1.ckpt", "monitor": "val/loss", "mode": "min", "score": 0.4}
     page = page_of(tmp_path, facts={"best": best, "epochs": 3})
-    assert "Adapters with 10 parameters were trained, and val/loss improved: 0.8 → 0.4." in page.text
+    assert "Adapters with 10 parameters were trained, and val/loss improved: 0.800 → 0.400." in page.text
     assert "Best epoch 2 of 3" in page.text
     assert "validation, not a test" in page.text
-    assert "Training loss 1 → 0.0333" in re.sub(r"\s+", " ", page.text)
+    assert "Training loss 1.00 → 0.0333" in re.sub(r"\s+", " ", page.text)
     first = next(each["aria-label"] for each in page.all("svg"))
-    assert first.startswith("Curves of the training, loss: train/loss from 1 to 0.0333; val/loss from 0.8 to 0.6")
+    assert first.startswith("Curves of the training, loss: train/loss from 1.00 to 0.0333; val/loss from 0.800 to 0.600")
     assert page.text.index("How it was trained") < page.text.index("What the adapters changed in the weights")
 
 
@@ -407,6 +416,17 @@ def test_the_legends_of_a_model_without_a_base_say_what_is_drawn(tmp_path: Path)
     assert f".dot.same {{ {grey}" in style
     assert f".track em.same {{ {grey}" in style
     assert not [each for each in page.all("span") if each.get("class", "").startswith("step")]
+
+
+def test_numbers_of_a_card_and_dates_stay_on_one_line(tmp_path: Path) -> None:
+    page = page_of(tmp_path, values(), {"finished": "2026-11-30 18:57+00:00"})
+    lengths = [each["style"] for each in page.all("b") if "style" in each]
+    assert "+1.00 → +0.800" in page.text
+    assert lengths[-1] == f"--length: {len('+1.00 → +0.800')}"  # which the size of the text follows
+    style = (ROOT / "lora_lightning/report/templates/style.css").read_text()
+    assert re.search(r"\.stat b {[^}]*white-space: nowrap[^}]*/ var\(--length\)", style)
+    assert "together" in [each.get("class") for each in page.all("span")]
+    assert ".together { white-space: nowrap; }" in style
 
 
 def test_runs_are_compared_in_one_page(run: Path, tmp_path: Path) -> None:
