@@ -260,6 +260,15 @@ def test_the_verdict_says_what_chance_allows(tmp_path: Path, fixed: int, broke: 
     assert [each["class"] for each in page.all("span") if each.get("class", "").startswith("pill")] == [f"pill {kind}"]
 
 
+def test_no_class_is_said_to_have_changed_if_none_has(tmp_path: Path) -> None:
+    text = page_of(tmp_path, two_classes(0, 0)).text
+    assert "Errors on normal 10 → 10 the weakest class, 50 samples" in text
+    assert "changed most" not in text
+    (tmp_path / "changed").mkdir()
+    text = page_of(tmp_path / "changed", two_classes(0, 9)).text
+    assert "Errors on fault 5 → 14 the class that changed most, 50 samples" in text
+
+
 def test_what_became_worse_stands_before_what_became_better(tmp_path: Path) -> None:
     samples = [ChangedSample(0, 1, 0, 0.6, 0.9, index=4), ChangedSample(1, 1, 0, 0.6, 0.9, index=7)]
     page = page_of(tmp_path, two_classes(1, 1, samples))
@@ -306,6 +315,7 @@ def test_a_repair_is_named_as_the_command_names_it(tmp_path: Path) -> None:
     (tmp_path / "improved").mkdir()
     page = page_of(tmp_path / "improved", two_classes(6, 3), {"repair": facts})
     assert "On fault alone (5 → 8), chance explains the difference." in page.text
+    assert "To be sure about fault, test on more samples. lora-lightning repair" in page.text
     assert "Repaired" not in page.text
 
 
@@ -318,7 +328,9 @@ def test_a_new_head_is_marked_as_guessing(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     assert "guesses" not in page_of(tmp_path / "old", two_classes(8, 1), head).text
     (tmp_path / "none").mkdir()
-    assert "guesses" not in page_of(tmp_path / "none", report).text
+    text = page_of(tmp_path / "none", report).text
+    assert "guesses" not in text
+    assert "The accuracy of the base is no better than that of the most frequent class alone." in text  # it is not trained, perhaps
 
 
 def test_the_metrics_of_the_user_stand_beside_those_of_the_base(tmp_path: Path) -> None:
