@@ -17,7 +17,7 @@ from lora_lightning.evaluation import ChangedSample, Confusion
 from lora_lightning.report.charts import Row, moves
 from lora_lightning.report.counts import read_counts
 from lora_lightning.report.figure import OTHERS
-from lora_lightning.report.samples import read_samples
+from lora_lightning.report.samples import by_turns, read_samples
 from lora_lightning.report.view import (
     LIKELY,
     MOST_ROWS,
@@ -364,7 +364,7 @@ class ClassView:
             ("Broken: right before, wrong now", "worse", changed[1]),
             (_FIXED, "better", changed[0]),
         ):
-            chosen = [each for each in self._kept if each.is_fixed is (kind == "better")]
+            chosen = by_turns([each for each in self._kept if each.is_fixed is (kind == "better")])
             cards = [self._sample_card(each) for each in chosen]
             drawn = [each for each in cards if each.sample.image or each.sample.text or each.sample.signal]
             rows = [_sample_row(each, self._kind) for each in cards] if not drawn else []

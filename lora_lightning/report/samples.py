@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import textwrap
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +36,18 @@ def write_samples(samples: list[ChangedSample], path: Path) -> None:
 def read_samples(path: Path) -> list[ChangedSample]:
     """Read the file from `write_samples`."""
     return [ChangedSample(**each) for each in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def by_turns(samples: Sequence[ChangedSample]) -> list[ChangedSample]:
+    """Return the samples with one of each class in turn, since data sets are often sorted by class."""
+    taken: Counter[int] = Counter()
+    turns = []
+    for sample in samples:
+        turns.append(taken[sample.target])
+        taken[sample.target] += 1
+    return [
+        samples[place] for place in sorted(range(len(samples)), key=lambda place: (turns[place], samples[place].target))
+    ]
 
 
 def samples_figure(samples: list[ChangedSample], class_names: tuple[str, ...]) -> Figure | None:

@@ -68,7 +68,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-VOID = ("meta", "link", "img", "br")
+VOID = ("meta", "link", "img", "br", "wbr")
 
 
 class Page(HTMLParser):
@@ -330,7 +330,9 @@ def test_a_new_head_is_marked_as_guessing(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     text = page_of(tmp_path / "none", report).text
     assert "guesses" not in text
-    assert "The accuracy of the base is no better than that of the most frequent class alone." in text  # it is not trained, perhaps
+    assert (
+        "The accuracy of the base is no better than that of the most frequent class alone." in text
+    )  # it is not trained, perhaps
 
 
 def test_the_metrics_of_the_user_stand_beside_those_of_the_base(tmp_path: Path) -> None:
@@ -341,7 +343,15 @@ def test_the_metrics_of_the_user_stand_beside_those_of_the_base(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.38, "0.380"), (67, "67.0"), (123.4, "123"), (999.7, "1,000"), (-12345.6, "−12,346"), (1e-8, "1.00e−08"), (0, "0")],
+    [
+        (0.38, "0.380"),
+        (67, "67.0"),
+        (123.4, "123"),
+        (999.7, "1,000"),
+        (-12345.6, "−12,346"),
+        (1e-8, "1.00e−08"),
+        (0, "0"),
+    ],
 )
 def test_numbers_of_a_column_have_the_same_number_of_digits(value: float, text: str) -> None:
     assert significant(value) == text
@@ -384,7 +394,9 @@ def test_a_training_is_summarized(tmp_path: Path) -> None:
     assert "validation, not a test" in page.text
     assert "Training loss 1.00 → 0.0333" in re.sub(r"\s+", " ", page.text)
     first = next(each["aria-label"] for each in page.all("svg"))
-    assert first.startswith("Curves of the training, loss: train/loss from 1.00 to 0.0333; val/loss from 0.800 to 0.600")
+    assert first.startswith(
+        "Curves of the training, loss: train/loss from 1.00 to 0.0333; val/loss from 0.800 to 0.600"
+    )
     assert page.text.index("How it was trained") < page.text.index("What the adapters changed in the weights")
 
 
@@ -404,6 +416,29 @@ def test_a_page_of_a_run_without_base_samples_or_curves(tmp_path: Path) -> None:
     assert "The model makes 3 errors on 30 samples" in text
     assert "no base to compare with" in text
     assert "Broken" not in text
+
+
+def test_long_names_break_after_underscores(tmp_path: Path) -> None:
+    names = ("get_disposable_card", "<b>lost_card")
+    sample = ChangedSample(0, 1, 0, 0.6, 0.9, text="where is it?")
+    report = replace(two_classes(8, 1, [sample]), adapted=Confusion(AFTER[:2, :2], names))
+    report = replace(report, base=Confusion(BEFORE[:2, :2], names))
+    page = page_of(tmp_path, report)
+    text = (tmp_path / "report.html").read_text()
+    assert "is <b>get_<wbr>disposable_<wbr>card</b>" in text
+    assert "base: &lt;b&gt;lost_<wbr>card" in text
+    assert text.count('title="get_disposable_card">get_<wbr>disposable_<wbr>card<') >= 3  # chart, matrix and table
+    assert page.open == []
+
+
+def test_samples_of_every_class_are_seen_without_unfolding(tmp_path: Path) -> None:
+    samples = [
+        ChangedSample(number // 20, 1 - number // 20, number // 20, 0.6, 0.9, text="a", index=number)
+        for number in range(40)
+    ]
+    page = page_of(tmp_path, two_classes(40, 0, samples))
+    first = page.text[page.text.index("Fixed:") : page.text.index("34 more")]
+    assert (first.count("is normal"), first.count("is fault")) == (3, 3)
 
 
 def test_the_pill_of_a_model_without_a_base_does_not_look_like_a_button(tmp_path: Path) -> None:
