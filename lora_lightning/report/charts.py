@@ -53,8 +53,8 @@ def moves(title: str, note: str, rows: Sequence[Row], lower_is_better: bool, is_
         return None
     sign = 1 if lower_is_better else -1
     if len(known) > SHOWN_ROWS:
-        kept = sorted(known, key=lambda row: (not row.is_focus, -abs(_step(row)), -row.after * sign))[:SHOWN_ROWS]
-        note += f" Of {len(known):,} rows, the {SHOWN_ROWS} that changed most."
+        kept = _most_changed(known, sign)
+        note += f" Of {len(known):,} rows, the {SHOWN_ROWS} that changed most in either direction."
     else:
         kept = known
     ordered = sorted(kept, key=lambda row: (sign * _step(row), -sign * row.after))
@@ -152,6 +152,15 @@ def signal_points(values: Sequence[float]) -> str:
     scale = (high - low) or 1
     last = max(len(values) - 1, 1)
     return " ".join(f"{100 * x / last:.1f},{57 - 54 * (y - low) / scale:.1f}" for x, y in enumerate(values))
+
+
+def _most_changed(rows: Sequence[Row], sign: int) -> list[Row]:
+    """Return those in focus, those that changed most for the worse, at most half, and those that changed most."""
+    by_size = sorted(rows, key=lambda row: (not row.is_focus, -abs(_step(row)), -row.after * sign))
+    focus = [row for row in by_size if row.is_focus]
+    worse = [row for row in by_size if sign * _step(row) > 0 and not row.is_focus][: SHOWN_ROWS // 2]
+    rest = [row for row in by_size if row not in focus and row not in worse]
+    return [*focus, *worse, *rest][:SHOWN_ROWS]
 
 
 def _tick(mark: float) -> str:

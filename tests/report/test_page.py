@@ -33,6 +33,7 @@ from lora_lightning.report.figure import report_figures
 from lora_lightning.report.files import write_report
 from lora_lightning.report.history import History, curves_figure
 from lora_lightning.report.layers import layer_changes
+from lora_lightning.report.samples import samples_figure
 from lora_lightning.report.view import significant
 from tests.conftest import ROOT
 from tests.helpers import stir
@@ -191,6 +192,7 @@ def test_the_page_starts_with_the_verdict_and_is_one_small_file_without_anything
     assert "effective rank" in page.text
     assert "a text with <script>alert(1)</script>" in page.text  # as text, not as a tag
     assert page.addresses.count(SAMPLES[0].image) == 1
+    assert not any("loading" in each for each in page.all("img"))  # prints show all of them
 
 
 @pytest.mark.parametrize("kind", [values, labels, pixels, questions, lambda: two_classes(8, 1), trained])
@@ -441,6 +443,32 @@ def test_samples_of_every_class_are_seen_without_unfolding(tmp_path: Path) -> No
     assert (first.count("is normal"), first.count("is fault")) == (3, 3)
 
 
+def test_what_became_worse_is_seen_among_many_classes_that_became_better(tmp_path: Path) -> None:
+    names = tuple(f"intent number {index}" for index in range(77))
+    base, adapted = 20 * torch.eye(77, dtype=torch.int64), 20 * torch.eye(77, dtype=torch.int64)
+    base[range(60), 70], adapted[65, 3] = 30, 4
+    page = page_of(tmp_path, Report("test", Confusion(adapted, names), Confusion(base, names)))
+    chart = page.text[page.text.index("Where errors changed") : page.text.index("What is taken for what")]
+    assert "Of 77 rows, the 20 that changed most in either direction." in chart
+    assert "intent number 65 0 → 4 +4" in chart
+    assert chart.count("30 → 0") == 19
+
+
+def test_the_figure_of_samples_can_not_be_mistaken_for_counts_and_has_the_broken_ones_first() -> None:
+    image = small_image(torch.rand(1, 28, 28))
+    samples = [ChangedSample(1, 7, 1, 0.6, 0.9, image), ChangedSample(2, 2, 3, 0.7, 0.5, image)]
+    figure = samples_figure(samples, tuple(map(str, range(10))))
+    assert figure is not None
+    words = [text.get_text() for text in figure.axes[0].texts]
+    assert words == [
+        "broken: is 2\nbase: 2, 70%\nadapted: 3, 50%",
+        "fixed: is 1\nbase: 7, 60%\nadapted: 1, 90%",
+    ]
+    colours = [str(text.get_color()) for text in figure.axes[0].texts]
+    style = (ROOT / "lora_lightning/report/templates/style.css").read_text()
+    assert f"--better: {colours[1]}; --worse: {colours[0]};" in style
+
+
 def test_the_pill_of_a_model_without_a_base_does_not_look_like_a_button(tmp_path: Path) -> None:
     page = page_of(tmp_path, Report("val", Confusion(AFTER, NAMES)))
     pill = next(each["class"] for each in page.all("span") if each.get("class", "").startswith("pill"))
@@ -567,7 +595,7 @@ def test_a_training_is_compared_with_its_base(tmp_path: Path) -> None:
 
     page = page_of(tmp_path, facts={"best": {"path": "epoch=2.ckpt"}, "epochs": 3, "validations": counted})
     assert "90 → 40 errors on 300 validation samples. From the base to epoch 3 of 3." in page.text
-    assert "Best epoch 2 of 3 20 steps; the last one is saved" in page.text
+    assert "Best epoch 2 of 3 lowest val/loss, 20 steps; the last one is saved" in page.text
 
     new_head = {"validations": counted | {"base": 195}, "trained_in_full": ["head"]}
     page = page_of(tmp_path, facts={"best": best, "epochs": 3} | new_head)
