@@ -469,6 +469,13 @@ def test_the_figure_of_samples_can_not_be_mistaken_for_counts_and_has_the_broken
     assert f"--better: {colours[1]}; --worse: {colours[0]};" in style
 
 
+def test_a_matrix_of_few_classes_fills_its_card(tmp_path: Path) -> None:
+    page = page_of(tmp_path, two_classes(8, 1))
+    assert [each["style"] for each in page.all("table") if each["class"] == "matrix"] == ["--count: 2"] * 3
+    style = (ROOT / "lora_lightning/report/templates/style.css").read_text()
+    assert re.search(r"\.matrix {[^}]*width: 100%;\s+max-width: calc\(var\(--count\)", style)
+
+
 def test_the_pill_of_a_model_without_a_base_does_not_look_like_a_button(tmp_path: Path) -> None:
     page = page_of(tmp_path, Report("val", Confusion(AFTER, NAMES)))
     pill = next(each["class"] for each in page.all("span") if each.get("class", "").startswith("pill"))
