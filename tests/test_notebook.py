@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ def test_every_cell_runs_and_shows_what_was_trained_and_what_changed(
     assert "on 3 weights: backbone.linear1" in shown
     assert "trained" in str(trained.trained)
     assert "accuracy" in report._repr_html_()
+    shares = re.findall(r"<td>(0\.\d+)</td>", report._repr_html_())
+    assert shares
+    assert all(re.fullmatch(r"0\.0*[1-9]\d{3}|0\.000", each) for each in shares), "numbers of a column are aligned"
     base, adapted, p, broken = numbers
     assert 0.5 < base < 1
     assert 0.5 < adapted < 1

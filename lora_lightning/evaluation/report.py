@@ -154,7 +154,7 @@ def _known(indices: list[int], count: int) -> tuple[int, ...] | None:
 
 
 def _number(value: float | None, sign: str = "") -> str:
-    return "–" if value is None or isnan(value) else f"{value:{sign}.4g}"
+    return "–" if value is None or isnan(value) else f"{value:{sign}#.4g}".removesuffix(".")
 
 
 def _cell(value: object) -> str:

@@ -11,6 +11,8 @@ from lora_lightning.report.view import SHOWN_ROWS, Change, Dot, Kind, Move, Move
 
 _POINTS = 200
 """Maximum number of points of a curve."""
+_IN_WORDS = {"lr": "learning rate", "delta_norm": "norm of ΔW"}
+"""Titles of the measures that this package logs."""
 
 
 def ticks(top: float, most: int = 5) -> tuple[float, list[float]]:
@@ -51,8 +53,8 @@ def moves(title: str, note: str, rows: Sequence[Row], lower_is_better: bool, is_
         return None
     sign = 1 if lower_is_better else -1
     if len(known) > SHOWN_ROWS:
-        kept = sorted(known, key=lambda row: (not row.is_focus, -abs(_step(row)), -row.after * sign))[:SHOWN_ROWS]
-        note += f" Of {len(known):,} rows, the {SHOWN_ROWS} that changed most."
+        kept = _most_changed(known, sign)
+        note += f" Of {len(known):,} rows, the {SHOWN_ROWS} that changed most in either direction."
     else:
         kept = known
     ordered = sorted(kept, key=lambda row: (sign * _step(row), -sign * row.after))
@@ -68,7 +70,7 @@ def moves(title: str, note: str, rows: Sequence[Row], lower_is_better: bool, is_
         )
         for row in ordered
     ]
-    return Moves(title, note, shown, [(f"{significant(mark)}", 100 * mark / end) for mark in marks], is_count)
+    return Moves(title, note, shown, [(_tick(mark), 100 * mark / end) for mark in marks], is_count)
 
 
 def scatter(points: Sequence[Sequence[float]], count: int) -> Scatter | None:
@@ -89,7 +91,7 @@ def scatter(points: Sequence[Sequence[float]], count: int) -> Scatter | None:
         f"{better:,} lie below the line, where the adapted model is better, and "
         f"{sum(dot.kind == 'worse' for dot in dots):,} above it."
     )
-    return Scatter(note, dots, [(significant(mark), mark / end) for mark in marks])
+    return Scatter(note, dots, [(_tick(mark), mark / end) for mark in marks])
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def panels(history: History) -> list[Panel]:
             kind: Kind = "better" if name.startswith("val") else "same"
             text = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             drawn.append(Line(name, text, words, kind, places[-1]))
-        found.append(Panel(measure, drawn, significant(low), significant(high), f"{first:,}", f"{last:,}"))
+        top = significant(high) if high > low else ""
+        found.append(Panel(_IN_WORDS.get(measure, measure), drawn, significant(low), top, f"{first:,}", f"{last:,}"))
     return found
 
 
@@ -149,6 +152,19 @@ def signal_points(values: Sequence[float]) -> str:
     scale = (high - low) or 1
     last = max(len(values) - 1, 1)
     return " ".join(f"{100 * x / last:.1f},{57 - 54 * (y - low) / scale:.1f}" for x, y in enumerate(values))
+
+
+def _most_changed(rows: Sequence[Row], sign: int) -> list[Row]:
+    """Return those in focus, those that changed most for the worse, at most half, and those that changed most."""
+    by_size = sorted(rows, key=lambda row: (not row.is_focus, -abs(_step(row)), -row.after * sign))
+    focus = [row for row in by_size if row.is_focus]
+    worse = [row for row in by_size if sign * _step(row) > 0 and not row.is_focus][: SHOWN_ROWS // 2]
+    rest = [row for row in by_size if row not in focus and row not in worse]
+    return [*focus, *worse, *rest][:SHOWN_ROWS]
+
+
+def _tick(mark: float) -> str:
+    return f"{mark:,.10g}"
 
 
 def _step(row: Row) -> float:

@@ -17,7 +17,7 @@ from lora_lightning.evaluation import ChangedSample, Confusion
 from lora_lightning.report.charts import Row, moves
 from lora_lightning.report.counts import read_counts
 from lora_lightning.report.figure import OTHERS
-from lora_lightning.report.samples import read_samples
+from lora_lightning.report.samples import by_turns, read_samples
 from lora_lightning.report.view import (
     LIKELY,
     MOST_ROWS,
@@ -117,13 +117,17 @@ class ClassView:
     @property
     def _before(self) -> str:
         _, base = adapters_in_words(self._content)
-        return f"{base}, whose new head guesses" if self._is_chance else base
+        return f"{base}, whose new head guesses" if self._base_guesses and self._has_new_head else base
 
     @property
-    def _is_chance(self) -> bool:
-        """Return whether a head that was trained in full was no better before than the most frequent class."""
+    def _has_new_head(self) -> bool:
+        return bool(self._facts.get("trained_in_full"))
+
+    @property
+    def _base_guesses(self) -> bool:
+        """Return whether the base is no better than the most frequent class."""
         base = self.base
-        if base is None or not self._facts.get("trained_in_full") or not base.total:
+        if base is None or not base.total:
             return False
         guess = max(base.support) / base.total
         return bool(base.accuracy <= guess + 2 * (guess * (1 - guess) / base.total) ** 0.5)
@@ -204,8 +208,10 @@ class ClassView:
             exact = (self._content.get("changed") or {}).get("mcnemar_p") is not None
             test = "McNemar's exact test of base against adapted" if exact else "a paired bootstrap over samples"
             found.append(f"p is that of {test}.")
-        if self._is_chance:
+        if self._base_guesses and self._has_new_head:
             found.append("The head is new: the base's numbers are those of guessing.")
+        elif self._base_guesses:
+            found.append("The accuracy of the base is no better than that of the most frequent class alone.")
         return " ".join(found)
 
     def _verdict_of_repair(self) -> Verdict | None:
@@ -228,7 +234,9 @@ class ClassView:
                 f"Fewer errors: {before + other[0]:,} → {after + other[1]:,}. "
                 f"On {name} alone ({before:,} → {after:,}), chance explains the difference."
             )
-            return Verdict("better", f"better than chance explains{pill}", sentence, detail)
+            command = str(repair.get("next", ""))
+            detail += f" To be sure about {name}, test on more samples."
+            return Verdict("better", f"better than chance explains{pill}", sentence, detail, command)
         if outcome == "within chance":
             sentence = (
                 f"Fewer errors on {name} ({before:,} → {after:,}), but chance explains a difference of this size."
@@ -253,11 +261,12 @@ class ClassView:
         errors = Card(
             "Errors on all classes", counted(None if base is None else sum(base.errors), sum(model.errors)), rate
         )
-        focus = self._focus or [self._most_changed()]
+        most = self._most_changed()
+        focus = self._focus or [model.weakest() if most is None else most]
         name = " and ".join(map(self._called, focus))
         why = "the class in focus" if len(self._focus) == 1 else "the classes in focus" if self._focus else ""
         if not why:
-            why = "the weakest class" if base is None else "the class that changed most"
+            why = "the weakest class" if most is None else "the class that changed most"
         support = sum(model.support[index] for index in focus)
         cards = [
             Card(f"Errors on {name}", self._sum("errors", focus), f"{why}, {support:,} {self._parts}"),
@@ -280,11 +289,12 @@ class ClassView:
         )
         return counted(before, after or 0)
 
-    def _most_changed(self) -> int:
+    def _most_changed(self) -> int | None:
+        """Return the class whose number of errors changed most, or `None` if no class changed."""
         if self.base is None:
-            return self.model.weakest()
+            return None
         changes = [abs(before - after) for before, after in zip(self.base.errors, self.model.errors, strict=True)]
-        return max(range(len(changes)), key=changes.__getitem__)
+        return max(range(len(changes)), key=changes.__getitem__) if any(changes) else None
 
     def _moves(self) -> Moves | None:
         model, base = self.model, self.base
@@ -302,7 +312,7 @@ class ClassView:
             rows.append(Row(self._called(index), before, after, change, index in self._focus))
         what = "Intersection over union of each class, in percent" if by_iou else "Errors of each class"
         title = "Where it is wrong" if base is None else "Where IoU changed" if by_iou else "Where errors changed"
-        order = "the worst last" if base is None else "most improved first"
+        order = "the worst first" if base is None else "most improved first"
         return moves(title, f"{what}, {order}, from zero.", rows, not by_iou, not by_iou)
 
     @property
@@ -354,7 +364,7 @@ class ClassView:
             ("Broken: right before, wrong now", "worse", changed[1]),
             (_FIXED, "better", changed[0]),
         ):
-            chosen = [each for each in self._kept if each.is_fixed is (kind == "better")]
+            chosen = by_turns([each for each in self._kept if each.is_fixed is (kind == "better")])
             cards = [self._sample_card(each) for each in chosen]
             drawn = [each for each in cards if each.sample.image or each.sample.text or each.sample.signal]
             rows = [_sample_row(each, self._kind) for each in cards] if not drawn else []

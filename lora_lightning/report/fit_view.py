@@ -171,7 +171,8 @@ class FitView:
                 Card(self._monitor, change, f"first validation → {self._kept}" if several else "the only validation")
             )
             word, _, rest = self._when(self._best_place()).partition(" ")
-            note = f"{self._values[self._monitor][self._best_place()][0]:,} steps"
+            which = "lowest" if self._lower_is_better(self._monitor) else "highest"
+            note = f"{which} {self._monitor}, {self._values[self._monitor][self._best_place()][0]:,} steps"
             if self._best.get("path"):
                 note += "; the last one is saved" if self._keeps_last else "; the saved checkpoint"
             cards.append(Card(f"Best {word}", Change(rest), note))

@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import textwrap
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,9 @@ _DRAWN = 12
 _WIDTH, _HEIGHT, _WORDS, _SIDE = 2.1, 2.75, 0.72, 1.8
 """Sizes in inches: of a sample with its caption, of the caption, and of the longer side of an image."""
 _LONGEST_NAME = 16
+_SHORT_NAME = 8
+_BETTER, _WORSE = "#1d5fd1", "#a84a05"
+"""The blue and the orange of the page."""
 
 
 def write_samples(samples: list[ChangedSample], path: Path) -> None:
@@ -36,8 +41,20 @@ def read_samples(path: Path) -> list[ChangedSample]:
     return [ChangedSample(**each) for each in json.loads(path.read_text(encoding="utf-8"))]
 
 
+def by_turns(samples: Sequence[ChangedSample]) -> list[ChangedSample]:
+    """Return the samples with one of each class in turn, since data sets are often sorted by class."""
+    taken: Counter[int] = Counter()
+    turns = []
+    for sample in samples:
+        turns.append(taken[sample.target])
+        taken[sample.target] += 1
+    return [
+        samples[place] for place in sorted(range(len(samples)), key=lambda place: (turns[place], samples[place].target))
+    ]
+
+
 def samples_figure(samples: list[ChangedSample], class_names: tuple[str, ...]) -> Figure | None:
-    """Return a figure with up to twelve fixed and twelve broken samples, with their predictions and confidences.
+    """Return a figure with up to twelve broken and twelve fixed samples, with their predictions and confidences.
 
     Returns:
         The figure, or `None` if no sample has an image or a text.
@@ -45,7 +62,7 @@ def samples_figure(samples: list[ChangedSample], class_names: tuple[str, ...]) -
     from matplotlib.figure import Figure
 
     shown = [each for each in samples if each.image or each.text]
-    kinds = [[each for each in shown if each.is_fixed is kind][:_DRAWN] for kind in (True, False)]
+    kinds = [by_turns([each for each in shown if each.is_fixed is kind])[:_DRAWN] for kind in (False, True)]
     rows = [-(-len(kind) // _COLUMNS) for kind in kinds]
     if not sum(rows):
         return None
@@ -66,15 +83,17 @@ def _draw(axis: Axes, sample: ChangedSample, class_names: tuple[str, ...], cente
     from PIL import Image
 
     target, base, model = (_short(class_names[index]) for index in (sample.target, sample.base, sample.model))
+    is_short = max(map(len, (target, base, model))) < _SHORT_NAME
+    before, after = ("base: ", "adapted: ") if is_short else ("", "→ ")
     axis.text(
         center,
         top + 0.1,
-        f"{'fixed' if sample.is_fixed else 'broke'}: {target}\n{base} {sample.base_confidence:.0%}\n"
-        f"→ {model} {sample.confidence:.0%}",
+        f"{'fixed' if sample.is_fixed else 'broken'}: is {target}\n{before}{base}, {sample.base_confidence:.0%}\n"
+        f"{after}{model}, {sample.confidence:.0%}",
         ha="center",
         va="top",
-        fontsize=_TEXT if max(map(len, (target, base, model))) < 13 else 9,
-        color="tab:blue" if sample.is_fixed else "tab:red",
+        fontsize=_TEXT if is_short else 9,
+        color=_BETTER if sample.is_fixed else _WORSE,
     )
     middle = top + _WORDS + _SIDE / 2
     if sample.image:

@@ -308,10 +308,13 @@ def percent(value: float) -> str:
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """Return a number with this number of digits."""
+    """Return a number with this number of digits, zeros included, so that the numbers of a column are aligned."""
     if value is None or isnan(value):
         return "–"
-    text = f"{value:,.0f}" if 1e3 <= abs(value) < 1e12 else f"{value:.{digits}g}"
+    if not value:
+        return "0"
+    is_whole = 999.5 <= abs(value) < 1e12  # which would be 1e+03 with three digits
+    text = f"{value:,.0f}" if is_whole else f"{value:#.{digits}g}".removesuffix(".")
     return text.replace("-", "−")
 
 

@@ -33,6 +33,8 @@ from lora_lightning.report.figure import report_figures
 from lora_lightning.report.files import write_report
 from lora_lightning.report.history import History, curves_figure
 from lora_lightning.report.layers import layer_changes
+from lora_lightning.report.samples import samples_figure
+from lora_lightning.report.view import significant
 from tests.conftest import ROOT
 from tests.helpers import stir
 
@@ -67,7 +69,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-VOID = ("meta", "link", "img", "br")
+VOID = ("meta", "link", "img", "br", "wbr")
 
 
 class Page(HTMLParser):
@@ -190,6 +192,7 @@ def test_the_page_starts_with_the_verdict_and_is_one_small_file_without_anything
     assert "effective rank" in page.text
     assert "a text with <script>alert(1)</script>" in page.text  # as text, not as a tag
     assert page.addresses.count(SAMPLES[0].image) == 1
+    assert not any("loading" in each for each in page.all("img"))  # prints show all of them
 
 
 @pytest.mark.parametrize("kind", [values, labels, pixels, questions, lambda: two_classes(8, 1), trained])
@@ -259,6 +262,15 @@ def test_the_verdict_says_what_chance_allows(tmp_path: Path, fixed: int, broke: 
     assert [each["class"] for each in page.all("span") if each.get("class", "").startswith("pill")] == [f"pill {kind}"]
 
 
+def test_no_class_is_said_to_have_changed_if_none_has(tmp_path: Path) -> None:
+    text = page_of(tmp_path, two_classes(0, 0)).text
+    assert "Errors on normal 10 → 10 the weakest class, 50 samples" in text
+    assert "changed most" not in text
+    (tmp_path / "changed").mkdir()
+    text = page_of(tmp_path / "changed", two_classes(0, 9)).text
+    assert "Errors on fault 5 → 14 the class that changed most, 50 samples" in text
+
+
 def test_what_became_worse_stands_before_what_became_better(tmp_path: Path) -> None:
     samples = [ChangedSample(0, 1, 0, 0.6, 0.9, index=4), ChangedSample(1, 1, 0, 0.6, 0.9, index=7)]
     page = page_of(tmp_path, two_classes(1, 1, samples))
@@ -305,6 +317,7 @@ def test_a_repair_is_named_as_the_command_names_it(tmp_path: Path) -> None:
     (tmp_path / "improved").mkdir()
     page = page_of(tmp_path / "improved", two_classes(6, 3), {"repair": facts})
     assert "On fault alone (5 → 8), chance explains the difference." in page.text
+    assert "To be sure about fault, test on more samples. lora-lightning repair" in page.text
     assert "Repaired" not in page.text
 
 
@@ -317,18 +330,38 @@ def test_a_new_head_is_marked_as_guessing(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     assert "guesses" not in page_of(tmp_path / "old", two_classes(8, 1), head).text
     (tmp_path / "none").mkdir()
-    assert "guesses" not in page_of(tmp_path / "none", report).text
+    text = page_of(tmp_path / "none", report).text
+    assert "guesses" not in text
+    assert (
+        "The accuracy of the base is no better than that of the most frequent class alone." in text
+    )  # it is not trained, perhaps
 
 
 def test_the_metrics_of_the_user_stand_beside_those_of_the_base(tmp_path: Path) -> None:
     report = replace(two_classes(3, 1), metrics={"f1": Compared(0.75, 0.5), "loss": Compared(2.5)})
     text = re.sub(r"\s+", " ", page_of(tmp_path, report).text)
-    assert "metric value difference f1 0.5 → 0.75 +0.25 loss 2.5 –" in text
+    assert "metric value difference f1 0.500 → 0.750 +0.250 loss 2.50 –" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.38, "0.380"),
+        (67, "67.0"),
+        (123.4, "123"),
+        (999.7, "1,000"),
+        (-12345.6, "−12,346"),
+        (1e-8, "1.00e−08"),
+        (0, "0"),
+    ],
+)
+def test_numbers_of_a_column_have_the_same_number_of_digits(value: float, text: str) -> None:
+    assert significant(value) == text
 
 
 def test_values_are_drawn_sample_by_sample(tmp_path: Path) -> None:
     page = page_of(tmp_path, values())
-    assert "The adapters cut the mean absolute error: 2.64 → 1.4." in page.text
+    assert "The adapters cut the mean absolute error: 2.64 → 1.40." in page.text
     assert "95 % interval" in page.text
     improved = re.search(r"([\d]+) of 60 samples with a smaller error; (\d+) with a larger one", page.text)
     assert improved is not None
@@ -336,7 +369,7 @@ def test_values_are_drawn_sample_by_sample(tmp_path: Path) -> None:
     assert (drawn, len(page.all("rect"))) == (60, int(improved[2]))
     assert page.text.index("Worsened most") < page.text.index("Improved most")
     every = re.sub(r"\s+", " ", page.text.partition("All samples")[2])
-    assert "number value MAE 2.64 → 1.4 RMSE" in every
+    assert "number value MAE 2.64 → 1.40 RMSE" in every
 
 
 def test_values_that_are_not_finite_cost_no_page(tmp_path: Path) -> None:
@@ -358,13 +391,26 @@ def test_a_training_is_summarized(tmp_path: Path) -> None:
     trained().write(tmp_path / "metrics.csv")
     best = {"path": "epoch=1.ckpt", "monitor": "val/loss", "mode": "min", "score": 0.4}
     page = page_of(tmp_path, facts={"best": best, "epochs": 3})
-    assert "Adapters with 10 parameters were trained, and val/loss improved: 0.8 → 0.4." in page.text
+    assert "Adapters with 10 parameters were trained, and val/loss improved: 0.800 → 0.400." in page.text
     assert "Best epoch 2 of 3" in page.text
     assert "validation, not a test" in page.text
-    assert "Training loss 1 → 0.0333" in re.sub(r"\s+", " ", page.text)
+    assert "Training loss 1.00 → 0.0333" in re.sub(r"\s+", " ", page.text)
     first = next(each["aria-label"] for each in page.all("svg"))
-    assert first.startswith("Curves of the training, loss: train/loss from 1 to 0.0333; val/loss from 0.8 to 0.6")
+    assert first.startswith(
+        "Curves of the training, loss: train/loss from 1.00 to 0.0333; val/loss from 0.800 to 0.600"
+    )
     assert page.text.index("How it was trained") < page.text.index("What the adapters changed in the weights")
+
+
+def test_the_curves_have_titles_in_words_and_a_legend_of_what_is_drawn(tmp_path: Path) -> None:
+    rows = {step: {"train/loss": 1 / step, "lr": 0.002, "delta_norm": step / 8} for step in (1, 2, 3)}
+    History(rows | {3: rows[3] | {"val/loss": 0.5}}).write(tmp_path / "metrics.csv")
+    page = page_of(tmp_path)
+    assert page.text.count("learning rate") == page.text.count("norm of ΔW") == 1
+    assert "How it was trained training loss" in page.text  # a single validation is no curve
+    assert page.text.count("0.002") == 1
+    trained().write(tmp_path / "metrics.csv")
+    assert "How it was trained training validation loss" in page_of(tmp_path).text
 
 
 def test_a_page_of_a_run_without_base_samples_or_curves(tmp_path: Path) -> None:
@@ -372,6 +418,97 @@ def test_a_page_of_a_run_without_base_samples_or_curves(tmp_path: Path) -> None:
     assert "The model makes 3 errors on 30 samples" in text
     assert "no base to compare with" in text
     assert "Broken" not in text
+
+
+def test_long_names_break_after_underscores(tmp_path: Path) -> None:
+    names = ("get_disposable_card", "<b>lost_card")
+    sample = ChangedSample(0, 1, 0, 0.6, 0.9, text="where is it?")
+    report = replace(two_classes(8, 1, [sample]), adapted=Confusion(AFTER[:2, :2], names))
+    report = replace(report, base=Confusion(BEFORE[:2, :2], names))
+    page = page_of(tmp_path, report)
+    text = (tmp_path / "report.html").read_text()
+    assert "is <b>get_<wbr>disposable_<wbr>card</b>" in text
+    assert "base: &lt;b&gt;lost_<wbr>card" in text
+    assert text.count('title="get_disposable_card">get_<wbr>disposable_<wbr>card<') >= 3  # chart, matrix and table
+    assert page.open == []
+
+
+def test_samples_of_every_class_are_seen_without_unfolding(tmp_path: Path) -> None:
+    samples = [
+        ChangedSample(number // 20, 1 - number // 20, number // 20, 0.6, 0.9, text="a", index=number)
+        for number in range(40)
+    ]
+    page = page_of(tmp_path, two_classes(40, 0, samples))
+    first = page.text[page.text.index("Fixed:") : page.text.index("34 more")]
+    assert (first.count("is normal"), first.count("is fault")) == (3, 3)
+
+
+def test_what_became_worse_is_seen_among_many_classes_that_became_better(tmp_path: Path) -> None:
+    names = tuple(f"intent number {index}" for index in range(77))
+    base, adapted = 20 * torch.eye(77, dtype=torch.int64), 20 * torch.eye(77, dtype=torch.int64)
+    base[range(60), 70], adapted[65, 3] = 30, 4
+    page = page_of(tmp_path, Report("test", Confusion(adapted, names), Confusion(base, names)))
+    chart = page.text[page.text.index("Where errors changed") : page.text.index("What is taken for what")]
+    assert "Of 77 rows, the 20 that changed most in either direction." in chart
+    assert "intent number 65 0 → 4 +4" in chart
+    assert chart.count("30 → 0") == 19
+
+
+def test_the_figure_of_samples_can_not_be_mistaken_for_counts_and_has_the_broken_ones_first() -> None:
+    image = small_image(torch.rand(1, 28, 28))
+    samples = [ChangedSample(1, 7, 1, 0.6, 0.9, image), ChangedSample(2, 2, 3, 0.7, 0.5, image)]
+    figure = samples_figure(samples, tuple(map(str, range(10))))
+    assert figure is not None
+    words = [text.get_text() for text in figure.axes[0].texts]
+    assert words == [
+        "broken: is 2\nbase: 2, 70%\nadapted: 3, 50%",
+        "fixed: is 1\nbase: 7, 60%\nadapted: 1, 90%",
+    ]
+    colours = [str(text.get_color()) for text in figure.axes[0].texts]
+    style = (ROOT / "lora_lightning/report/templates/style.css").read_text()
+    assert f"--better: {colours[1]}; --worse: {colours[0]};" in style
+
+
+def test_a_matrix_of_few_classes_fills_its_card(tmp_path: Path) -> None:
+    page = page_of(tmp_path, two_classes(8, 1))
+    assert [each["style"] for each in page.all("table") if each["class"] == "matrix"] == ["--count: 2"] * 3
+    style = (ROOT / "lora_lightning/report/templates/style.css").read_text()
+    assert re.search(r"\.matrix {[^}]*width: 100%;\s+max-width: calc\(var\(--count\)", style)
+
+
+def test_the_pill_of_a_model_without_a_base_does_not_look_like_a_button(tmp_path: Path) -> None:
+    page = page_of(tmp_path, Report("val", Confusion(AFTER, NAMES)))
+    pill = next(each["class"] for each in page.all("span") if each.get("class", "").startswith("pill"))
+    style = (ROOT / "lora_lightning/report/templates/style.css").read_text()
+    of_buttons = re.findall(r"^\.([\w-]+) {[^}]*cursor: pointer", style, re.MULTILINE)
+    assert of_buttons
+    assert not set(pill.split()) & set(of_buttons)
+
+
+def test_the_legends_of_a_model_without_a_base_say_what_is_drawn(tmp_path: Path) -> None:
+    page = page_of(tmp_path, Report("val", Confusion(BEFORE, NAMES)))
+    assert "Errors of each class, the worst first, from zero." in page.text
+    assert page.text.index("<b>dog</b> 4") < page.text.index("cat 2") < page.text.index("$x_{ 1")
+    dots = [each["class"] for each in page.all("i") if each.get("class", "").startswith("dot")]
+    assert dots == ["dot same", "dot square base", "dot worse"]
+    drawn = {each["class"] for each in page.all("em")}
+    assert drawn == {"same"}
+    style = (ROOT / "lora_lightning/report/templates/style.css").read_text()
+    grey = "background: var(--before); }"
+    assert f".dot.same {{ {grey}" in style
+    assert f".track em.same {{ {grey}" in style
+    assert not [each for each in page.all("span") if each.get("class", "").startswith("step")]
+
+
+def test_numbers_of_a_card_and_dates_stay_on_one_line(tmp_path: Path) -> None:
+    page = page_of(tmp_path, values(), {"finished": "2026-11-30 18:57+00:00"})
+    lengths = [each["style"] for each in page.all("b") if "style" in each]
+    assert "+1.00 → +0.800" in page.text
+    assert lengths[-1] == f"--length: {len('+1.00 → +0.800')}"  # which the size of the text follows
+    style = (ROOT / "lora_lightning/report/templates/style.css").read_text()
+    assert re.search(r"\.stat b {[^}]*white-space: nowrap[^}]*/ var\(--length\)", style)
+    assert "together" in [each.get("class") for each in page.all("span")]
+    assert ".together { white-space: nowrap; }" in style
 
 
 def test_runs_are_compared_in_one_page(run: Path, tmp_path: Path) -> None:
@@ -465,7 +602,7 @@ def test_a_training_is_compared_with_its_base(tmp_path: Path) -> None:
 
     page = page_of(tmp_path, facts={"best": {"path": "epoch=2.ckpt"}, "epochs": 3, "validations": counted})
     assert "90 → 40 errors on 300 validation samples. From the base to epoch 3 of 3." in page.text
-    assert "Best epoch 2 of 3 20 steps; the last one is saved" in page.text
+    assert "Best epoch 2 of 3 lowest val/loss, 20 steps; the last one is saved" in page.text
 
     new_head = {"validations": counted | {"base": 195}, "trained_in_full": ["head"]}
     page = page_of(tmp_path, facts={"best": best, "epochs": 3} | new_head)
