@@ -705,6 +705,25 @@ class TestWeightAveraging:
         trainer.fit(other, data(), data(), ckpt_path=tmp_path / "c" / "last.ckpt")
         assert all(torch.equal(other.state_dict()[key], value) for key, value in base.items())
 
+    # It warns of sharded layers wherever the hook is overridden: https://github.com/Lightning-AI/pytorch-lightning/pull/20545
+    @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+    @pytest.mark.parametrize("first", [True, False])
+    def test_layers_that_configure_model_makes_at_each_call_are_adapted_and_averaged(
+        self, first: bool, make_trainer: MakeTrainer
+    ) -> None:
+        class Anew(Two):
+            """Makes its layers once for the averages, and once more for the training."""
+
+            def configure_model(self) -> None:
+                torch.manual_seed(3)
+                self.body, self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 3)
+
+        module, callbacks = Anew(), [EMAWeightAveraging(decay=0.3), LoRAFinetuning(rank=2)]
+        make_trainer(*(callbacks if first else callbacks[::-1]), max_epochs=2).fit(module, data(), data())
+        state = adapter_state_dict(module)
+        assert len(state) == 4
+        assert all(value.any() for value in state.values())
+
 
 class TestStochasticWeightAveraging:
     @pytest.mark.parametrize("first", [True, False])

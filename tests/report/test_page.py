@@ -604,10 +604,12 @@ def test_a_training_is_compared_with_its_base(tmp_path: Path) -> None:
     assert "90 → 40 errors on 300 validation samples. From the base to epoch 3 of 3." in page.text
     assert "Best epoch 2 of 3 lowest val/loss, 20 steps; the last one is saved" in page.text
 
-    new_head = {"validations": counted | {"base": 195}, "trained_in_full": ["head"]}
+    new_head: dict[str, Any] = {"validations": counted | {"base": 195}, "trained_in_full": ["head"]}
     page = page_of(tmp_path, facts={"best": best, "epochs": 3} | new_head)
     assert "The head is new: the base's number is that of guessing." in page.text
     assert "195 → 30 guessing → best" in page.text
+    del new_head["trained_in_full"]  # a weak base has the head that it was trained with
+    assert "guess" not in page_of(tmp_path, facts={"best": best, "epochs": 3} | new_head).text
 
 
 def test_samples_of_several_labels_are_drawn_broken_first(tmp_path: Path) -> None:
