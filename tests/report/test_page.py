@@ -141,6 +141,14 @@ def values(count: int = 60) -> Report:
     return Report("test", adapted, base, task="regression", read_as="values: 1 per sample", test=test)
 
 
+def test_a_bias_is_better_the_closer_it_is_to_zero(tmp_path: Path) -> None:
+    page_of(tmp_path, values())
+    html = (tmp_path / "report.html").read_text()
+    assert (
+        '<span title="bias">bias</span></th><td><i class="was">+1.00 →</i> <span class="better">+0.800</span>' in html
+    )
+
+
 def labels() -> Report:
     before = torch.tensor([[20, 30], [9, 9], [10, 5], [61, 56]])
     after = torch.tensor([[25, 29], [9, 12], [5, 6], [61, 53]])
