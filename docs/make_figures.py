@@ -19,6 +19,8 @@ from lora_lightning.report import confusion_figures
 
 def main(folder: Path) -> None:
     """Draw what the adapters changed, and the trade-off with the baselines, from a `repair --baselines true`."""
+    if not (folder / "baselines.json").is_file():
+        raise SystemExit(f"{folder} has no baselines.json: expected the folder of a repair --baselines true.")
     content = json.loads((folder / "adapted" / "confusion.json").read_text())
     names = tuple(content["class_names"])
     model, base = (Confusion(torch.tensor(content[key]["matrix"]), names) for key in ("model", "base"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,17 @@ from lora_lightning.wording import some_of
 
 BEST_ADAPTER = "lora_lightning_best_adapter"
 """Entry of a checkpoint that describes the best checkpoint so far."""
+
+
+_WITHOUT_MODELS = (
+    "lightning",
+    "lightning_fabric",
+    "lightning_utilities",
+    "lora_lightning",
+    "pytorch_lightning",
+    "torch",
+)
+"""Packages of the bases of every `LightningModule`, and this one, whose models are read by this package."""
 
 
 @dataclass(frozen=True)
@@ -281,12 +293,19 @@ def _what_peft_refuses(adapted: nn.Module) -> str:
 
 def how_a_library_saves(pl_module: LightningModule, checkpoints: str) -> str:
     """Return a sentence for models of other libraries, some of which save or reload them in their own way."""
-    if checkpoints == "full" or type(pl_module).__module__.startswith("lora_lightning."):
+    if checkpoints == "full" or not any(map(_is_of_a_library, type(pl_module).__mro__)):
         return ""
     return (
         "Before a library saves the whole model, call lora.merge, or train with checkpoints='full': its file then has "
         "the keys of the plain model, which it can load again."
     )
+
+
+def _is_of_a_library(cls: type) -> bool:
+    """Return whether a class belongs to an installed library that brings its own models."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    is_installed = file is not None and "site-packages" in Path(file).parts
+    return is_installed and cls.__module__.partition(".")[0] not in _WITHOUT_MODELS
 
 
 class _Folders:

@@ -109,7 +109,8 @@ class Evaluation:
             what = f" under {self._settings.target_key!r}" if self._settings.target_key is not None else ""
             self._warn(
                 f"{self._settings.name} counts nothing: no targets{what} were found in the batch, which is "
-                f"{described(batch)}. Set target_key to the key or position of the targets, which have to be a tensor."
+                f"{described(batch)}. Set target_key of {self._settings.name} to the key or position of the targets, "
+                "which have to be a tensor."
             )
             return
         if loader not in self._counts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import pickle
 import runpy
 import subprocess
@@ -662,18 +663,23 @@ class TestFullCheckpoints:
 
 
 def test_how_a_library_saves_its_whole_model_is_said_once_where_it_matters(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+    (installed / "a_library.py").write_text(f"from {__name__} import Module\nclass Theirs(Module): ...\n")
+    monkeypatch.syspath_prepend(installed)
+    theirs = importlib.import_module("a_library").Theirs
     advice = (
         "Before a library saves the whole model, call lora.merge, or train with checkpoints='full': its file then has "
         "the keys of the plain model"
     )
-    for checkpoints, said in (("full", 0), ("adapters", 1)):
+    for kind, checkpoints, said in ((theirs, "full", 0), (Module, "adapters", 0), (theirs, "adapters", 1)):
         ours = LoRAFinetuning(rank=2, checkpoints=checkpoints)
         trainer = Trainer(
-            max_epochs=1, accelerator="cpu", logger=CSVLogger(tmp_path / checkpoints), callbacks=[ours],
+            max_epochs=1, accelerator="cpu", logger=CSVLogger(tmp_path / kind.__name__ / checkpoints), callbacks=[ours],
             enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         with caplog.at_level("INFO"):
-            trainer.fit(Module(), loader(), loader())
+            trainer.fit(kind(), loader(), loader())
         assert caplog.text.count(advice) == said

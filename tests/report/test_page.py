@@ -545,8 +545,9 @@ def test_a_figure_in_percent_is_left_out_where_it_shows_the_same() -> None:
     names = ("a", "b")
     equal, unequal = torch.tensor([[60, 40], [1, 99]]), torch.tensor([[60, 40], [1, 9]])
     assert "confusion_normalized" not in report_figures(Report("test", Confusion(equal, names)))
-    figures = report_figures(Report("test", Confusion(unequal, names)))
-    assert "%" in figures["confusion_normalized"].axes[0].get_title()
+    axes = report_figures(Report("test", Confusion(unequal, names)))["confusion_normalized"].axes[0]
+    assert "%" in axes.get_title()
+    assert [text.get_text() for text in axes.texts] == ["60", "40", "10", "90"]
 
 
 def test_the_folder_gets_images_and_samples(run: Path) -> None:
