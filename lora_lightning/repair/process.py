@@ -87,7 +87,8 @@ class Repair:
             verdict = Verdict(self.called, tested.tally(self.focus), None)
             say(f"[bold]4. Verdict[/]: {escape(verdict.in_words())}")
             return Outcome(verdict, [], None, tested, tested)
-        say(f"Chosen on validation data: {setting.in_words()}.")
+        in_weights = "" if setting.scale == 1 else " The adapters that are saved have this scale in their weights."
+        say(f"Chosen on validation data: {setting.in_words()}.{in_weights}")
         return self._test(setting, tested)
 
     def _complete_page(self, verdict: Verdict, adapter: Path, base: str) -> None:
