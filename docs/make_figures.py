@@ -1,6 +1,6 @@
 """Draw the figures of README and docs: `python docs/make_figures.py <log folder of a repair>`.
 
-The folder is `logs/repair/version_N`, as `lora-lightning repair` names it at its end.
+The folder is `logs/repair/version_N`, as `lora-lightning repair --baselines true` names it at its end.
 """
 
 from __future__ import annotations
