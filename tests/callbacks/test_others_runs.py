@@ -563,19 +563,15 @@ def test_branches_that_begin_at_zero_are_named_and_end_nothing(make_trainer: Mak
         make_trainer(LoRAFinetuning(rank=2), max_epochs=1).fit(Zero(), data())
 
 
-def test_ddp_on_one_device_trains_a_module_of_several_children(
-    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "")  # which the launcher sets, and this puts back
-        monkeypatch.delenv(name)
-    module = Two()
-    try:
-        make_trainer(LoRAFinetuning(rank=2), strategy="ddp", devices=1, max_epochs=1).fit(module, data())
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    assert all(value.any() for value in adapter_state_dict(module).values())
+def test_ddp_on_one_device_trains_a_module_of_several_children(tmp_path: Path) -> None:
+    run_script(
+        tmp_path,
+        """
+        module = Two()
+        trainer(LoRAFinetuning(rank=2), strategy="ddp", devices=1, max_epochs=1).fit(module, data())
+        assert all(value.any() for value in adapter_state_dict(module).values())
+        """,
+    )
 
 
 SCRIPT = """

@@ -20,6 +20,7 @@ def one_process() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow  # threads of gloo in the process of the tests, whose data loaders fork
 @pytest.mark.usefixtures("one_process")
 def test_adapters_are_neither_attached_nor_chosen_once_others_are_distributed() -> None:
     network = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
