@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +15,9 @@ import pytest
 import torch
 
 from lora_lightning.data.image_folder import SAMPLE as PICTURES
+from tests import processes
 from tests.conftest import ROOT
+from tests.processes import free_ports
 
 Run = Callable[..., tuple[int, str]]
 SAMPLE = ["--data.source", "sample"]
@@ -72,7 +71,7 @@ import os, sys
 from torch import distributed
 from lora_lightning.cli.main import main
 
-# Both processes run this; Lightning starts the second one in the first command.
+# All processes run this.
 outcomes = []
 for port, words in json.loads(Path("commands.json").read_text()):
     os.environ["MASTER_PORT"] = str(port)
@@ -84,32 +83,13 @@ Path("outcome_" + os.environ.get("LOCAL_RANK", "0")).write_text(json.dumps(outco
 """
 
 
-def free_ports(number: int) -> list[int]:
-    """Return ports that no process takes in the meantime: connections get theirs from 32,768 on."""
-    found: list[int] = []
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 200):
-        with socket.socket() as candidate, contextlib.suppress(OSError):
-            candidate.bind(("127.0.0.1", port))
-            found.append(port)
-    return found[:number]
-
-
-def python(*words: str, folder: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment.pop("PL_GLOBAL_SEED", None)
-    outcome = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-
-
 def run_on(devices: int, folder: Path, *commands: list[str], code: str = "") -> list[Path]:
     """Run commands one after the other in the same processes, which leave their group after each; their log folders."""
     words = [[*command, *CPU, "--trainer.strategy", "ddp", "--trainer.devices", str(devices)] for command in commands]
     pairs = list(zip(free_ports(len(words)), words, strict=True))
     (folder / "commands.json").write_text(json.dumps(pairs))
     (folder / "commands.py").write_text(COUNT + COMMANDS + code)
-    python("commands.py", folder=folder)
+    processes.run("commands.py", folder=folder, devices=devices)
     for rank in range(devices):
         for each in json.loads((folder / f"outcome_{rank}").read_text()):
             assert (each["code"], each["initialized"]) == (0, False)
@@ -227,7 +207,7 @@ def test_counts_and_means_are_exact_where_two_devices_have_batches_of_different_
 @pytest.mark.slow
 def test_counts_and_means_are_exact_also_when_two_of_three_devices_have_no_batch(workspace: Path) -> None:
     Path("run.py").write_text(f"{COUNT}\ncount(1, 3, '3.json')\n")
-    python("run.py", folder=workspace)
+    processes.run("run.py", folder=workspace, devices=3)
     assert_exact(1, Path("3.json"))
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 from lora_lightning import image_backbone
 from lora_lightning.data.image_folder import SAMPLE
 from lora_lightning.data.images import read_image
+from tests import processes
 from tests.conftest import ROOT, copy_logs, logs_of
 
 Run = Callable[..., tuple[int, str]]
@@ -89,9 +88,7 @@ def test_the_bypass_predicts_the_same_in_a_new_process(run: Run, name: str) -> N
     assert code == 0, text
     check_that_every_image_is_a_goldfish("logs/goldfish")
     here = predictions("logs/goldfish")
-    words = [sys.executable, "-m", "lora_lightning", "predict", *config, "--adapter", "logs/goldfish"]
-    there = subprocess.run(words, check=False, capture_output=True, text=True, timeout=900)
-    assert there.returncode == 0, there.stderr
+    processes.run("-m", "lora_lightning", "predict", *config, "--adapter", "logs/goldfish", folder=Path())
     assert predictions("logs/goldfish") == here
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests import processes
+from tests.processes import Process
 
 SCRIPT = """
 import json, os, sys
@@ -166,11 +166,11 @@ def run(out: Path, *, fails: bool = False, **how: Any) -> Any:
     """Return what a run found, or what it printed if it `fails`."""
     out.mkdir()
     (out / "run.py").write_text(SCRIPT)
-    words = [sys.executable, str(out / "run.py"), json.dumps({"distributed": True, "out": str(out), **how})]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return done.stderr if fails else json.loads((out / "out.json").read_text())
+    words = ["run.py", json.dumps({"distributed": True, "out": str(out), **how})]
+    process = Process(*words, folder=out, devices=how["devices"])
+    output = process.finish()
+    assert (process.code != 0) == fails, output
+    return output if fails else json.loads((out / "out.json").read_text())
 
 
 def assert_alike(found: Any, expected: Any) -> None:
@@ -303,19 +303,8 @@ def both_ways(folder: Path, data: int, tensor: int, *, early: bool = False, **co
     script = folder / f"run_{data}_{tensor}_{early}.py"
     script.write_text(BOTH_WAYS)
     words = [str(script), json.dumps([data, tensor, early, {"rank": 2} | config])]
-    launcher = [sys.executable]
-    if data * tensor > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={data * tensor}"]
-    done = subprocess.run(
-        [*launcher, *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("FOUND"))
+    output = processes.run(*words, folder=folder, devices=data * tensor)
+    (line,) = (line for line in output.splitlines() if line.startswith("FOUND"))
     return json.loads(line.removeprefix("FOUND"))
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import runpy
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import processes
 from tests.conftest import ROOT
 
 SCRIPTS = ROOT / "examples" / "ten_minutes"
@@ -63,11 +62,7 @@ def test_a_new_user_s_script_runs_and_leaves_a_page(
             pixels = np.full((40, 50, 3), 60 + 100 * level + number, np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.jpg")
     if process:
-        words = [sys.executable, "script.py"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        printed = done.stdout
+        printed = processes.run("script.py", folder=tmp_path)
     else:
         monkeypatch.chdir(tmp_path)
         monkeypatch.syspath_prepend(tmp_path)

@@ -9,14 +9,11 @@ disturbed. The kills are spread over all settings, or over those named with `--s
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,49 +24,36 @@ from rich.table import Table
 from lora_lightning.checkpoints import newest_checkpoint
 from tests.benchmarks.killed_run import BATCHES, EPOCHS, RESULT, SETTINGS
 from tests.helpers import same
+from tests.processes import ROOT, Process
 
-ROOT = Path(__file__).parents[2]
 LONGEST_DELAY = 0.02
 """Seconds from the start of a batch to a kill, at most: some batches, a save or a validation."""
 
 
-def start(name: str, folder: Path, checkpoint: Path | None = None) -> subprocess.Popen[str]:
-    """Start a training in a session of its own, since Lightning starts a second process for a second device."""
-    words = [sys.executable, "-m", "tests.benchmarks.killed_run", name, str(folder)]
-    return subprocess.Popen(
-        words + ([] if checkpoint is None else [str(checkpoint)]),
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def start(name: str, folder: Path, checkpoint: Path | None = None) -> Process:
+    """Start a training."""
+    words = ["-m", "tests.benchmarks.killed_run", name, str(folder), *([] if checkpoint is None else [str(checkpoint)])]
+    return Process(*words, folder=ROOT, devices=SETTINGS[name].devices)
 
 
-def finish(process: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
+def finish(process: Process, folder: Path) -> dict[str, Any]:
     """Let a training end, and return its result."""
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
+    output = process.finish()
+    assert process.code == 0, output
     result: dict[str, Any] = torch.load(folder / RESULT, weights_only=False)
     return result
 
 
-def kill_at(process: subprocess.Popen[str], batch: int, later: float) -> int:
+def kill_at(process: Process, batch: int, later: float) -> int:
     """Kill a training and its processes a while after a batch has started, and return the last batch that started."""
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line == f"batch {batch}\n":
-            break
+    while f"batch {batch}\n" not in process.output and not process.has_ended:
+        time.sleep(0.002)
     time.sleep(later)
-    assert process.poll() is None, "".join(lines)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    rest, _ = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, "it had ended before it was killed"
-    begun = [line for line in [*lines, *rest.splitlines()] if line.startswith("batch ")]
+    assert not process.has_ended, process.output
+    process.send(signal.SIGKILL)
+    output = process.finish()
+    assert process.code == -signal.SIGKILL, "it had ended before it was killed"
+    begun = [line for line in output.splitlines() if line.startswith("batch ")]
     return int(begun[-1].split()[1])
 
 

@@ -26,6 +26,7 @@ from torchmetrics.regression import MeanAbsoluteError, PearsonCorrCoef
 from lora_lightning import ComparisonReport, ConfusionReport, LoRAConfig
 from lora_lightning.evaluation import Confusion, Labels, Report, Values
 from lora_lightning.lora import adapter_parameters, attach, disabled, merged
+from tests import processes
 
 MakeTrainer = Callable[..., Trainer]
 SIZES = (1, 2, 7, 64)
@@ -472,23 +473,12 @@ if trainer.is_global_zero:
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 3])
 def test_the_numbers_are_the_same_on_any_number_of_devices(devices: int, tmp_path: Path) -> None:
-    root, path = Path(__file__).parents[2], tmp_path / "script.py"
-    path.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(root)}
+    (tmp_path / "script.py").write_text(SCRIPT)
 
     def run(number: int) -> Any:
-        script = subprocess.run(
-            [sys.executable, str(path), str(number)],
-            capture_output=True,
-            text=True,
-            cwd=root,
-            env=environment,
-            check=False,
-            timeout=600,
-        )
-        lines = [line for line in script.stdout.splitlines() if line.startswith("FOUND")]
-        assert lines, script.stderr
-        return json.loads(lines[0].removeprefix("FOUND"))
+        output = processes.run("script.py", str(number), folder=tmp_path, devices=number)
+        (line,) = (line for line in output.splitlines() if line.startswith("FOUND"))
+        return json.loads(line.removeprefix("FOUND"))
 
     one, several = run(1), run(devices)
     for kind in one:

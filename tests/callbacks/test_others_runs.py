@@ -38,6 +38,7 @@ from lora_lightning import ConfusionReport, LoRAFinetuning
 from lora_lightning.callbacks.merging import load_merged
 from lora_lightning.checkpoints import NotFiniteError, newest_checkpoint
 from lora_lightning.lora import adapted_weights, adapter_parameters, adapter_state_dict, base_fingerprint, merge
+from tests import processes
 from tests.helpers import same, state
 
 MakeTrainer = Callable[..., Trainer]
@@ -571,6 +572,7 @@ def test_ddp_on_one_device_trains_a_module_of_several_children(tmp_path: Path) -
         trainer(LoRAFinetuning(rank=2), strategy="ddp", devices=1, max_epochs=1).fit(module, data())
         assert all(value.any() for value in adapter_state_dict(module).values())
         """,
+        may_be_forked=True,
     )
 
 
@@ -599,10 +601,12 @@ if __name__ == "__main__":
 """
 
 
-def run_script(folder: Path, code: str) -> str:
+def run_script(folder: Path, code: str, may_be_forked: bool = False) -> str:
+    """Run a script; `may_be_forked` if it starts no process that imports the script."""
     (folder / "run.py").write_text(SCRIPT + textwrap.indent(textwrap.dedent(code), "    "))
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    if may_be_forked:
+        return processes.run("run.py", folder=folder)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(processes.ROOT)}
     environment.pop("PL_GLOBAL_SEED", None)
     outcome = subprocess.run(
         [sys.executable, "run.py"],
@@ -641,6 +645,7 @@ def test_a_strategy_that_starts_processes_of_its_own_tests_what_it_trained(strat
         here = trainer(strategy="auto").test(module, data(), verbose=False)[0]["test_loss"]
         assert abs(here - tested) < 1e-3, (here, tested)
         """,
+        may_be_forked=strategy != "ddp_spawn",
     )
     assert "The model in the main process has none" in output
 

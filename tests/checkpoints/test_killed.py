@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import csv
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ from safetensors.torch import load_file
 from tests.benchmarks.kills import killed_training, places
 from tests.conftest import ROOT
 from tests.helpers import same
+from tests.processes import Process
 
 Run = Callable[..., tuple[int, str]]
 
@@ -64,14 +61,9 @@ def command(folder: Path, name: str, *words: str, epochs: int, save_every: int =
     return ["fit", "-c", f"{name}.yaml", *words]
 
 
-def start(folder: Path, name: str, *words: str, epochs: int, save_every: int = 1) -> subprocess.Popen[str]:
-    words = (
-        sys.executable,
-        "-m",
-        "lora_lightning",
-        *command(folder, name, *words, epochs=epochs, save_every=save_every),
-    )
-    return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(folder: Path, name: str, *words: str, epochs: int, save_every: int = 1) -> Process:
+    words = tuple(command(folder, name, *words, epochs=epochs, save_every=save_every))
+    return Process("-m", "lora_lightning", *words, folder=folder)
 
 
 def saved(folder: Path) -> set[tuple[Path, int]]:
@@ -84,9 +76,9 @@ def saved(folder: Path) -> set[tuple[Path, int]]:
     return found
 
 
-def wait_for_a_save(process: subprocess.Popen[str], folder: Path) -> None:
+def wait_for_a_save(process: Process, folder: Path) -> None:
     before, began = saved(folder), time.monotonic()
-    while saved(folder) <= before and process.poll() is None:
+    while saved(folder) <= before and not process.has_ended:
         assert time.monotonic() - began < 600, "no checkpoint in ten minutes"
         time.sleep(0.01)
 
@@ -110,25 +102,25 @@ def test_a_run_that_was_killed_again_and_again_ends_as_one_that_was_not(
     workplace: Path, kills: int, epochs: int
 ) -> None:
     undisturbed = start(workplace, "whole", epochs=epochs)
-    output, _ = undisturbed.communicate(timeout=900)
-    assert undisturbed.returncode == 0, output
+    output = undisturbed.finish()
+    assert undisturbed.code == 0, output
     choose, killed = random.Random(kills), 0
     while killed < kills:
         process = start(workplace, "killed", "--ckpt_path", "last", epochs=epochs)
         wait_for_a_save(process, workplace / "logs" / "killed")
         time.sleep(choose.uniform(0, 0.4))
-        process.send_signal(signal.SIGKILL)
-        output, _ = process.communicate(timeout=300)
-        if process.returncode == 0:
+        process.send(signal.SIGKILL)
+        output = process.finish()
+        if process.code == 0:
             break  # it was done before
-        assert process.returncode == -signal.SIGKILL, output
+        assert process.code == -signal.SIGKILL, output
         for path, _ in saved(workplace / "logs" / "killed"):
             torch.load(path, weights_only=True)  # whole, each of them
         killed += 1
     assert killed == kills, f"the run was over after {killed} kills: make it longer"
     process = start(workplace, "killed", "--ckpt_path", "last", epochs=epochs)
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output
+    output = process.finish()
+    assert process.code == 0, output
     assert "Checkpoint: " in output
     whole, resumed = outcome(workplace / "logs/whole/run"), outcome(workplace / "logs/killed/run")
     assert {key: same(whole[key], resumed[key]) for key in whole} == dict.fromkeys(whole, True)
@@ -153,17 +145,8 @@ class Shipped:
         if devices > 1:
             self.command += ["--trainer.strategy", "ddp"]
 
-    def start(self) -> subprocess.Popen[str]:
-        # A session of its own: Lightning starts the second device's process from the first one's.
-        return subprocess.Popen(
-            [sys.executable, "-m", "lora_lightning", *self.command],
-            cwd=self.folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+    def start(self) -> Process:
+        return Process("-m", "lora_lightning", *self.command, folder=self.folder, devices=self.devices)
 
     def finish(self, run: Run) -> dict[str, Any]:
         """Runs it to its end: in this process if it is the only one, which saves importing everything."""
@@ -171,8 +154,8 @@ class Shipped:
             code, output = run(*self.command)
         else:
             process = self.start()
-            output, _ = process.communicate(timeout=900)
-            code = process.returncode
+            output = process.finish()
+            code = process.code
         assert code == 0, output
         version = self.versions()[-1]
         path = max((version / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
@@ -192,14 +175,13 @@ class Shipped:
         process, before, began = self.start(), self.versions(), time.monotonic()
         if after_a_save:
             wait_for_a_save(process, self.logs)
-        while self.versions() == before and process.poll() is None:
+        while self.versions() == before and not process.has_ended:
             assert time.monotonic() - began < 600, "no log folder in ten minutes"
             time.sleep(0.005)
         time.sleep(later)
-        running = process.poll() is None
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=300)
+        running = not process.has_ended
+        process.send(signal.SIGKILL)
+        process.finish()
         return running
 
 
@@ -219,7 +201,6 @@ def test_the_shipped_config_killed_again_and_again_ends_as_if_it_was_not(
     assert {key: same(expected[key], found[key]) for key in expected} == dict.fromkeys(expected, True)
 
 
-@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
     "number",
     [
@@ -238,9 +219,9 @@ def test_a_run_that_is_asked_to_stop_does_so_with_a_checkpoint_and_one_line(
     folder = workplace / "logs" / number.name
     wait_for_a_save(process, folder)
     time.sleep(0.1)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1, output
+    process.send(number)
+    output = process.finish()
+    assert process.code == 1, output
     assert "Traceback" not in output
     assert output.strip().splitlines()[-1] == (
         "lora-lightning: interrupted. All files written so far are kept. --ckpt_path last resumes from there."

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from lora_lightning import Classifier, LoRAConfig, LoRAFinetuning, RichBoyNet
 from lora_lightning.cli.lightning_cli import LoRALightningCLI
 from lora_lightning.cli.lora_options import is_lora_finetuning
 from lora_lightning.cli.main import main
+from tests import processes
 from tests.conftest import ROOT
 
 Run = Callable[..., tuple[int, str]]
@@ -279,12 +278,10 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 def test_our_classifier_logs_on_two_devices_without_a_warning(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    values = {line for line in done.stdout.splitlines() if line.startswith("accuracy")}
-    assert len(values) == 1
+    output = processes.run("script.py", folder=tmp_path, devices=2)
+    values = [line for line in output.splitlines() if line.startswith("accuracy")]
+    assert len(values) == 2
+    assert len(set(values)) == 1
 
 
 def test_the_adapter_folder_holds_the_best_checkpoint_where_a_metric_is_monitored(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lora_lightning import ComparisonReport, LoRAConfig
 from lora_lightning.data.samplers import UnrepeatedSampler
 from lora_lightning.lora import adapter_parameters, attach, disabled
-from tests.conftest import ROOT
-from tests.test_devices import free_ports
+from tests import processes
+from tests.processes import free_ports
 
 SIZES = (1, 2, 7, 64)
 N = 131
@@ -120,8 +118,4 @@ def test_one_process(kind: str, size: int) -> None:
 def test_several_processes(devices: int, tmp_path: Path) -> None:
     script = tmp_path / "compare.py"
     script.write_text(SCRIPT.format(devices=devices, port=free_ports(1)[0]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    processes.run(str(script), folder=tmp_path)

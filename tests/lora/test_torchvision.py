@@ -73,8 +73,9 @@ def test_every_architecture_keeps_all_promises(name: str) -> None:
     assert trained == {key for key, parameter in net.named_parameters() if parameter.requires_grad}
     assert len(trained) == 2 * len(names)
     assert base_fingerprint(net) == digest
-    assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
-    del before  # gigabytes, for the largest
+    after = net.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    del before, after  # gigabytes, for the largest
 
     with torch.no_grad():
         for parameter in adapter_parameters(net):
