@@ -138,6 +138,7 @@ def _play(words: Sequence[str], folder: str, environment: Mapping[str, str], out
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method(None, force=True)  # as in a process that is no child of another
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, TypedDict
+from typing import Any, NamedTuple, Self, TypedDict
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class Pairs:
 
     def room(self, fixed: bool) -> int:
         """Return the number of further samples of a kind to keep."""
-        return KEPT - sum(each.is_fixed is fixed for each in self.samples)
+        return KEPT - sum(each.is_fixed is fixed for each in self.samples) if len(self.samples) < 2 * KEPT else 0
 
     def add(self, other: Pairs) -> None:
         """Add the samples of another batch or device."""
@@ -103,32 +103,23 @@ class Pairs:
             kept = [[each for each in samples if each.is_fixed is kind][:KEPT] for kind in (True, False)]
             self.samples = kept[0] + kept[1]
 
-    def add_unnamed(self, is_right: Tensor, was_right: Tensor, inputs: Inputs | None) -> tuple[list[int], list[int]]:
-        """Add a batch of samples of which only the indices are kept.
-
-        Args:
-            is_right: Which rows the model gets right, of shape (N,).
-            was_right: Which rows the base gets right, of shape (N,).
-            inputs: The inputs of the rows, or `None` for parts of samples, whose rows are only counted.
-
-        Returns:
-            The numbers of the fixed and of the broken rows, which are empty for parts of samples.
-        """
-        if inputs is None:
-            self.fixed += int((is_right & ~was_right).sum())
-            self.broke += int((was_right & ~is_right).sum())
-            self.are_independent = False
-            return [], []
-        changed = (is_right != was_right).nonzero()[:, 0]
-        if not len(changed):
-            return [], []
-        rows = list(zip(changed.tolist(), is_right[changed].tolist(), strict=True))
-        fixed, broken = ([row for row, is_fixed in rows if is_fixed is kind] for kind in (True, False))
+    def count(self, fixed: Sequence[int], broken: Sequence[int], inputs: Inputs) -> None:
+        """Count samples of a batch, given the numbers of the fixed and of the broken ones."""
         self.fixed += len(fixed)
         self.broke += len(broken)
         self.fixed_indices += inputs.indices_of(fixed)
         self.broken_indices += inputs.indices_of(broken)
-        return fixed, broken
+
+    def count_parts(self, is_right: Tensor, was_right: Tensor) -> None:
+        """Count parts of samples, such as pixels.
+
+        Args:
+            is_right: Which parts the model gets right, of shape (N,).
+            was_right: Which parts the base gets right, of shape (N,).
+        """
+        self.fixed += int((is_right & ~was_right).sum())
+        self.broke += int((was_right & ~is_right).sum())
+        self.are_independent = False
 
 
 @dataclass(frozen=True)
@@ -165,21 +156,19 @@ class Predictions:
         can_be_probabilities = bool(((outputs >= 0) & (outputs <= 1)).all())
         return cls(outputs, torch.stack((outputs > 0, outputs > 0.5)).long(), None, can_be_probabilities)
 
-    def confidences(self, numbers: Sequence[int], is_probability: bool) -> list[float]:
+    def confidences(self, chosen: Tensor, is_probability: bool) -> list[float]:
         """Return the probabilities of the predicted classes of a few rows.
 
         Args:
-            numbers: Numbers of the predictions.
+            chosen: Numbers of the predictions, of shape (N,).
             is_probability: Whether single outputs are probabilities, not logits.
         """
-        chosen = torch.tensor(numbers, device=self.outputs.device)
         if self.outputs.dim() == 1:
             found = self.outputs[chosen].float()
             found = found if is_probability else found.sigmoid()
             return torch.where(found > 0.5, found, 1 - found).tolist()
         rows = chosen if self.rows is None else self.rows[chosen]
-        scores = self.outputs.flatten(0, -2)[rows].float()
-        return scores.softmax(1).gather(1, self.classes[0, chosen][:, None])[:, 0].tolist()
+        return self.outputs.flatten(0, -2)[rows].float().softmax(1).amax(1).tolist()
 
 
 class Changes:
@@ -234,10 +223,6 @@ class Inputs:
         self._found, self._places, self._decode = _inputs(batch), places, decode
         self._indices = indices
 
-    def index_of(self, number: int) -> int | None:
-        """Return the index of a sample in the data set, if it is known."""
-        return None if self._indices is None else self._indices[int(self._places[number])]
-
     def indices_of(self, rows: Sequence[int]) -> list[int]:
         """Return the indices in the data set of the samples of rows, or an empty list if they are not known."""
         indices = self._indices
@@ -246,21 +231,21 @@ class Inputs:
         places = self._places.tolist()
         return [indices[places[row]] for row in rows]
 
-    def of(self, number: int) -> Shown:
-        """Return the `image`, the `text` or the `signal` of a sample."""
-        found, index = self._found, int(self._places[number])
+    def of(self, rows: Sequence[int]) -> list[Shown]:
+        """Return the `image`, the `text` or the `signal` of the sample of each row."""
+        found, places = self._found, self._places[list(rows)]
         if isinstance(found, list):
-            return {"text": str(found[index])[:_LONGEST_TEXT]}
+            return [{"text": str(found[place])[:_LONGEST_TEXT]} for place in places.tolist()]
         if found is None:
-            return {}
+            return [{} for _ in rows]
+        chosen = found[places.to(found.device)]
         if found.is_floating_point() or found.dtype == torch.uint8:
-            sample = found[index]
-            if is_signal(sample):
-                return {"signal": small_signal(sample)}
-            return {"image": small_image(sample)} if sample.dim() in (2, 3) else {}
+            if is_signal(chosen[0]):
+                return [{"signal": signal} for signal in small_signals(chosen)]
+            return [{"image": small_image(each)} if each.dim() in (2, 3) else {} for each in chosen]
         if self._decode is None or found.dim() != 2:
-            return {}
-        return {"text": self._decode(found[index : index + 1])[0][:_LONGEST_TEXT]}
+            return [{} for _ in rows]
+        return [{"text": text[:_LONGEST_TEXT]} for text in self._decode(chosen)]
 
 
 def is_signal(values: Tensor) -> bool:
@@ -268,13 +253,20 @@ def is_signal(values: Tensor) -> bool:
     return values.dim() in (1, 2) and values.shape[-1] >= _SHORTEST_SIGNAL and (values.dim() == 1 or len(values) <= 3)
 
 
-def small_signal(values: Tensor) -> list[float]:
-    """Return up to 128 values of the first channel of a signal. Longer ones are averaged piece by piece."""
-    signal = values.detach().float().cpu()
-    signal = torch.nan_to_num(signal[0] if signal.dim() == 2 else signal)
-    if len(signal) > _LONGEST_SIGNAL:
-        signal = torch.nn.functional.adaptive_avg_pool1d(signal[None], _LONGEST_SIGNAL)[0]
-    return [float(f"{value:.4g}") for value in signal.tolist()]
+def small_signals(values: Tensor) -> list[list[float]]:
+    """Return up to 128 values of the first channel of each signal.
+
+    Longer signals are averaged piece by piece.
+
+    Args:
+        values: Signals of shape (N, L) or (N, C, L).
+    """
+    signals = values.detach().float().cpu()
+    signals = torch.nan_to_num(signals[:, 0] if signals.dim() == 3 else signals)
+    if signals.shape[1] > _LONGEST_SIGNAL:
+        signals = torch.nn.functional.adaptive_avg_pool1d(signals, _LONGEST_SIGNAL)
+    found: list[list[float]] = signals.tolist()
+    return found
 
 
 def small_image(pixels: Tensor) -> str:
@@ -294,6 +286,15 @@ def small_image(pixels: Tensor) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+class _Row(NamedTuple):
+    """Holds the number of a row in its batch, its class, and the predictions of the base and of the model."""
+
+    number: int
+    target: int
+    was: int
+    now: int
+
+
 def _compare(
     pairs: Pairs,
     model: Predictions,
@@ -305,22 +306,21 @@ def _compare(
 ) -> None:
     """Add the samples of a batch. Only samples that are kept are converted to images or texts."""
     now, was = model.classes[int(is_probability)], base.classes[int(is_probability)]
-    fixed, broken = pairs.add_unnamed(now == targets, was == targets, inputs)
-    if inputs is None or not (fixed or broken):
+    if inputs is None:
+        pairs.count_parts(now == targets, was == targets)
         return
+    columns = torch.stack((targets, was, now)).tolist()
+    rows = [_Row(*row) for row in zip(range(len(targets)), *columns, strict=True) if row[2] != row[3]]
+    fixed, broken = [row for row in rows if row.now == row.target], [row for row in rows if row.was == row.target]
+    pairs.count([row.number for row in fixed], [row.number for row in broken], inputs)
     if kept := fixed[: pairs.room(True)] + broken[: pairs.room(False)]:
-        confidences = zip(base.confidences(kept, is_probability), model.confidences(kept, is_probability), strict=True)
+        numbers = [row.number for row in kept]
+        chosen = torch.tensor(numbers, device=targets.device)
+        befores, afters = base.confidences(chosen, is_probability), model.confidences(chosen, is_probability)
+        indices: Sequence[int | None] = inputs.indices_of(numbers) or [None] * len(kept)
         samples = [
-            ChangedSample(
-                int(targets[each]),
-                int(was[each]),
-                int(now[each]),
-                before,
-                after,
-                **inputs.of(each),
-                index=inputs.index_of(each),
-            )
-            for each, (before, after) in zip(kept, confidences, strict=True)
+            ChangedSample(row.target, row.was, row.now, before, after, **shown, index=index)
+            for row, before, after, shown, index in zip(kept, befores, afters, inputs.of(numbers), indices, strict=True)
         ]
         pairs.add(Pairs(samples=samples))
 

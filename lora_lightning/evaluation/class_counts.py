@@ -45,7 +45,7 @@ class ClassTally(Tally):
 
     @override
     def update(self, aligned: Aligned, base: Tensor | None, sources: Sources) -> None:
-        counted = None if bool(aligned.counted.all()) else aligned.counted
+        counted = aligned.counted
         targets = aligned.targets if counted is None else aligned.targets[counted]
         after = self._predictions(aligned.outputs, counted)
         self._count(self._adapted, after, targets)

@@ -40,7 +40,7 @@ class UserMetrics:
         targets = aligned.targets
         outputs = _by_row(aligned.outputs, targets)
         of_base = None if base is None else _by_row(base, targets)
-        if targets.dim() == 1 or not bool(aligned.counted.all()):
+        if aligned.counted is not None:
             rows = aligned.counted if targets.dim() == 1 else aligned.counted.all(1)
             outputs, targets = outputs[rows], targets[rows]
             of_base = None if of_base is None else of_base[rows]

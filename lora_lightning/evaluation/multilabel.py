@@ -162,6 +162,7 @@ class LabelTally(Tally):
 
     @override
     def update(self, aligned: Aligned, base: Tensor | None, sources: Sources) -> None:
+        assert aligned.counted is not None
         known = aligned.counted.any(1)
         counted, targets = aligned.counted[known], aligned.targets[known] == 1
         self.total += int(known.sum())
@@ -181,9 +182,13 @@ class LabelTally(Tally):
                 self._base[row] += _counts(before, targets, counted)
                 was_right = ((before == targets) | ~counted).all(1)
                 self._base_exact[row] += int(was_right.sum())
-                self._pairs[row].add_unnamed(right, was_right, inputs)
-                if inputs is not None:
-                    _keep(self._pairs[row], (targets & counted, before & counted, predicted & counted), inputs)
+                if inputs is None:
+                    self._pairs[row].count_parts(right, was_right)
+                    continue
+                fixed, broken = (each.nonzero()[:, 0].tolist() for each in (right & ~was_right, was_right & ~right))
+                self._pairs[row].count(fixed, broken, inputs)
+                labels = (targets & counted, before & counted, predicted & counted)
+                _keep(self._pairs[row], fixed, broken, labels, inputs)
 
     @override
     def merge(self, other: Self) -> None:
@@ -272,29 +277,37 @@ class Multilabel(Reading[LabelTally]):
         return doubt_of_constant(evidence, self.task, others)
 
 
-def _keep(pairs: Pairs, labels: tuple[Tensor, Tensor, Tensor], inputs: Inputs) -> None:
+def _keep(
+    pairs: Pairs, fixed: list[int], broken: list[int], labels: tuple[Tensor, Tensor, Tensor], inputs: Inputs
+) -> None:
     """Keep samples that only one model gets right.
 
     Args:
         pairs: The samples so far.
+        fixed: Numbers of the rows that only the model gets right.
+        broken: Numbers of the rows that only the base gets right.
         labels: The true labels, those of the base, and those of the model, each of shape (N, K).
         inputs: The inputs of the samples.
     """
-    targets, before, predicted = labels
-    was_right, right = ((each == targets).all(1) for each in (before, predicted))
-    for is_fixed, rows in ((True, right & ~was_right), (False, was_right & ~right)):
-        for number in rows.nonzero()[: pairs.room(is_fixed), 0].tolist():
-            sample = ChangedSample(
+    for is_fixed, numbers in ((True, fixed), (False, broken)):
+        kept = numbers[: pairs.room(is_fixed)]
+        if not kept:
+            continue
+        indices: Sequence[int | None] = inputs.indices_of(kept) or [None] * len(kept)
+        samples = [
+            ChangedSample(
                 1,
                 int(not is_fixed),
                 int(is_fixed),
                 0.0,
                 0.0,
-                **inputs.of(number),
-                index=inputs.index_of(number),
+                **shown,
+                index=index,
                 labels=[each[number].nonzero()[:, 0].tolist() for each in labels],
             )
-            pairs.add(Pairs(samples=[sample]))
+            for number, shown, index in zip(kept, inputs.of(kept), indices, strict=True)
+        ]
+        pairs.add(Pairs(samples=samples))
 
 
 def _counts(predicted: Tensor, targets: Tensor, counted: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 MOST_DENSE = 2048
 """The largest number of classes whose counts are a dense matrix. Of more classes, only pairs that occur are kept."""
 _SENT_DENSE = 256
-_MOST_WAITING = 1_000_000
+_MOST_WAITING, _MOST_WAITING_DENSE = 1_000_000, 50_000
 
 
 class PairCounts:
@@ -27,7 +27,6 @@ class PairCounts:
         self._keys = torch.zeros(0, dtype=torch.int64, device=device)
         """Sorted pairs as target * C + prediction, with their counts. Those that wait are not yet among them."""
         self._counts = torch.zeros_like(self._keys)
-        self._one = torch.ones((), dtype=torch.int64, device=device)
         self._waiting: list[Tensor] = []
         self._number_waiting = 0
         if classes <= MOST_DENSE:
@@ -40,40 +39,36 @@ class PairCounts:
 
     def add(self, targets: Tensor, predicted: Tensor) -> None:
         """Count pairs, given as classes of shape (N,)."""
-        keys = targets * self.classes + predicted
-        if self._dense is not None:
-            self._dense.index_add_(0, keys, self._one.expand_as(keys))
-            return
-        self._waiting.append(keys)
-        self._number_waiting += len(keys)
-        if self._number_waiting > _MOST_WAITING:
+        self._waiting.append(torch.add(predicted, targets, alpha=self.classes))
+        self._number_waiting += len(targets)
+        if self._number_waiting > (_MOST_WAITING if self._dense is None else _MOST_WAITING_DENSE):
             self._sum_up()
 
     def merge(self, other: Self) -> None:
         """Add the counts of another device."""
+        self._sum_up()
+        other._sum_up()
         if self._dense is not None and other._dense is not None:
             self._dense += other._dense
             return
-        self._sum_up()
-        other._sum_up()
         keys = torch.cat((self._keys, other._keys))
         self._keep(keys, torch.cat((self._counts, other._counts)))
 
     def matrix(self) -> Tensor:
         """Return the counts of shape (C, C) on the CPU, as a sparse tensor for more than 2,048 classes."""
         size = (self.classes, self.classes)
+        self._sum_up()
         if self._dense is not None:
             return self._dense.view(size).cpu()
-        self._sum_up()
         places = torch.stack((self._keys // self.classes, self._keys % self.classes)).cpu()
         counts = self._counts.cpu()
         return torch.sparse_coo_tensor(places, counts, size, is_coalesced=True, check_invariants=True)
 
     def to_cpu(self) -> None:
         """Move the counts to the CPU."""
+        self._sum_up()
         if self._dense is not None:
             self._dense = self._dense.cpu()
-        self._sum_up()
         self._keys, self._counts = self._keys.cpu(), self._counts.cpu()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,8 +84,12 @@ class PairCounts:
 
     def _sum_up(self) -> None:
         """Count the pairs that wait."""
-        if self._waiting:
-            waiting, self._waiting, self._number_waiting = torch.cat(self._waiting), [], 0
+        if not self._waiting:
+            return
+        waiting, self._waiting, self._number_waiting = torch.cat(self._waiting), [], 0
+        if self._dense is not None:
+            self._dense.index_add_(0, waiting, torch.ones_like(waiting))
+        else:
             self._keep(torch.cat((self._keys, waiting)), torch.cat((self._counts, torch.ones_like(waiting))))
 
     def _keep(self, keys: Tensor, counts: Tensor) -> None:

@@ -53,7 +53,7 @@ class Aligned:
             labels and values, their shape is that of the targets.
         targets: Classes of shape (N,), or labels or values of shape (N, K).
         samples: Number of the sample in its batch, of shape (N,).
-        counted: Which of the targets count, of their shape.
+        counted: Which of the targets count, of their shape, or `None` for all.
         are_parts: Whether a sample has several rows, such as pixels.
         strange: Targets that are no class.
     """
@@ -61,7 +61,7 @@ class Aligned:
     outputs: Tensor
     targets: Tensor
     samples: Tensor
-    counted: Tensor
+    counted: Tensor | None
     are_parts: bool = False
     strange: tuple[int, ...] = ()
 
@@ -70,7 +70,8 @@ class Aligned:
         if first_time is None:
             return self
         new = torch.tensor(first_time, device=self.samples.device)[self.samples]
-        return replace(self, counted=self.counted & (new if self.counted.dim() == 1 else new[:, None]))
+        new = (new if self.targets.dim() == 1 else new[:, None]).expand_as(self.targets)
+        return replace(self, counted=new if self.counted is None else self.counted & new)
 
     @property
     def width(self) -> int:
@@ -97,8 +98,7 @@ class Evidence:
         values, are_whole = self.values, self.are_whole
         may_be_fractions = are_whole and aligned.targets.is_floating_point()
         if len(values) <= _MOST_VALUES or may_be_fractions:
-            is_by_row = aligned.counted.shape == aligned.targets.shape
-            known = aligned.targets[aligned.counted] if is_by_row else aligned.targets
+            known = aligned.targets if aligned.counted is None else aligned.targets[aligned.counted]
             if len(values) <= _MOST_VALUES and known.numel():
                 values |= frozenset(_distinct(known.flatten()[:: max(1, known.numel() // 64)]))
                 if len(values) <= _MOST_VALUES:
@@ -293,14 +293,14 @@ def rows_of(outputs: Tensor, targets: Tensor, batch: Batch, num_classes: int) ->
         batch: The batch.
         num_classes: Number of classes C, or 2.
     """
-    parts = targets[0].numel() if len(targets) else 1
+    parts = targets.shape[1:].numel()
     samples = torch.arange(len(targets), device=targets.device)
     if parts != 1:
         samples = samples.repeat_interleave(parts)
     flat = targets.flatten()
     scores = outputs if outputs.dim() > targets.dim() else outputs.flatten()
     if batch.ignore_index is None and _are_valid(flat, num_classes):  # which takes less time than what follows
-        return Aligned(scores, flat.long(), samples, torch.ones_like(flat, dtype=torch.bool), targets.dim() > 1)
+        return Aligned(scores, flat.long(), samples, None, targets.dim() > 1)
     ignored = ignored_classes(flat, batch.ignore_index)
     valid = (flat >= 0) & (flat < num_classes)
     strange = torch.unique(flat[~valid & ~ignored])[:100].long().tolist() if not bool((valid | ignored).all()) else ()
@@ -311,7 +311,7 @@ def _are_valid(targets: Tensor, num_classes: int) -> bool:
     if targets.dtype == torch.bool or not targets.numel():
         return True
     low, high = torch.aminmax(targets)
-    return bool((low >= 0) & (high < num_classes))
+    return float(low) >= 0 and float(high) < num_classes
 
 
 def _distinct(values: Tensor) -> list[float]:

@@ -50,11 +50,17 @@ class RandomStates:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Return to this state within the context, and to the present one after it."""
-        with torch.random.fork_rng(self._devices):
-            torch.set_rng_state(self._states[0])
-            for device, state in zip(self._devices, self._states[1], strict=True):
-                torch.cuda.set_rng_state(state, device)
+        present = RandomStates(self._devices)
+        self._restore()
+        try:
             yield
+        finally:
+            present._restore()
+
+    def _restore(self) -> None:
+        torch.set_rng_state(self._states[0])
+        for device, state in zip(self._devices, self._states[1], strict=True):
+            torch.cuda.set_rng_state(state, device)
 
 
 class RecordedCalls:

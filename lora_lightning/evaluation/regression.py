@@ -222,6 +222,7 @@ class ValueTally(Tally):
 
     @override
     def update(self, aligned: Aligned, base: Tensor | None, sources: Sources) -> None:
+        assert aligned.counted is not None
         counted, samples = _precise(aligned.counted), aligned.samples
         known = counted.any(1)
         counts = counted.sum(1).double()

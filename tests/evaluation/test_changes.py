@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from lora_lightning.evaluation.changes import KEPT, Changes, Inputs, Pairs, Predictions, small_image
+from lora_lightning.evaluation.changes import KEPT, Changes, Inputs, Pairs, Predictions, Shown, small_image
 from lora_lightning.evaluation.paired import mcnemar_p
 
 TARGETS = torch.tensor([0, 1, 1, 0, 1])
@@ -90,10 +91,10 @@ def test_a_hundred_of_each_kind_are_kept() -> None:
     made = 0
 
     class Counted(Inputs):
-        def of(self, number: int) -> dict[str, str]:
+        def of(self, rows: Sequence[int]) -> list[Shown]:
             nonlocal made
-            made += 1
-            return super().of(number)
+            made += len(rows)
+            return super().of(rows)
 
     found = Changes()
     right, wrong, targets = (
