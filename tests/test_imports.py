@@ -145,7 +145,7 @@ SHARED = {
         "report.history.History",
         "report.history.curves_figure",
         "report.layers.layer_changes",
-        "report.loggers.log_figure",
+        "report.loggers.log_figures",
         "report.page.REPORTS",
         "report.page.page_of",
         "report.terminal.show_sentence",

@@ -16,13 +16,11 @@ from lora_lightning.evaluation import Confusion, Report
 from lora_lightning.lightning_packages import is_a
 from lora_lightning.lora import backbone_of, is_adapted
 from lora_lightning.lora.record import config_of
-from lora_lightning.report.loggers import log_figure
+from lora_lightning.report.loggers import log_figures
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import
     from matplotlib.figure import Figure
 
-_FIGURES = {name: name for name in ("model", "base", "adapted", "difference")} | {"mistakes": "changed_samples"}
-"""Figures to log, by name."""
 _SETTINGS = ("rank", "alpha", "dropout", "target_modules", "init", "use_rslora", "use_dora")
 _OURS = "updates"
 """Group of what we log beside the user's metrics. It is shown after `train/`."""
@@ -51,17 +49,13 @@ def log_report(
     `figures` is the result of `report_figures`, and `further` are further settings.
     """
     for logger in trainer.loggers:
-        names = _FIGURES
         if is_a(logger, TensorBoardLogger):
-            names = names | {"classes": "classes"}
             found = settings(trainer, pl_module) | dict(further)
             logger.log_hyperparams(found, _outcome(report), trainer.global_step)
         else:
             logger.log_metrics(report.metrics_to_log(), trainer.global_step)
-        for name, logged in names.items():
-            if name in figures:
-                tag = f"{report.stage}/confusion/{logged}{report.suffix}"
-                log_figure(logger, tag, figures[name], trainer.global_step)
+    if isinstance(report.adapted, Confusion):
+        log_figures(trainer.loggers, report, figures, trainer.global_step)
 
 
 def log_outcome_of_fit(trainer: Trainer, pl_module: LightningModule, report: Report | None) -> None:

@@ -77,20 +77,18 @@ def _label(name: str) -> str:
 
 
 def report_figures(report: Report[Confusion]) -> dict[str, Figure]:
-    """Return all figures of a report.
+    """Return the figures that are written.
 
-    These are the figures of `confusion_figures`, with a separate scale for `difference`; `classes`; `confusion` with
-    the base, if any, and the model side by side; `confusion_normalized`, the same in percent of each row, unless all
-    classes have equally many samples, where it would be the same figure; and `mistakes`, if samples with an image or a
-    text changed.
+    These are `confusion` with the base, if any, and the model side by side; `confusion_normalized`, the same in percent
+    of each row, unless all classes have equally many samples, where it would be the same figure; `difference`, if there
+    is a base; and `mistakes`, if samples with an image or a text changed.
     """
     shown = report.adapted.shown()
     names = _names(report, shown)
     matrices = {} if report.base is None else {"base": report.base.of_classes(shown)}
     matrices["adapted" if matrices else "model"] = report.adapted.of_classes(shown)
     percents = {key: 100 * each / each.sum(1, keepdim=True).clamp_min(1) for key, each in matrices.items()}
-    found = confusion_figures(report) | {"classes": classes_figure(report)}
-    found["confusion"] = _side_by_side(matrices, names)
+    found = {"confusion": _side_by_side(matrices, names)}
     if len({support for support in report.adapted.support if support}) > 1:
         found["confusion_normalized"] = _side_by_side(percents, names, ", % of each row")
     if report.base is not None:

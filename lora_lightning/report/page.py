@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_lightning.report.charts import Panel, signal_points
 from lora_lightning.report.class_view import ClassView
@@ -14,6 +14,9 @@ from lora_lightning.report.fit_view import FitView
 from lora_lightning.report.history import History
 from lora_lightning.report.number_view import NumberView
 from lora_lightning.report.view import View, significant, unbroken
+
+if TYPE_CHECKING:  # importing it takes time, and most commands write no page
+    from jinja2 import Template
 
 _MARK = '<meta name="generator" content="lora_lightning">'
 REPORTS = ("confusion*.json", "comparison*.json")
@@ -28,15 +31,20 @@ def write_page(folders: list[Path], path: Path) -> None:
             `config.yaml`, as far as available.
         path: The file to write.
     """
+    text = _template().render(runs=[Run(folder) for folder in folders])
+    path.write_text(text, encoding="utf-8")
+
+
+@cache  # compiling it takes longer than what else a page needs
+def _template() -> Template:
+    """Return the template of the page."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lora_lightning.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"significant": significant, "signal": signal_points, "unbroken": unbroken}
-    runs = [Run(folder) for folder in folders]
-    text = environment.get_template("report.html.j2").render(runs=runs)
-    path.write_text(text, encoding="utf-8")
+    return environment.get_template("report.html.j2")
 
 
 def page_of(folder: Path) -> Path:
