@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import shutil
@@ -35,6 +36,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return how many processes `-n auto` starts: each takes up to 2 GB, and some tests start several of their own."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(available, 4)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector leave out what was imported and collected: a million objects, at each of its turns."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -82,7 +82,7 @@ def test_the_bypass_predicts_the_same_in_a_new_process(run: Run, name: str) -> N
     config = ("--config", "configs/goldfish.yaml", "--model.backbone.name", name)
     code, text = run("fit", *config)
     assert code == 0, text
-    assert f"Trained: {150_528 * 10 + 10 * 1_000:,} of " in text
+    assert f"Trained: {150_528 * 10 + 10 * 1_000:,} parameters, " in text
     assert "The base is bitwise unchanged" in text
     code, text = run("predict", *config)
     assert code == 0, text

@@ -36,7 +36,7 @@ def test_every_cell_runs_and_shows_what_was_trained_and_what_changed(
         _, trained, report, numbers = last_values(ROOT / "examples" / "report.ipynb")
     shown = trained._repr_html_()
     assert "Classifier: what was trained" in shown
-    assert "of the base" in shown
+    assert "that are frozen" in shown
     assert "on 3 weights: backbone.linear1" in shown
     assert "trained" in str(trained.trained)
     assert "accuracy" in report._repr_html_()

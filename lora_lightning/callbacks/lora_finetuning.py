@@ -339,5 +339,5 @@ class LoRAFinetuning(Callback):
         trainer.strategy.checkpoint_io = self._checkpoints
 
     def trained_parameters(self) -> str:
-        """Return the number of trained parameters: `6,794 of 2,813,804 parameters, 0.242% of the base`."""
+        """Return the number of trained parameters: `6,794 parameters, 0.242% of the 2,807,010 that are frozen`."""
         return trained_parameters(self._network)

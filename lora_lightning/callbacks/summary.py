@@ -43,9 +43,15 @@ def _sizes(weight: AdaptedWeight) -> str:
 
 
 def trained_parameters(adapted: nn.Module) -> str:
-    """Return the number of trained parameters: `6,794 of 2,813,804 parameters, 0.242% of the base`."""
-    trained, total = trained_and_total(adapted)
-    return f"{trained:,} of {total:,} parameters, {trained / (total - trained):.3%} of the base"
+    """Return the number of trained parameters: `6,794 parameters, 0.242% of the 2,807,010 that are frozen`."""
+    return in_words(*trained_and_total(adapted))
+
+
+def in_words(trained: int, total: int) -> str:
+    """Return the numbers of trained parameters and of all as words."""
+    if trained == total:
+        return f"all {total:,} parameters"
+    return f"{trained:,} parameters, {trained / (total - trained):.3%} of the {total - trained:,} that are frozen"
 
 
 def trained_and_total(module: nn.Module) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Protocol
 from lightning.pytorch import LightningModule, Trainer
 
 from lora_lightning.callbacks.log_folder import log_folder
-from lora_lightning.callbacks.summary import stage_metrics, trained_and_total
+from lora_lightning.callbacks.summary import in_words, stage_metrics, trained_and_total
 from lora_lightning.lora import adapted_weights
 
 
@@ -70,10 +70,9 @@ class TrainedModel:
 
     def facts(self) -> dict[str, str]:
         """Return what is known, by name."""
-        of_base = f", {self.trained / (self.total - self.trained):.2%} of the base" if self.trained < self.total else ""
         names = ", ".join(self.adapters) + " " * bool(self.adapters)
         found = {
-            "trained": f"{self.trained:,} of {self.total:,} parameters{of_base}",
+            "trained": in_words(self.trained, self.total),
             "adapters": f"{names}on {len(self.layers)} weights: {', '.join(self.layers[:5])}" if self.layers else "",
             "epochs": f"{self.epochs:,}",
             "validation": ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items()),

@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
+from lora_lightning.checkpoints import newest_checkpoint
 from lora_lightning.checkpoints.run_record import RunRecord
 from lora_lightning.cli.init import how_to_get
 from lora_lightning.wording import as_typed
@@ -49,7 +50,20 @@ def explain(error: BaseException, words: Sequence[str] = ()) -> str:
     if text.startswith("Expected"):
         text = key + text
     text = re.sub(rf"{_UNION}.*?Errors: - (.*?) - Expected a <class 'NoneType'>.*", r"\1", text)
-    return _with_file(_with_settings(text + _accepted_options(text)), words)
+    text = _with_file(_with_settings(text + _accepted_options(text)), words)
+    return _with_configuration_of_adapters(text, words)
+
+
+def _with_configuration_of_adapters(text: str, words: Sequence[str]) -> str:
+    """Name the configuration of the run in the error for a checkpoint of adapters that a plain model should load."""
+    about = re.match(r"This checkpoint contains the adapters of .*?, but not the network\.", text)
+    named = [after for word, after in pairwise(words) if word == "--ckpt_path"]
+    if about is None or not named or not (saved := _saved_config(str(newest_checkpoint(named[0])))):
+        return text
+    return (
+        f"{about[0]} Use the configuration of that run: --config {saved}; or create a plain checkpoint with "
+        "`lora-lightning merge`."
+    )
 
 
 def _with_settings(text: str) -> str:

@@ -50,10 +50,9 @@ def model_card(
         header["model-index"] = [{"name": "adapter", "results": [results]}]
     layers = description["target_modules"]
     listed = f"`{layers}`" if isinstance(layers, str) else some_of(f"`{name}`" for name in layers)
-    if own:
-        load = "from lora_lightning.peft_format import load_adapter\n\nload_adapter(base, folder)"
-    else:
-        load = "import peft\n\nmodel = peft.PeftModel.from_pretrained(base, folder)"
+    load = "from lora_lightning import load_adapter\n\nload_adapter(base, folder)"
+    if not own:
+        load = f"import peft\n\nmodel = peft.PeftModel.from_pretrained(base, folder)\n```\n\nor\n\n```python\n{load}"
     lines = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n",
         f"# LoRA adapter{f' of {base}' if base else ''}\n",

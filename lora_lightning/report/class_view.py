@@ -444,7 +444,8 @@ def trained_card(facts: Mapping[str, Any]) -> Card | None:
         return None
     if trained == total:
         return Card("Trained", Change(f"{trained:,}"), "parameters, all of them")
-    return Card("Trained", Change(f"{trained:,}"), f"parameters, {trained / (total - trained):.2%} of the base")
+    share = trained / (total - trained)
+    return Card("Trained", Change(f"{trained:,}"), f"parameters, {share:.2%} of the frozen ones")
 
 
 def short_names(names: list[str]) -> tuple[str, ...]:

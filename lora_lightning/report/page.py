@@ -140,4 +140,4 @@ class Run:
         trained, total = self.facts.get("trained"), self.facts.get("total")
         if not trained or not total or trained == total:
             return f"{total:,}" if total else ""
-        return f"{trained:,} of {total:,}, {trained / (total - trained):.2%} of the base"
+        return f"{trained:,}, {trained / (total - trained):.2%} of the {total - trained:,} that are frozen"

@@ -89,7 +89,7 @@ def test_it_says_which_layers_and_how_many_parameters(
     with caplog.at_level("INFO"):
         trainer.fit(Classifier(RichBoyNet()), datamodule=sample())
     assert "linear2: 1000 -> 2000, rank 1, scale 1, 3,000 parameters" in caplog.text
-    assert "Trained: 6,794 of 2,813,804 parameters, 0.242% of the base." in caplog.text
+    assert "Trained: 6,794 parameters, 0.242% of the 2,807,010 that are frozen." in caplog.text
 
 
 def test_the_newest_checkpoint_of_a_log_folder_is_the_base_and_is_named(

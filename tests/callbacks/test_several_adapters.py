@@ -85,7 +85,7 @@ def test_a_new_adapter_is_trained_beside_frozen_ones(
     assert "rank 1, scale 1, 800 parameters, frozen" in caplog.text
     assert "linear2 (default): 16 -> 8, rank 3, scale 1, 72 parameters\n" in caplog.text
     base = sum(value.numel() for value in network().parameters())
-    assert f"Trained: 72 of {base + 72:,} parameters, {72 / base:.3%} of the base" in caplog.text
+    assert f"Trained: 72 parameters, {72 / base:.3%} of the {base:,} that are frozen" in caplog.text
     rows = {row["name"] for row in layer_changes(net)}
     assert {"linear1 (seven)", "linear1 (eight)", "linear2 (default)"} <= rows
 
@@ -362,7 +362,7 @@ def test_what_was_trained_and_on_what_is_told_in_a_notebook_and_in_the_folder(
     found = report.trained.facts()["adapters"].replace("backbone.", "")
     assert found == "seven (frozen), eight (frozen), default on 3 weights: linear1, linear2, linear3"
     base = sum(value.numel() for value in network().parameters())
-    assert report.trained.facts()["trained"] == f"1,684 of {base + 1684:,} parameters, {1684 / base:.2%} of the base"
+    assert report.trained.facts()["trained"] == f"1,684 parameters, {1684 / base:.3%} of the {base:,} that are frozen"
     card = (Path(str(callback.adapter_folder)) / "README.md").read_text()
     assert "Trained beside the adapters `seven` and `eight`, which stayed frozen: use it together with them." in card
 

@@ -199,6 +199,14 @@ class TestBadInput:
         code, text = run(*words, "--adapter", "none")
         assert code == 0, text
 
+    def test_adapters_in_place_of_a_base(self, run: Run, a_base_with_adapters: Path) -> None:
+        code, text = run("test", "-c", "configs/pretrain.yaml", *SAMPLE, "--ckpt_path", str(a_base_with_adapters))
+        assert code == 1
+        saved = "--config logs/adapt/version_0/config.yaml"
+        assert f"but not the network. Use the configuration of that run: {saved}; or create a plain" in text
+        code, text = run("test", *saved.split(), "--ckpt_path", str(a_base_with_adapters))
+        assert code == 0, text
+
     def test_a_key_of_the_trainer(self, run: Run) -> None:
         Path("bad.yaml").write_text("trainer: {max_epoch: 3}")
         code, text = run("fit", "-c", "configs/pretrain.yaml", "-c", "bad.yaml", *DEV)

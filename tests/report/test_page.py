@@ -195,7 +195,7 @@ def test_the_page_starts_with_the_verdict_and_is_one_small_file_without_anything
     assert first < page.text.index("Errors on all classes") < page.text.index("Where errors changed")
     assert "within chance · p = 0.29" in page.text
     assert "6 samples were fixed and 2 broken. p is that of McNemar's exact test of base against adapted." in page.text
-    assert "parameters, 1.00% of the base" in page.text
+    assert "parameters, 1.00% of the frozen ones" in page.text
     assert "seed_everything: 7 # <i>" in page.text
     assert "effective rank" in page.text
     assert "a text with <script>alert(1)</script>" in page.text  # as text, not as a tag
