@@ -2,9 +2,9 @@
 
 The command is `python -m tests.benchmarks.faults --count 30 --seed 0 [pytest arguments]`.
 
-A fault changes an operator or a constant, or drops a statement, in one line of `lora/`, `callbacks/`, `report/` or the
-checkpoints. It is planted in a copy of the project, whose default suite then runs until its first failure. What
-survives changes nothing, or shows a guarantee without a test.
+A fault changes an operator or a constant, or drops a statement, in one line of `lora/`, `callbacks/`, `evaluation/`,
+`report/` or `checkpoints/`. It is planted in a copy of the project, whose default suite then runs until its first
+failure. What survives changes nothing, or shows a guarantee without a test.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("lora", "callbacks", "report", "checkpoints")
+ROOMS = ("lora", "callbacks", "evaluation", "report", "checkpoints")
 SURVIVED = "survived"
 _SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub,
