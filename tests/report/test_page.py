@@ -404,6 +404,8 @@ def test_a_training_is_summarized(tmp_path: Path) -> None:
     assert "validation, not a test" in page.text
     assert "Training loss 1.00 → 0.0333" in re.sub(r"\s+", " ", page.text)
     first = next(each["aria-label"] for each in page.all("svg"))
+    page = page_of(tmp_path, facts={"best": best, "epochs": 3, "trained": 1000, "total": 1000})
+    assert "A model with 1,000 parameters was trained, and val/loss improved: 0.800 → 0.400." in page.text
     assert first.startswith(
         "Curves of the training, loss: train/loss from 1.00 to 0.0333; val/loss from 0.800 to 0.600"
     )

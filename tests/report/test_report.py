@@ -71,6 +71,18 @@ def test_a_narrow_terminal_gets_fewer_columns_and_no_number_is_cut(width: int, m
     assert ("10,300" in text) is (width >= 60)
 
 
+def test_long_names_cut_no_number_in_a_terminal_of_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = tuple(f"a kind of fish that lives in the sea {index}" for index in range(10))
+    counts = 1000 * torch.eye(10, dtype=torch.int64) + 3
+    classes = Report("test", Confusion(counts, names), Confusion(counts.flip(0), names))
+    for width in range(45, 121, 5):
+        monkeypatch.setattr("lora_lightning.report.table.get_console", lambda width=width: Console(width=width))
+        text = printed(classes, width)
+        assert "…" not in text, text
+        assert f"{sum(classes.base.errors):,}" in text, text
+        assert max(map(len, text.splitlines())) <= width
+
+
 def test_the_table_of_ten_digits_fits_80_columns() -> None:
     digits = tuple(map(str, range(10)))
     whole = Confusion(torch.eye(10, dtype=torch.int64) * 10_000, digits)
