@@ -373,21 +373,25 @@ class TestCheckpointsAfterwards:
 
 
 class TestFolders:
-    def test_a_remote_log_folder_gets_the_adapter_and_no_local_one_of_its_name(
+    def test_a_remote_log_folder_gets_all_files_and_no_local_one_of_its_name(
         self, make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
         callback = LoRAFinetuning(rank=2)
-        make_trainer(
+        trainer = make_trainer(
             callback,
+            ConfusionReport(verbose=False),
             max_epochs=1,
             logger=CSVLogger("memory://runs"),
             default_root_dir="memory://runs",
             enable_checkpointing=False,
-        ).fit(Two(), data())
+        )
+        module = Two()
+        trainer.fit(module, data(), data())
+        trainer.test(module, data(), verbose=False)
         assert not [path for path in tmp_path.iterdir() if "memory" in path.name]
         files = {path.rpartition("/")[2] for path in fsspec.filesystem("memory").find("/runs")}
-        assert {"adapter_config.json", "adapter_model.safetensors"} <= files
+        assert {"adapter_config.json", "adapter_model.safetensors", "curves.png", "confusion.json"} <= files
         assert str(callback.adapter_folder).startswith("memory://runs/")
 
     def test_without_a_logger_the_adapter_is_beside_the_checkpoints(
