@@ -57,7 +57,7 @@ def explain(error: BaseException, words: Sequence[str] = ()) -> str:
 def _with_configuration_of_adapters(text: str, words: Sequence[str]) -> str:
     """Name the configuration of the run in the error for a checkpoint of adapters that a plain model should load."""
     about = re.match(r"This checkpoint contains the adapters of .*?, but not the network\.", text)
-    named = [after for word, after in pairwise(words) if word == "--ckpt_path"]
+    named = [after for word, after in pairwise(words) if word == "--ckpt_path" and Path(after).exists()]
     if about is None or not named or not (saved := _saved_config(str(newest_checkpoint(named[0])))):
         return text
     return (

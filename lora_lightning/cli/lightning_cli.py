@@ -84,9 +84,7 @@ class LoRALightningCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None, run: bool = True, command: str = "merge") -> None:
         self.function = None if run else FUNCTIONS[command]
-        commands = trainer_commands() if run else {}
-        called = [word for word in _words(args)[:1] if word in commands]
-        self._commands = {name: commands[name] for name in called or commands}
+        commands = self.subcommands() if run else ()
         super().__init__(
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -95,7 +93,7 @@ class LoRALightningCLI(LightningCLI):
                 "description": str(self.function.__doc__).partition("\n")[0] if self.function else _DESCRIPTION,
                 "prog": "lora-lightning" if run else f"lora-lightning {command}",
                 "exit_on_error": False,
-                **{command: {"exit_on_error": False} for command in self._commands},
+                **{command: {"exit_on_error": False} for command in commands},
             },
             args=args,
             run=run,
@@ -114,10 +112,12 @@ class LoRALightningCLI(LightningCLI):
         options = {name: self.config_init[name] for name in names}
         return self.function(self.trainer, self.model, self.datamodule, **options)
 
+    @staticmethod
     @override
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # Lightning calls it by the instance
-        """Return the command that is called, or all if none is: the options of each take a while to collect."""
-        return self._commands
+    def subcommands() -> dict[str, set[str]]:
+        # The metrics that `verbose` prints are shown, rounded, at the end of the run.
+        commands = LightningCLI.subcommands()
+        return commands | {name: commands[name] | {"verbose"} for name in ("validate", "test")}
 
     def validate(self, *args: Any, **options: Any) -> None:
         """Run `validate` of the trainer without its table of metrics, since the closing lines show them."""
@@ -229,13 +229,6 @@ class LoRALightningCLI(LightningCLI):
         if settings.ckpt_path != str(path):
             chosen = Path(settings.ckpt_path)
             rank_zero_info(f"Checkpoint: {choice_in_words(chosen)} {doubt_about_choice(path, chosen)}".rstrip())
-
-
-def trainer_commands() -> dict[str, set[str]]:
-    """Return the commands that call a method of the trainer, with the arguments that are no options."""
-    commands = LightningCLI.subcommands()
-    # The metrics that `verbose` prints are shown, rounded, at the end of the run.
-    return commands | {name: commands[name] | {"verbose"} for name in ("validate", "test")}
 
 
 def _words(args: ArgsType) -> list[str]:

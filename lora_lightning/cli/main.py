@@ -12,6 +12,7 @@ from io import TextIOWrapper
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
+from typing_extensions import override
 
 from lora_lightning.cli.closing import show_closing
 from lora_lightning.cli.cpu import tune_for_cpu
@@ -85,13 +86,31 @@ def _run(words: list[str], args: list[str] | None) -> int:
     if command in FUNCTIONS:
         LoRALightningCLI(words[1:], run=False, command=command).run_function()
         return 0
-    cli = LoRALightningCLI(args)
+    cli = _OneCommandCLI(args, command)
     show_closing(cli.trainer, str(cli.subcommand), words)
     if distributed.is_available() and distributed.is_initialized():
         # Lightning leaves the threads of gloo running, and the process may abort when it exits. Other nodes of torchrun
         # would wait five minutes for it.
         distributed.destroy_process_group()
     return 0
+
+
+class _OneCommandCLI(LoRALightningCLI):
+    """Collects the options of the called command alone, since those of each take a tenth of a second.
+
+    Args:
+        args: The command-line arguments.
+        command: The first of them. If it is no command, those of all are collected, for help and errors.
+    """
+
+    def __init__(self, args: list[str] | None, command: str) -> None:
+        self._command = command
+        super().__init__(args)
+
+    @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # Lightning calls it by the instance
+        commands = LoRALightningCLI.subcommands()
+        return {self._command: commands[self._command]} if self._command in commands else commands
 
 
 def is_wanted(record: logging.LogRecord) -> bool:

@@ -233,19 +233,24 @@ class Inputs:
 
     def of(self, rows: Sequence[int]) -> list[Shown]:
         """Return the `image`, the `text` or the `signal` of the sample of each row."""
-        found, places = self._found, self._places[list(rows)]
+        places: list[int] = self._places[list(rows)].tolist()
+        return [self._of_sample(place) for place in places]
+
+    def _of_sample(self, place: int) -> Shown:
+        found = self._found
         if isinstance(found, list):
-            return [{"text": str(found[place])[:_LONGEST_TEXT]} for place in places.tolist()]
+            return {"text": str(found[place])[:_LONGEST_TEXT]}
         if found is None:
-            return [{} for _ in rows]
-        chosen = found[places.to(found.device)]
+            return {}
         if found.is_floating_point() or found.dtype == torch.uint8:
-            if is_signal(chosen[0]):
-                return [{"signal": signal} for signal in small_signals(chosen)]
-            return [{"image": small_image(each)} if each.dim() in (2, 3) else {} for each in chosen]
+            sample = found[place]  # a single one, since tensors of some layouts have no index of several
+            sample = sample if sample.layout == torch.strided else sample.to_dense()
+            if is_signal(sample):
+                return {"signal": small_signal(sample)}
+            return {"image": small_image(sample)} if sample.dim() in (2, 3) else {}
         if self._decode is None or found.dim() != 2:
-            return [{} for _ in rows]
-        return [{"text": text[:_LONGEST_TEXT]} for text in self._decode(chosen)]
+            return {}
+        return {"text": self._decode(found[place : place + 1])[0][:_LONGEST_TEXT]}
 
 
 def is_signal(values: Tensor) -> bool:
@@ -253,19 +258,13 @@ def is_signal(values: Tensor) -> bool:
     return values.dim() in (1, 2) and values.shape[-1] >= _SHORTEST_SIGNAL and (values.dim() == 1 or len(values) <= 3)
 
 
-def small_signals(values: Tensor) -> list[list[float]]:
-    """Return up to 128 values of the first channel of each signal.
-
-    Longer signals are averaged piece by piece.
-
-    Args:
-        values: Signals of shape (N, L) or (N, C, L).
-    """
-    signals = values.detach().float().cpu()
-    signals = torch.nan_to_num(signals[:, 0] if signals.dim() == 3 else signals)
-    if signals.shape[1] > _LONGEST_SIGNAL:
-        signals = torch.nn.functional.adaptive_avg_pool1d(signals, _LONGEST_SIGNAL)
-    found: list[list[float]] = signals.tolist()
+def small_signal(values: Tensor) -> list[float]:
+    """Return up to 128 values of the first channel of a signal. Longer ones are averaged piece by piece."""
+    signal = values.detach().float().cpu()
+    signal = torch.nan_to_num(signal[0] if signal.dim() == 2 else signal)
+    if len(signal) > _LONGEST_SIGNAL:
+        signal = torch.nn.functional.adaptive_avg_pool1d(signal[None], _LONGEST_SIGNAL)[0]
+    found: list[float] = signal.tolist()
     return found
 
 

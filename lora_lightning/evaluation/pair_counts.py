@@ -86,9 +86,10 @@ class PairCounts:
         """Count the pairs that wait."""
         if not self._waiting:
             return
-        waiting, self._waiting, self._number_waiting = torch.cat(self._waiting), [], 0
-        if self._dense is not None:
-            self._dense.index_add_(0, waiting, torch.ones_like(waiting))
+        waiting = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
+        self._waiting, self._number_waiting = [], 0
+        if self._dense is not None:  # not in place, since it may have been made in inference mode
+            self._dense = self._dense.index_add(0, waiting, waiting.new_ones(()).expand_as(waiting))
         else:
             self._keep(torch.cat((self._keys, waiting)), torch.cat((self._counts, torch.ones_like(waiting))))
 

@@ -32,8 +32,9 @@ _BETTER, _WORSE = "#1d5fd1", "#a84a05"
 
 
 def write_samples(samples: list[ChangedSample], path: Path) -> None:
-    """Write samples as JSON."""
-    path.write_text(json.dumps([asdict(each) for each in samples], indent=0) + "\n", encoding="utf-8")
+    """Write samples as JSON, and signals with four digits."""
+    rows = [asdict(each) | {"signal": [float(f"{value:.4g}") for value in each.signal]} for each in samples]
+    path.write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
 
 
 def read_samples(path: Path) -> list[ChangedSample]:

@@ -206,6 +206,10 @@ class TestBadInput:
         assert f"but not the network. Use the configuration of that run: {saved}; or create a plain" in text
         code, text = run("test", *saved.split(), "--ckpt_path", str(a_base_with_adapters))
         assert code == 0, text
+        words = ("--ckpt_path", "last", "--trainer.logger.name", "adapt")
+        code, text = run("test", "-c", "configs/pretrain.yaml", *SAMPLE, *words)
+        assert code == 1
+        assert "but not the network. Create the model" in text
 
     def test_a_key_of_the_trainer(self, run: Run) -> None:
         Path("bad.yaml").write_text("trainer: {max_epoch: 3}")

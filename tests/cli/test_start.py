@@ -60,9 +60,9 @@ def test_an_unknown_command_is_answered_at_once(word: str, hint: str) -> None:
 
 
 def test_every_command_is_known_to_what_runs_it() -> None:
-    from lora_lightning.cli.lightning_cli import trainer_commands
+    from lora_lightning.cli.lightning_cli import LoRALightningCLI
 
-    assert set(COMMANDS) == {*trainer_commands(), "init", "merge", "export", "find-lr", "repair", "report"}
+    assert set(COMMANDS) == {*LoRALightningCLI.subcommands(), "init", "merge", "export", "find-lr", "repair", "report"}
 
 
 def test_the_lora_functions_need_pytorch_alone() -> None:

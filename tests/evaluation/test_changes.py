@@ -129,6 +129,17 @@ def test_texts_are_found_in_batches_of_any_form(batch: Any, texts: list[str]) ->
     assert [each.text for each in changes(batch, decode).samples] == texts
 
 
+@pytest.mark.parametrize("layout", ["strided", "nested", "sparse"])
+def test_signals_are_kept_of_inputs_of_any_layout(layout: str) -> None:
+    rows = torch.rand(5, 30)
+    batch = {
+        "strided": rows,
+        "nested": torch.nested.nested_tensor(list(rows), layout=torch.jagged),
+        "sparse": rows.to_sparse(),
+    }[layout]
+    assert [each.signal for each in changes(batch).samples] == [row.tolist() for row in rows[[1, 3, 2]]]
+
+
 @pytest.mark.parametrize("shape", [(28, 28), (1, 28, 28), (3, 300, 200), (13, 64, 64), (2, 20, 20)])
 def test_images_of_any_size_and_number_of_channels_become_small(shape: tuple[int, ...]) -> None:
     content = small_image(torch.randn(shape))

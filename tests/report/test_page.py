@@ -25,7 +25,7 @@ from lora_lightning.evaluation import (
     Values,
     paired_bootstrap,
 )
-from lora_lightning.evaluation.changes import ChangedSample, Pairs, is_signal, small_image, small_signals
+from lora_lightning.evaluation.changes import ChangedSample, Pairs, is_signal, small_image, small_signal
 from lora_lightning.evaluation.results import Compared
 from lora_lightning.lora import LoRAConfig, adapted_weights, attach
 from lora_lightning.report import write_page
@@ -301,7 +301,7 @@ def test_digits_are_not_taken_for_counts(tmp_path: Path) -> None:
 
 
 def test_signals_are_drawn_as_lines_and_what_can_not_be_drawn_is_a_table(tmp_path: Path) -> None:
-    signal = small_signals(torch.sin(torch.arange(1000) / 50)[None])[0]
+    signal = small_signal(torch.sin(torch.arange(1000) / 50))
     assert len(signal) == 128
     assert not is_signal(torch.rand(8))
     samples = [ChangedSample(0, 1, 0, 0.6, 0.9, signal=signal, index=4)]
